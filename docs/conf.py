@@ -1,0 +1,51 @@
+"""Sphinx configuration: python -m sphinx -W --keep-going -b html docs docs/_build."""
+
+import configparser
+from pathlib import Path
+
+_setup = configparser.ConfigParser()
+_setup.read(Path(__file__).parent.parent / "setup.cfg")
+
+project = "pnmf_pyro"
+author = _setup["metadata"]["author"]
+copyright = f"2026, {author}"
+release = version = _setup["metadata"]["version"]
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "numpydoc",
+    "myst_nb",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+
+autosummary_generate = True
+autosummary_ignore_module_all = False  # __all__ says what is public
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # only what this package wrote
+numpydoc_show_class_members = False  # the module pages list the members
+numpydoc_xref_param_type = False
+
+nb_execution_mode = "off"  # continuous integration executes the notebooks on its own
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"pnmf_pyro {release}"
+html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
+html_sidebars = {"index": [], "model": [], "architecture": [], "changelog": []}
+
+
+def _skip(app, what, name, obj, skip, options):
+    """Leave out the setters that scikit-learn generates for metadata routing."""
+    if name.startswith("set_") and name.endswith("_request"):
+        return True
+    return None
+
+
+def setup(app):
+    """Register the filter of members."""
+    app.connect("autodoc-skip-member", _skip)

@@ -1,0 +1,332 @@
+"""A count matrix as the objective sees it: stored entries, and four products over them.
+
+Term (a) of the ELBO, its gradients and every closed form of the model need the entries of X that
+are stored and nothing else. Dense and CSR counts therefore offer the same small interface, written
+with "entries" e, a tensor with one number for each stored entry:
+
+``inner(A, B)``
+    entries (A B^T)_ij, for A (n, L) and B (d, L)
+``row_sums(e)``
+    sum_j e_ij in float64, shape (n,)
+``matmul(e, B)``
+    sum_j e_ij B_jl, shape (n, L)
+``transposed_matmul(e, A)``
+    sum_i e_ij A_il, shape (d, L)
+
+A formula over X is then written once, and is right for both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+# Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
+BLOCK_ENTRIES = 1 << 20
+
+
+class Counts(ABC):
+    """A non-negative matrix X of shape (n, d), samples by features.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (n, d).
+    values : Tensor
+        The stored entries of X.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the values."""
+        return self.values.device
+
+    @abstractmethod
+    def inner(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return (A B^T)_ij at the stored entries."""
+
+    @abstractmethod
+    def row_sums(self, entries: Tensor) -> Tensor:
+        """Return sum_j entries_ij in float64, shape (n,)."""
+
+    @abstractmethod
+    def matmul(self, entries: Tensor, B: Tensor) -> Tensor:
+        """Return sum_j entries_ij B_jl, shape (n, L)."""
+
+    @abstractmethod
+    def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:
+        """Return sum_i entries_ij A_il, shape (d, L)."""
+
+    @abstractmethod
+    def rows(self, index: Tensor | slice) -> Counts:
+        """Return the samples `index` as counts of their own."""
+
+    @abstractmethod
+    def columns(self, index: Tensor) -> Counts:
+        """Return the features `index` as counts of their own."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Counts:
+        """Return the same counts on `device`."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return X as a dense tensor of shape (n, d)."""
+
+    @abstractmethod
+    def numpy(self) -> np.ndarray | sp.csr_matrix:
+        """Return X as an array, or as a CSR matrix where it is sparse; without a copy on the CPU."""
+
+    @property
+    @abstractmethod
+    def cuts(self) -> list[int]:
+        """Row numbers at which X is cut into blocks of about BLOCK_ENTRIES entries."""
+
+    @cached_property
+    def _blocks(self) -> list[tuple[slice, Counts]]:
+        slices = [slice(a, b) for a, b in zip(self.cuts[:-1], self.cuts[1:], strict=True)]
+        return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else [(slice(None), self)]
+
+    def blocks(self) -> Iterator[tuple[slice, Counts]]:
+        """Iterate over (rows, counts of these rows), which together are X.
+
+        The blocks and their index structure are built at the first call and kept.
+        """
+        return iter(self._blocks)
+
+    @cached_property
+    def row_totals(self) -> Tensor:
+        """Row totals sum_j X_ij in float64, shape (n,)."""
+        return torch.cat([block.row_sums(block.values) for _, block in self.blocks()])
+
+    @cached_property
+    def log_factorials(self) -> Tensor:
+        """Row sums of log X_ij!, that is sum_j lgamma(X_ij + 1), in float64, shape (n,)."""
+        return torch.cat(
+            [block.row_sums(torch.lgamma(block.values + 1)) for _, block in self.blocks()]
+        )
+
+
+class DenseCounts(Counts):
+    """Counts held as a dense tensor; every entry counts as stored.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n, d)
+    """
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self.shape = (values.shape[0], values.shape[1])
+
+    def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102 - the interface says it
+        return A @ B.mT
+
+    def row_sums(self, entries: Tensor) -> Tensor:  # noqa: D102
+        return entries.sum(1, dtype=torch.float64)
+
+    def matmul(self, entries: Tensor, B: Tensor) -> Tensor:  # noqa: D102
+        return entries @ B
+
+    def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
+        return entries.mT @ A
+
+    def rows(self, index: Tensor | slice) -> DenseCounts:  # noqa: D102
+        return DenseCounts(self.values[index])
+
+    def columns(self, index: Tensor) -> DenseCounts:  # noqa: D102
+        return DenseCounts(self.values[:, index])
+
+    def to(self, device: torch.device) -> DenseCounts:  # noqa: D102
+        return DenseCounts(self.values.to(device))
+
+    def to_dense(self) -> Tensor:  # noqa: D102
+        return self.values
+
+    def numpy(self) -> np.ndarray:  # noqa: D102
+        return self.values.cpu().numpy()
+
+    @property
+    def cuts(self) -> list[int]:  # noqa: D102
+        n, d = self.shape
+        return [*range(0, n, max(1, BLOCK_ENTRIES // max(d, 1))), n]
+
+
+class SparseCounts(Counts):
+    """Counts held as compressed sparse rows (CSR); only stored entries cost time and memory.
+
+    Parameters
+    ----------
+    row_starts : Tensor of shape (n + 1,)
+        Position of each row's first entry in `columns_of` and `values`.
+    columns_of : Tensor of shape (n_stored,), int32
+        Column of each entry.
+    values : Tensor of shape (n_stored,)
+    shape : tuple of int
+        (n, d).
+    """
+
+    def __init__(
+        self, row_starts: Tensor, columns_of: Tensor, values: Tensor, shape: tuple[int, int]
+    ):
+        self.row_starts = row_starts
+        self.columns_of = columns_of
+        self.values = values
+        self.shape = shape
+
+    @classmethod
+    def from_scipy(cls, matrix: sp.csr_matrix) -> SparseCounts:
+        """Take over a scipy CSR matrix (or array); its values are not copied."""
+        values = matrix.data if matrix.data.flags.writeable else matrix.data.copy()
+        return cls(
+            torch.from_numpy(matrix.indptr.astype(np.int64)),
+            torch.from_numpy(matrix.indices.astype(np.int32)),
+            torch.from_numpy(values),
+            matrix.shape,
+        )
+
+    @cached_property
+    def _pattern(self) -> Tensor:
+        return _csr(self._starts, self.columns_of, torch.zeros_like(self.values), self.shape)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return self.row_starts.int()
+
+    @cached_property
+    def _transpose(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row starts and columns of X^T, and where each of its entries stands in X."""
+        order = np.arange(len(self.values), dtype=np.int32)
+        arrays = (order, self.columns_of.cpu().numpy(), self._starts.cpu().numpy())
+        by_column = sp.csr_matrix(arrays, shape=self.shape).tocsc()
+        parts = (by_column.indptr, by_column.indices, by_column.data)
+        starts, rows, order = (torch.from_numpy(part).to(self.device) for part in parts)
+        return starts, rows, order
+
+    def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
+        if _has_sampled_addmm(self.device, self.dtype):
+            return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
+        rows = torch.repeat_interleave(torch.arange(len(A), device=A.device), self._lengths)
+        return (A[rows] * B[self.columns_of]).sum(1)
+
+    @property
+    def _lengths(self) -> Tensor:
+        return self.row_starts.diff()
+
+    def row_sums(self, entries: Tensor) -> Tensor:  # noqa: D102
+        return torch.segment_reduce(entries.double(), "sum", offsets=self.row_starts)
+
+    def matmul(self, entries: Tensor, B: Tensor) -> Tensor:  # noqa: D102
+        return _csr(self._starts, self.columns_of, entries, self.shape) @ B
+
+    def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
+        starts, rows, order = self._transpose
+        values = entries.index_select(0, order)
+        return _csr(starts, rows, values, (self.shape[1], self.shape[0])) @ A
+
+    def rows(self, index: Tensor | slice) -> SparseCounts:  # noqa: D102
+        if isinstance(index, slice):
+            starts = self.row_starts[index.start : index.stop + 1]
+            entries: Any = slice(int(starts[0]), int(starts[-1]))
+            starts = starts - starts[0]
+        else:
+            first, lengths = self.row_starts[index], self._lengths[index]
+            starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            offsets = torch.repeat_interleave(first - starts[:-1], lengths)
+            entries = offsets + torch.arange(len(offsets), device=self.device)
+        shape = (len(starts) - 1, self.shape[1])
+        return SparseCounts(starts, self.columns_of[entries], self.values[entries], shape)
+
+    def columns(self, index: Tensor) -> SparseCounts:  # noqa: D102
+        place = torch.full((self.shape[1],), -1, dtype=torch.int32, device=self.device)
+        place[index] = torch.arange(len(index), dtype=torch.int32, device=self.device)
+        columns = place[self.columns_of]
+        kept = columns >= 0
+        starts = torch.cat([kept.new_zeros(1).long(), kept.cumsum(0)])[self.row_starts]
+        return SparseCounts(starts, columns[kept], self.values[kept], (self.shape[0], len(index)))
+
+    def to(self, device: torch.device) -> SparseCounts:  # noqa: D102
+        parts = (self.row_starts, self.columns_of, self.values)
+        return SparseCounts(*(part.to(device) for part in parts), self.shape)
+
+    def to_dense(self) -> Tensor:  # noqa: D102
+        return _csr(self._starts, self.columns_of, self.values, self.shape).to_dense()
+
+    def numpy(self) -> sp.csr_matrix:  # noqa: D102
+        parts = (self.values, self.columns_of, self.row_starts)
+        return sp.csr_matrix(tuple(part.cpu().numpy() for part in parts), shape=self.shape)
+
+    @property
+    def cuts(self) -> list[int]:  # noqa: D102
+        marks = torch.arange(BLOCK_ENTRIES, len(self.values), BLOCK_ENTRIES, device=self.device)
+        inner = torch.searchsorted(self.row_starts, marks).unique().tolist()
+        return sorted({0, *inner, self.shape[0]})
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+_SAMPLED_ADDMM: dict[tuple[str, torch.dtype], bool] = {}
+
+
+def _has_sampled_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether this build of torch has the sampled product for CSR; tried once for each type."""
+    key = (device.type, dtype)
+    if key not in _SAMPLED_ADDMM:
+        one = torch.ones(1, 1, device=device, dtype=dtype)
+        ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        with warnings.catch_warnings():  # torch announces once that CSR is a young feature
+            warnings.simplefilter("ignore", UserWarning)
+            pattern = _csr(ends, ends[:1], one[0], (1, 1))
+        try:
+            torch.sparse.sampled_addmm(pattern, one, one, beta=0.0)
+            _SAMPLED_ADDMM[key] = True
+        except RuntimeError:
+            _SAMPLED_ADDMM[key] = False
+    return _SAMPLED_ADDMM[key]
+
+
+def as_counts(X: Any) -> Counts:
+    """View a matrix of shape (n, d) as counts, without checking its entries.
+
+    Parameters
+    ----------
+    X : Counts, Tensor (dense or sparse), scipy sparse matrix or ndarray of shape (n, d)
+        Integers become float32; float32 and float64 stay what they are.
+    """
+    if isinstance(X, Counts):
+        return X
+    if isinstance(X, Tensor) and X.layout == torch.strided:
+        return DenseCounts(X if X.is_floating_point() else X.float())
+    if isinstance(X, Tensor):
+        return SparseCounts.from_scipy(_floating(_torch_to_scipy(X))).to(X.device)
+    if sp.issparse(X):
+        return SparseCounts.from_scipy(_floating(sp.csr_matrix(X)))
+    return DenseCounts(torch.from_numpy(np.array(_floating(np.asarray(X)))))
+
+
+def _floating(X: Any) -> Any:
+    return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)
+
+
+def _torch_to_scipy(X: Tensor) -> sp.csr_matrix:
+    coo = X.detach().cpu().to_sparse_coo().coalesce()
+    rows, columns = coo.indices().numpy()
+    return sp.csr_matrix((coo.values().numpy(), (rows, columns)), shape=tuple(X.shape))

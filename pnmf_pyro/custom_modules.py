@@ -1,0 +1,280 @@
+"""Parameters with constraints, as torch modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pnmf_pyro.counts import Counts, as_counts
+from pnmf_pyro.distributions.log_rate import log_rate_with_gradients
+from pnmf_pyro.distributions.poisson_factors import MODES
+from pnmf_pyro.validation import check_choice
+
+Shape = int | tuple[int, ...]
+
+
+class ConstrainedParameter(nn.Module, ABC):
+    """Base class of parameters with constraints.
+
+    A subclass writes `_to_constrained` and `_to_unconstrained`, the map from the raw parameter to
+    the constrained value and back. Moving (`to`, `cpu`, `cuda`, `float`, `double`, `half`) works
+    as for every torch module.
+
+    Parameters
+    ----------
+    shape : int or tuple of int
+        Shape of the constrained value.
+    mode : str
+        How the constraint is kept; the words are the subclass's.
+    """
+
+    def __init__(self, shape: Shape, mode: str):
+        super().__init__()
+        self.mode = mode
+        self._raw = nn.Parameter(torch.zeros(shape))
+
+    @abstractmethod
+    def _to_constrained(self, raw: Tensor) -> Tensor:
+        """Map the raw parameter to the constrained value."""
+
+    @abstractmethod
+    def _to_unconstrained(self, value: Tensor) -> Tensor:
+        """Map a constrained value to the raw parameter."""
+
+    def assign(self, value: Tensor) -> None:
+        """Set the constrained value, in place.
+
+        Parameters
+        ----------
+        value : Tensor of this parameter's shape
+        """
+        with torch.no_grad():
+            self._raw.copy_(self._to_unconstrained(value.to(self._raw)))
+
+    def project(self) -> None:
+        """Project the raw parameter to where the constraint holds; nothing to do by default."""
+
+    @property
+    def data(self) -> Tensor:
+        """Constrained value, differentiable in the raw parameter."""
+        return self._to_constrained(self._raw)
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """Underlying unconstrained parameter."""
+        return self._raw
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the constrained value."""
+        return tuple(self._raw.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the underlying parameter is trained by gradients."""
+        return self._raw.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the underlying parameter."""
+        return self._raw.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the underlying parameter."""
+        return self._raw.dtype
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Gradient of the underlying parameter."""
+        return self._raw.grad
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the underlying parameter is on a CUDA device."""
+        return self._raw.is_cuda
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the underlying parameter is a leaf of the graph."""
+        return self._raw.is_leaf
+
+    def freeze(self) -> None:
+        """Stop training this parameter."""
+        self._raw.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """Train this parameter again."""
+        self._raw.requires_grad_(True)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Index into the constrained value."""
+        return self.data[index]
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self._raw.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or the size of one dimension."""
+        return self._raw.shape if dim is None else self._raw.shape[dim]
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self._raw.numel()
+
+    def detach(self) -> Tensor:
+        """Return a copy of the constrained value that is not part of the graph."""
+        return self.data.detach().clone()
+
+    def clone(self) -> Tensor:
+        """Return a copy of the constrained value that is part of the graph."""
+        return self.data.clone()
+
+    def contiguous(self) -> Tensor:
+        """Return the constrained value as a contiguous tensor."""
+        return self.data.contiguous()
+
+    def numpy(self) -> np.ndarray:
+        """Return the constrained value as an array."""
+        return self.detach().cpu().numpy()
+
+
+def _inverse_softplus(value: Tensor) -> Tensor:
+    """Solve log(1 + exp x) = value, as value + log(1 - exp(-value))."""
+    return value + torch.log(-torch.expm1(-value))
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+_POSITIVE_MAPS = {
+    "softplus": (nn.functional.softplus, _inverse_softplus),
+    "exp": (torch.exp, torch.log),
+    "projected": (_identity, _identity),
+    "multiplicative": (_identity, _identity),
+}
+
+
+class PositiveParameter(ConstrainedParameter):
+    r"""A parameter that is never negative.
+
+    Parameters
+    ----------
+    shape : int or tuple of int
+    mode : {'softplus', 'exp', 'projected', 'multiplicative'}
+        `softplus` and `exp` train an unconstrained parameter through these functions, `projected`
+        clamps at zero after each step (:meth:`project`), and `multiplicative` is not trained by
+        gradients but by :meth:`multiplicative_update`.
+    elbo_mode : {'lower-bound', 'expanded', 'simple'}
+        Which form of the ELBO the multiplicative update increases.
+
+    Notes
+    -----
+    The value is `unit` times the function of the raw parameter. `unit`, a buffer of ones until
+    :meth:`set_unit`, lets optimisers that take steps of about one learning rate treat loadings of
+    a rare and of an abundant feature alike.
+    """
+
+    unit: Tensor
+
+    def __init__(self, shape: Shape, mode: str = "softplus", elbo_mode: str = "expanded"):
+        check_choice("mode", mode, _POSITIVE_MAPS)
+        check_choice("elbo_mode", elbo_mode, MODES)
+        super().__init__(shape, mode)
+        self.elbo_mode = elbo_mode
+        self.register_buffer("unit", torch.ones(self.shape[:1] + (1,) * len(self.shape[1:])))
+        self._forward, self._inverse = _POSITIVE_MAPS[mode]
+        self.assign(torch.ones(self.shape))
+        if mode == "multiplicative":
+            self.freeze()
+
+    def _to_constrained(self, raw: Tensor) -> Tensor:
+        return self.unit * self._forward(raw)
+
+    def _to_unconstrained(self, value: Tensor) -> Tensor:
+        if self._inverse is not _identity:
+            value = value.clamp_min(self.unit * torch.finfo(value.dtype).eps)
+        return self._inverse(value / self.unit)
+
+    def set_unit(self, unit: Tensor) -> None:
+        """Measure the raw parameter in other units, leaving the value as it is.
+
+        Parameters
+        ----------
+        unit : Tensor of shape (shape[0], 1, ...), positive
+        """
+        value = self.detach()
+        self.unit = unit.to(self._raw)
+        self.assign(value)
+
+    def project(self) -> None:
+        """Clamp at zero in `projected` mode, after a step of an optimiser; else do nothing."""
+        if self.mode == "projected":
+            with torch.no_grad():
+                self._raw.clamp_min_(0)
+
+    def multiplicative_update(
+        self,
+        X: Tensor | Counts,
+        terms: dict[str, Any],
+        idy: Tensor | None = None,
+        eps: float = 1e-8,
+        *,
+        step: float = 1.0,
+    ) -> None:
+        r"""Update loadings in closed form, so that the ELBO of these terms does not fall.
+
+        With F^e draws from q (`simple`, `expanded`) or F^1 = mu (`lower-bound`),
+
+        .. math:: W_{jl} \leftarrow W_{jl}
+            \frac{\mathrm{mean}_e \sum_i X_{ij} / \rho^e_{ij} \exp F^e_{il}}
+                 {\sum_i s_i E_q \exp F_{il}}, \qquad \rho^e_{ij} = \sum_l W_{jl} \exp F^e_{il},
+
+        the multiplicative rule of Lee and Seung (2001) for the Kullback-Leibler divergence, with
+        expectations in place of values.
+
+        Parameters
+        ----------
+        X : Tensor of shape (D, N) or (D_batch, N), or Counts of shape (N, D)
+            Sparse tensors are visited at their stored entries only.
+        terms : dict
+            From :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
+            `exp_mu_sigma`, of shape (L, N), and except for `lower-bound` `exp_F_samples`, of shape
+            (E, L, N). `size_factors`, of shape (N,), is used where present. The rates are
+            computed from W as it is now.
+        idy : Tensor of int64, optional
+            Which rows of W to update: the features in X.
+        eps : float
+            Added to the denominator.
+        step : float in (0, 1]
+            How far to go towards the updated value; less than 1 averages over minibatches.
+        """
+        counts = X if isinstance(X, Counts) else as_counts(X.T)
+        with torch.no_grad():
+            W = self.data if idy is None else self.data[idy]
+            numerator, denominator = self._update_terms(counts, W, terms)
+            W = W.lerp(W * (numerator / (denominator + eps)), step)
+            value = self.detach()
+            value[slice(None) if idy is None else idy] = W
+            self.assign(value)
+
+    def _update_terms(
+        self, counts: Counts, W: Tensor, terms: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Numerator (D, L) and denominator (L,) of the multiplicative update."""
+        fields = [terms["exp_mu"]] if self.elbo_mode == "lower-bound" else terms["exp_F_samples"]
+        expected = terms["exp_mu_sigma"]
+        if self.elbo_mode == "simple":
+            expected = torch.stack(tuple(fields)).mean(0)
+        if terms.get("size_factors") is not None:
+            expected = expected * terms["size_factors"]
+        numerator = torch.zeros_like(W)
+        for field in fields:
+            numerator += log_rate_with_gradients(counts, field.T.contiguous(), W)[2]
+        return numerator / len(fields), expected.sum(1)

@@ -1,0 +1,164 @@
+"""The observation of the model: counts whose rates are a product of factors and loadings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.distributions.log_rate import log_rate
+from pnmf_pyro.validation import check_choice
+
+MODES = ("simple", "expanded", "lower-bound")
+
+
+class PoissonFactors(TorchDistribution):
+    r"""X_ij ~ Poisson(s_i sum_l W_jl exp F_il), independent over i and j.
+
+    A batch is the samples and an event is one sample's row of counts, so that a plate over samples
+    scales and subsamples it.
+
+    Parameters
+    ----------
+    log_factors : Tensor of shape (..., L, n)
+        F.
+    loadings : Tensor of shape (d, L)
+        W, non-negative.
+    size_factors : Tensor of shape (n,), optional
+        s, positive; 1 unless given.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 - torch's own interface
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+    has_rsample = False
+
+    def __init__(self, log_factors: Tensor, loadings: Tensor, size_factors: Tensor | None = None):
+        self.log_factors = log_factors
+        self.loadings = loadings
+        self.size_factors = size_factors
+        *leading, _, n = log_factors.shape
+        # F stands at plate dimensions (..., components, samples): keep the place of components.
+        batch = (*leading, 1, n) if leading else (n,)
+        super().__init__(torch.Size(batch), loadings.shape[:1], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonFactors:
+        """Return the same distribution with leading batch dimensions added."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        leading = tuple(batch_shape)[: len(batch_shape) - 2]
+        log_factors = self.log_factors.expand(*leading, *self.log_factors.shape[-2:])
+        return PoissonFactors(log_factors, self.loadings, self.size_factors)
+
+    @property
+    def rate(self) -> Tensor:
+        """Mean counts, dense, of shape batch_shape + (d,)."""
+        rate = self._scaled(self.log_factors.exp()).mT @ self.loadings.T
+        return rate.reshape(*self.batch_shape, *self.event_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean counts, dense, of shape batch_shape + (d,)."""
+        return self.rate
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts, equal to their mean."""
+        return self.rate
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw counts of shape sample_shape + batch_shape + (d,)."""
+        with torch.no_grad():
+            return torch.poisson(self.rate.expand(self._extended_shape(torch.Size(sample_shape))))
+
+    def log_prob(self, value: Any) -> Tensor:
+        """Return the log density of each sample's row.
+
+        Parameters
+        ----------
+        value : Counts, Tensor or scipy sparse matrix of shape (n, d)
+            Only stored entries are visited where it is sparse.
+
+        Returns
+        -------
+        Tensor of batch shape, float64
+        """
+        fields = self.log_factors.reshape(-1, *self.log_factors.shape[-2:]).exp()
+        rows = [self._expectation(value, [field], field) for field in fields]
+        return torch.stack(rows).reshape(self.batch_shape)
+
+    def expected_log_prob(
+        self, value: Any, q: Distribution, mode: str = "expanded", n_draws: int = 3
+    ) -> Tensor:
+        r"""Return E_q[log p(X_i | F, W)] for each sample i, or a bound on it.
+
+        Parameters
+        ----------
+        value : Counts, Tensor or scipy sparse matrix of shape (n, d)
+        q : Distribution
+            Distribution of F whose `mean` and `stddev`, of shape (L, n), are those of a normal
+            marginal of each F_il. The rate of a sample needs no more than these marginals.
+        mode : {'simple', 'expanded', 'lower-bound'}
+            `simple` averages the density over draws; `expanded` draws for the expected log rate
+            and takes E exp F = exp(mu + sigma^2 / 2) in the expected rate; `lower-bound` replaces
+            the first by log sum_l W_jl exp(mu_il), which is no larger: log-sum-exp is convex
+            (Jensen).
+        n_draws : int
+            Draws from q, not used by `lower-bound`.
+
+        Returns
+        -------
+        Tensor of shape (n,), float64, constants included
+        """
+        check_choice("mode", mode, MODES)
+        mean, scale = q.mean, q.stddev
+        expected = (mean + scale.square() / 2).exp()
+        if mode == "lower-bound":
+            return self._expectation(value, [mean.exp()], expected)
+        draws = [(mean + scale * torch.randn_like(mean)).exp() for _ in range(n_draws)]
+        if mode == "simple":
+            expected = torch.stack(draws).mean(0)
+        return self._expectation(value, draws, expected)
+
+    def _expectation(self, value: Any, fields: Sequence[Tensor], expected: Tensor) -> Tensor:
+        log_rate, total_rate, constant = self.expected_terms(value, fields, expected)
+        return log_rate - total_rate + constant
+
+    def expected_terms(
+        self, value: Any, fields: Sequence[Tensor], expected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three terms of the expected log-likelihood of each sample.
+
+        Parameters
+        ----------
+        value : Counts, Tensor or scipy sparse matrix of shape (n, d)
+        fields : sequence of Tensor of shape (L, n)
+            exp F over which the log rate is averaged; one after another, so that memory does not
+            grow with their number times the stored counts.
+        expected : Tensor of shape (L, n)
+            Expectation of exp F.
+
+        Returns
+        -------
+        log_rate : Tensor of shape (n,), float64
+            Mean over fields of sum_j X_ij log sum_l W_jl exp F_il.
+        total_rate : Tensor of shape (n,), float64
+            s_i sum_l (sum_j W_jl) E exp F_il.
+        constant : Tensor of shape (n,), float64
+            sum_j X_ij log s_i - log X_ij!.
+        """
+        counts = as_counts(value)
+        log_rates = [log_rate(counts, field.T.contiguous(), self.loadings) for field in fields]
+        component_totals = self.loadings.sum(0, dtype=torch.float64)
+        total_rate = component_totals @ self._scaled(expected).double()
+        constant = -counts.log_factorials
+        if self.size_factors is not None:
+            constant = constant + counts.row_totals * self.size_factors.double().log()
+        return torch.stack(log_rates).mean(0), total_rate, constant
+
+    def _scaled(self, factors: Tensor) -> Tensor:
+        return factors if self.size_factors is None else factors * self.size_factors

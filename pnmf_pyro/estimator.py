@@ -1,0 +1,594 @@
+"""The scikit-learn estimator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
+from pnmf_pyro.counts import Counts
+from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
+from pnmf_pyro.distributions.poisson_factors import MODES
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.initialization import INITS, initialize_factors
+from pnmf_pyro.models import LOADINGS_MODES, PoissonFactorization
+from pnmf_pyro.optimizers import (
+    OPTIMIZERS,
+    Constant,
+    NaturalGradient,
+    OneCycle,
+    Plateau,
+    Schedule,
+)
+from pnmf_pyro.persistence import read_archive, write_archive
+from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.random_state import check_random_state, torch_generator
+from pnmf_pyro.training import Convergence, evaluate_elbo, train
+from pnmf_pyro.transforms import get_factors
+from pnmf_pyro.validation import DEVICES, check_device
+
+Callback = Callable[["PNMF", int, float], None]
+_POSITIVE = Interval(Real, 0, None, closed="neither")
+_COUNT = Interval(Integral, 1, None, closed="left")
+
+
+class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    r"""Probabilistic non-negative matrix factorisation of counts, by variational inference.
+
+    The model is X_ij ~ Poisson(s_i sum_l W_jl exp F_il) with F_il ~ N(0, 1) and W >= 0 learned.
+    :meth:`fit_transform` returns the factors E exp F, and `components_` is W^T.
+
+    Parameters
+    ----------
+    n_components : int
+        Number of components.
+    loadings_mode : {'softplus', 'exp', 'projected', 'multiplicative'}
+        How W stays non-negative: through a function, by clamping after each step, or by updates in
+        closed form that need no learning rate.
+    mode : {'simple', 'expanded', 'lower-bound'}
+        Form of the ELBO: plain draws; draws for the expected log rate only; no draws but a lower
+        bound on it (Jensen).
+    training_mode : {'standard', 'natural'}
+        Train q by the optimiser, or by natural-gradient steps with the optimiser for W alone.
+    E : int
+        Monte Carlo draws at each step.
+    max_iter : int
+        Number of steps at most.
+    tol : float
+        Stop when the smoothed ELBO rises by less than this, relative to its size, over ten steps,
+        three times in a row; 0 to go on to `max_iter`.
+    learning_rate : float
+        Learning rate of the optimiser.
+    optimizer : {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
+        Optimiser; of W alone where `training_mode` is natural.
+    random_state : int, RandomState or None
+        Seed. None gives a different fit at each call.
+    verbose : bool or int
+        Show a progress bar with the ELBO.
+    device : {'cpu', 'cuda', 'mps', 'auto'}
+        Where to compute. `auto` is CUDA where there is one, else the CPU.
+    init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'k-means', None}
+        Where to start, see :func:`~pnmf_pyro.initialization.initialize_factors`.
+    scheduler : {'one_cycle', 'plateau', None}
+        Schedule of the learning rate.
+    scheduler_patience, scheduler_factor, min_lr : int, float, float
+        Of `plateau`: after `scheduler_patience` steps without a rise of the ELBO multiply the
+        learning rate by `scheduler_factor`, down to `min_lr`.
+    scheduler_pct_start, scheduler_div_factor, scheduler_final_div_factor : float
+        Of `one_cycle`: fraction of `max_iter` in which the learning rate rises from
+        `learning_rate / scheduler_div_factor`; it then falls to that divided by
+        `scheduler_final_div_factor`.
+    batch_size, y_batch_size : int, optional
+        Samples and features in a minibatch; all unless given.
+    shuffle : bool
+        Visit samples and features in a new random order in each pass.
+    spatial, local, kernel, multigroup, num_inducing, lengthscale, sigma, group_diff_param, jitter, \
+    train_lengthscale, cholesky_mode, diagonal_only, inducing_allocation, K, precompute_knn, neighbors
+        Of spatial models, which this version does not have yet: `spatial=True` is an error.
+    scale_ll_D : bool
+        Scale the likelihood of a batch of features to that of all features.
+    scale_kl_NM : bool
+        Scale the divergence of a batch of samples to that of all samples.
+
+    Attributes
+    ----------
+    components_ : ndarray of shape (n_components, n_features)
+        Loadings W^T.
+    n_components_ : int
+    n_features_in_ : int
+    feature_names_in_ : ndarray of shape (n_features,)
+        Where X had names.
+    elbo_ : float
+        ELBO of the fit in nats, constants included: a lower bound on log p(X | W).
+    history_ : list of float
+        ELBO at each step.
+    n_iter_ : int
+        Number of steps taken.
+    model_ : PoissonFactorization
+        The Pyro model and guide, fitted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pnmf_pyro import PNMF
+    >>> X = np.random.default_rng(0).poisson(3, size=(100, 50))
+    >>> model = PNMF(n_components=5, tol=0.1, random_state=42)
+    >>> transformed = model.fit_transform(X)
+    >>> transformed.shape, model.components_.shape
+    ((100, 5), (5, 50))
+    >>> model.inverse_transform(transformed).shape
+    (100, 50)
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        "n_components": [_COUNT],
+        "loadings_mode": [StrOptions(set(LOADINGS_MODES))],
+        "mode": [StrOptions(set(MODES))],
+        "training_mode": [StrOptions({"standard", "natural"})],
+        "E": [_COUNT],
+        "max_iter": [_COUNT],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "learning_rate": [_POSITIVE],
+        "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "verbose": ["verbose"],
+        "device": [StrOptions(set(DEVICES))],
+        "init": [StrOptions(set(INITS)), None],
+        "scheduler": [StrOptions({"one_cycle", "plateau"}), None],
+        "scheduler_patience": [Interval(Integral, 0, None, closed="left")],
+        "scheduler_factor": [Interval(Real, 0, 1, closed="neither")],
+        "scheduler_pct_start": [Interval(Real, 0, 1, closed="both")],
+        "scheduler_div_factor": [Interval(Real, 1, None, closed="left")],
+        "scheduler_final_div_factor": [Interval(Real, 1, None, closed="left")],
+        "min_lr": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [_COUNT, None],
+        "y_batch_size": [_COUNT, None],
+        "shuffle": ["boolean"],
+        "spatial": ["boolean"],
+        "scale_ll_D": ["boolean"],
+        "scale_kl_NM": ["boolean"],
+    }
+
+    def __init__(
+        self,
+        n_components=10,
+        loadings_mode="projected",
+        mode="expanded",
+        training_mode="standard",
+        E=3,
+        max_iter=200,
+        tol=0.0001,
+        learning_rate=0.01,
+        optimizer="Adam",
+        random_state=None,
+        verbose=False,
+        device="auto",
+        init="random",
+        scheduler="one_cycle",
+        scheduler_patience=200,
+        scheduler_factor=0.8,
+        scheduler_pct_start=0.3,
+        scheduler_div_factor=25.0,
+        scheduler_final_div_factor=10000.0,
+        min_lr=1e-05,
+        batch_size=None,
+        y_batch_size=None,
+        shuffle=True,
+        spatial=False,
+        local=False,
+        kernel="Matern32",
+        multigroup=False,
+        num_inducing=3000,
+        lengthscale=1.0,
+        sigma=1.0,
+        group_diff_param=10.0,
+        jitter=1e-05,
+        train_lengthscale=False,
+        cholesky_mode="exp",
+        diagonal_only=False,
+        inducing_allocation="proportional",
+        K=50,
+        precompute_knn=True,
+        neighbors="knn",
+        scale_ll_D=True,
+        scale_kl_NM=True,
+    ):
+        self.n_components = n_components
+        self.loadings_mode = loadings_mode
+        self.mode = mode
+        self.training_mode = training_mode
+        self.E = E
+        self.max_iter = max_iter
+        self.tol = tol
+        self.learning_rate = learning_rate
+        self.optimizer = optimizer
+        self.random_state = random_state
+        self.verbose = verbose
+        self.device = device
+        self.init = init
+        self.scheduler = scheduler
+        self.scheduler_patience = scheduler_patience
+        self.scheduler_factor = scheduler_factor
+        self.scheduler_pct_start = scheduler_pct_start
+        self.scheduler_div_factor = scheduler_div_factor
+        self.scheduler_final_div_factor = scheduler_final_div_factor
+        self.min_lr = min_lr
+        self.batch_size = batch_size
+        self.y_batch_size = y_batch_size
+        self.shuffle = shuffle
+        self.spatial = spatial
+        self.local = local
+        self.kernel = kernel
+        self.multigroup = multigroup
+        self.num_inducing = num_inducing
+        self.lengthscale = lengthscale
+        self.sigma = sigma
+        self.group_diff_param = group_diff_param
+        self.jitter = jitter
+        self.train_lengthscale = train_lengthscale
+        self.cholesky_mode = cholesky_mode
+        self.diagonal_only = diagonal_only
+        self.inducing_allocation = inducing_allocation
+        self.K = K
+        self.precompute_knn = precompute_knn
+        self.neighbors = neighbors
+        self.scale_ll_D = scale_ll_D
+        self.scale_kl_NM = scale_kl_NM
+
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        coordinates: Any = None,
+        groups: Any = None,
+        return_history: bool = False,
+        callback: Callback | None = None,
+        callback_interval: int = 100,
+        *,
+        size_factors: Any = None,
+    ) -> Any:
+        """Fit the model to counts.
+
+        Parameters
+        ----------
+        X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
+            Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
+        y : ignored
+        coordinates, groups : array-like, optional
+            For spatial models; an error otherwise.
+        return_history : bool
+            Return (history, self), where history is the list of ELBO values.
+        callback : callable, optional
+            Called as callback(model, iteration, elbo) every `callback_interval` steps, at which
+            time `components_` and the factors are those of that step.
+        callback_interval : int
+        size_factors : array-like of shape (n_samples,), optional
+            Positive factor on all rates of a sample, such as its sequencing depth; 1 unless given.
+
+        Returns
+        -------
+        self, or (list of float, self) if `return_history`
+
+        Raises
+        ------
+        ValueError
+            For input or parameters that cannot be used; the message says what to change.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If `max_iter` ended the fit while the ELBO still rose, or the ELBO ceased to be finite.
+        """
+        self._validate_params()
+        self._refuse_spatial(coordinates, groups)
+        counts = self._check_counts(X, reset=True)
+        s = check_size_factors(size_factors, counts.shape[0], counts)
+        random = check_random_state(self.random_state)
+        model = self._initial_model(counts, s, random)
+        generator = torch_generator(random)
+        objective = FactorizationELBO(self.mode, self.E)
+
+        def report(iteration: int, elbo: float) -> None:
+            if callback is not None and iteration % callback_interval == 0:
+                self._publish(model)
+                callback(self, iteration, elbo)
+
+        schedule = self._schedule()
+        result = train(
+            model,
+            self._batches(counts, generator),
+            objective,
+            self._optimizers(model),
+            generator,
+            max_iter=self.max_iter,
+            schedule=schedule,
+            convergence=Convergence(self.tol, start=schedule.warm_up(self.max_iter)),
+            verbose=int(self.verbose),
+            on_step=report,
+        )
+        self._publish(model)
+        self.history_ = result.history
+        self.n_iter_ = len(result.history)
+        batches = Batches(counts, self.batch_size)
+        self.elbo_ = evaluate_elbo(model, batches, objective, generator)
+        return (self.history_, self) if return_history else self
+
+    def fit_transform(
+        self, X: Any, y: Any = None, coordinates: Any = None, groups: Any = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Fit the model and return the factors E exp F of its samples.
+
+        Parameters
+        ----------
+        X, y, coordinates, groups
+            As for :meth:`fit`.
+        **kwargs
+            More arguments of :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+        """
+        self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
+        return get_factors(self)  # type: ignore[return-value]
+
+    def transform(
+        self, X: Any, coordinates: Any = None, groups: Any = None, *, size_factors: Any = None
+    ) -> np.ndarray:
+        """Find factors exp F for counts, given the loadings of the fit.
+
+        They maximise the Poisson likelihood, by multiplicative updates; the prior plays no part.
+        For the posterior of a new sample see :func:`~pnmf_pyro.transforms.transform_F`.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+        coordinates, groups : array-like, optional
+            For spatial models; an error otherwise.
+        size_factors : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+        """
+        check_is_fitted(self)
+        self._refuse_spatial(coordinates, groups)
+        counts, loadings, s = self._new_data(X, size_factors)
+        factors = factors_given_loadings(counts, loadings, s, max_iter=max(self.max_iter, 200))
+        return factors.cpu().numpy()
+
+    def inverse_transform(self, transformed: Any) -> np.ndarray:
+        """Return expected counts for factors, transformed @ components_, without size factors.
+
+        Parameters
+        ----------
+        transformed : array-like of shape (n_samples, n_components)
+            Factors exp F.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+        """
+        check_is_fitted(self)
+        factors = np.asarray(transformed)
+        if factors.ndim != 2 or factors.shape[1] != self.n_components_:
+            raise ValueError(
+                f"transformed must have shape (n_samples, {self.n_components_}); got "
+                f"{factors.shape}."
+            )
+        return factors @ self.components_
+
+    def score(self, X: Any, y: Any = None, *, size_factors: Any = None) -> float:
+        """Return the mean log-likelihood of samples given the loadings, in nats per sample.
+
+        The lower bound on log p(X | W) / n_samples in `lower-bound` mode, with the factors
+        integrated out under the prior: it does not rise merely because there are more components.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+        y : ignored
+        size_factors : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        counts, loadings, s = self._new_data(X, size_factors)
+        return held_out_bound(counts, loadings, s) / counts.shape[0]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save the fitted model to one file, which :meth:`load` reads without running code.
+
+        Parameters
+        ----------
+        path : path
+            Usually ending in .npz.
+        """
+        check_is_fitted(self)
+        header = {
+            "parameters": _plain(self.get_params(deep=False)),
+            "n_samples": self.model_.N,
+            "elbo": self.elbo_,
+            "dtype": str(self.components_.dtype),
+        }
+        arrays = {f"model.{k}": v.cpu().numpy() for k, v in self.model_.state_dict().items()}
+        arrays["history"] = np.asarray(self.history_, dtype=np.float64)
+        if hasattr(self, "feature_names_in_"):
+            arrays["feature_names"] = np.asarray(self.feature_names_in_, dtype=str)
+        write_archive(path, header, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PNMF:
+        """Open a model saved by :meth:`save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is damaged or is not a saved model.
+        """
+        header, arrays = read_archive(path)
+        try:
+            return cls._from_archive(header, arrays)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {error}.") from error
+
+    @classmethod
+    def _from_archive(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PNMF:
+        self = cls(**_restored(header["parameters"]))
+        state = {
+            name.removeprefix("model."): torch.from_numpy(array)
+            for name, array in arrays.items()
+            if name.startswith("model.")
+        }
+        shape = (len(state["W._raw"]), header["n_samples"])
+        model = self._empty_model(shape, state["W._raw"].dtype, state.get("size_factors"))
+        model.load_state_dict(state)
+        self.n_features_in_ = model.D
+        if "feature_names" in arrays:
+            self.feature_names_in_ = arrays["feature_names"].astype(object)
+        self._publish(model)
+        self.history_ = arrays["history"].tolist()
+        self.n_iter_ = len(self.history_)
+        self.elbo_ = header["elbo"]
+        return self
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.n_components_
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.input_tags.positive_only = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def _refuse_spatial(self, coordinates: Any, groups: Any) -> None:
+        if self.spatial:
+            raise ValueError(
+                "spatial=True is not available in this version: spatial priors (SVGP, MGGP, LCGP) "
+                "are still to come. Use spatial=False, which ignores where the samples are."
+            )
+        if coordinates is not None or groups is not None:
+            raise ValueError(
+                "coordinates and groups are used by spatial models only, and spatial=False. "
+                "Leave them out."
+            )
+
+    def _check_counts(self, X: Any, reset: bool) -> Counts:
+        if isinstance(X, torch.Tensor):
+            X = _tensor_to_matrix(X)
+        X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        counts = check_counts(X)
+        if reset:
+            warn_empty(counts, getattr(self, "feature_names_in_", None))
+        if reset and self.n_components > max(counts.shape):
+            raise ValueError(
+                f"n_components={self.n_components} is larger than both n_samples="
+                f"{counts.shape[0]} and n_features={counts.shape[1]}. Use fewer components."
+            )
+        return counts.to(check_device(self.device))
+
+    def _new_data(self, X: Any, size_factors: Any) -> tuple[Counts, torch.Tensor, Any]:
+        counts = self._check_counts(X, reset=False)
+        loadings = torch.from_numpy(self.components_.T.copy()).to(counts.values)
+        return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
+
+    def _empty_model(
+        self, shape: tuple[int, int], dtype: torch.dtype, size_factors: torch.Tensor | None
+    ) -> PoissonFactorization:
+        y = torch.empty(shape, dtype=dtype, device="meta")
+        prior = GaussianPrior(
+            y, self.n_components, use_natural_gradients=self.training_mode == "natural"
+        )
+        return PoissonFactorization(
+            prior, y, self.n_components, self.loadings_mode, self.mode, size_factors=size_factors
+        )
+
+    def _initial_model(
+        self, counts: Counts, size_factors: torch.Tensor | None, random: np.random.RandomState
+    ) -> PoissonFactorization:
+        matrix = counts.numpy()
+        if size_factors is not None:
+            matrix = _divide_rows(matrix, size_factors.cpu().numpy())
+        W, exp_F = initialize_factors(matrix, self.n_components, self.init, random)
+        model = self._empty_model(counts.shape[::-1], counts.dtype, size_factors)
+        model.assign(torch.from_numpy(W), torch.from_numpy(exp_F))
+        return model.to(counts.device)
+
+    def _optimizers(self, model: PoissonFactorization) -> list[torch.optim.Optimizer]:
+        natural = self.training_mode == "natural"
+        q, loadings = model.prior, [model.W.raw] if model.W.requires_grad else []
+        parameters = loadings if natural else [*q.parameters(), *loadings]
+        optimizers: list[torch.optim.Optimizer] = []
+        if natural:
+            optimizers.append(NaturalGradient(q.natural_parameters()))  # type: ignore[operator]
+        if parameters:
+            optimizers.append(OPTIMIZERS[self.optimizer](parameters, lr=self.learning_rate))
+        return optimizers
+
+    def _schedule(self) -> Schedule:
+        schedules: dict[str | None, Schedule] = {
+            "one_cycle": OneCycle(
+                self.scheduler_pct_start,
+                self.scheduler_div_factor,
+                self.scheduler_final_div_factor,
+            ),
+            "plateau": Plateau(self.scheduler_patience, self.scheduler_factor, self.min_lr),
+            None: Constant(),
+        }
+        return schedules[self.scheduler]
+
+    def _batches(self, counts: Counts, generator: torch.Generator) -> Batches:
+        return Batches(
+            counts,
+            self.batch_size,
+            self.y_batch_size,
+            self.shuffle,
+            self.scale_ll_D,
+            self.scale_kl_NM,
+            generator,
+        )
+
+    def _publish(self, model: PoissonFactorization) -> None:
+        """Make a model readable as this estimator's."""
+        self.model_ = model
+        self.components_ = np.ascontiguousarray(model.W.numpy().T)
+        self.n_components_ = self.n_components
+
+
+def _tensor_to_matrix(X: torch.Tensor) -> Any:
+    from pnmf_pyro.counts import as_counts
+
+    return X.detach().cpu().numpy() if X.layout == torch.strided else as_counts(X).numpy()
+
+
+def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
+    if isinstance(matrix, np.ndarray):
+        return matrix / divisors[:, None]
+    scaled = matrix.copy()
+    scaled.data /= np.repeat(divisors, np.diff(matrix.indptr))
+    return scaled
+
+
+def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Turn parameters into what JSON can hold; a RandomState is only where a seed came from."""
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
+    if not isinstance(plain["random_state"], int):
+        plain["random_state"] = None
+    return plain
+
+
+def _restored(parameters: dict[str, Any]) -> dict[str, Any]:
+    return parameters

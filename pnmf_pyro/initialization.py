@@ -1,0 +1,148 @@
+"""Where a fit starts: loadings and factors from the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.cluster import KMeans
+from sklearn.utils.extmath import randomized_svd
+
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.random_state import RandomState, check_random_state
+from pnmf_pyro.validation import check_choice, check_positive
+
+Matrix = np.ndarray | sp.csr_matrix
+Factors = tuple[np.ndarray, np.ndarray]
+
+# Smallest factor kept before taking logs, relative to the component's mean.
+FLOOR = 1e-2
+
+
+def initialize_factors(
+    X: Any,
+    n_components: int,
+    init: str | None = None,
+    random_state: RandomState = None,
+    scale_log_mu: bool = True,
+    target_std: float = 1.0,
+) -> Factors:
+    """Make loadings W and factors exp F to start from, X ~ exp(F) W^T.
+
+    Parameters
+    ----------
+    X : ndarray, Tensor, scipy sparse matrix or Counts of shape (n_samples, n_features)
+        Non-negative. Sparse input is never made dense.
+    n_components : int
+    init : {None, 'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'k-means'}
+        `random`: absolute values of normals times sqrt(X.mean() / n_components).
+        `nndsvd`: non-negative double singular value decomposition (Boutsidis and Gallopoulos
+        2008), with zeros filled by the mean of X (`nndsvda`) or by small random values
+        (`nndsvdar`). `k-means`: centres of clusters of samples, and factors that are largest for a
+        sample's own cluster. None: `nndsvda` where n_components <= min(n_samples, n_features), and
+        `random` otherwise.
+    random_state : int, RandomState, Generator or None
+    scale_log_mu : bool
+        Shift and scale the log-factors of each component to mean 0 and standard deviation
+        `target_std`, the scale of the prior; W is rescaled so that each component keeps its total.
+    target_std : float
+        Standard deviation of log exp F where `scale_log_mu` is true.
+
+    Returns
+    -------
+    W : ndarray of shape (n_features, n_components)
+    exp_F : ndarray of shape (n_samples, n_components)
+        Positive where `scale_log_mu` is true.
+
+    Raises
+    ------
+    ValueError
+        For an unknown `init`, and for one that needs no more components than samples or features.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pnmf_pyro.initialization import initialize_factors
+    >>> X = np.random.default_rng(0).poisson(5, size=(100, 50)).astype(np.float32)
+    >>> W, exp_F = initialize_factors(X, n_components=5, init='nndsvda', random_state=42)
+    >>> W.shape, exp_F.shape
+    ((50, 5), (100, 5))
+    """
+    check_choice("init", init, (*INITS, None))
+    check_positive("target_std", target_std)
+    matrix = as_counts(X).numpy()
+    if init is None:
+        init = "nndsvda" if n_components <= min(matrix.shape) else "random"
+    make, limit = INITS[init]
+    if n_components > limit(matrix.shape):
+        raise ValueError(
+            f"init={init!r} needs n_components <= {limit(matrix.shape)} for X of shape "
+            f"{matrix.shape}; got n_components={n_components}. Use init='random'."
+        )
+    exp_F, W = make(matrix, n_components, check_random_state(random_state))
+    return _scale_log(W, exp_F, target_std) if scale_log_mu else (W, exp_F)
+
+
+def _random(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    typical = np.sqrt(X.mean() / L)
+    exp_F = typical * np.abs(random.standard_normal((X.shape[0], L)))
+    W = typical * np.abs(random.standard_normal((X.shape[1], L)))
+    return exp_F.astype(X.dtype), W.astype(X.dtype)
+
+
+def _nndsvd(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    """Take the larger of the positive and the negative part of each singular pair."""
+    U, S, Vt = randomized_svd(X, L, random_state=random)
+    exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
+    exp_F[:, 0], W[:, 0] = np.sqrt(S[0]) * np.abs(U[:, 0]), np.sqrt(S[0]) * np.abs(Vt[0])
+    for k in range(1, L):
+        parts = [(np.maximum(sign * U[:, k], 0), np.maximum(sign * Vt[k], 0)) for sign in (1, -1)]
+        norms = [np.linalg.norm(u) * np.linalg.norm(v) for u, v in parts]
+        best = int(np.argmax(norms))
+        if norms[best] > 0:
+            u, v = (part / np.linalg.norm(part) for part in parts[best])
+            exp_F[:, k], W[:, k] = (np.sqrt(S[k] * norms[best]) * part for part in (u, v))
+    return exp_F.astype(X.dtype), W.astype(X.dtype)
+
+
+def _nndsvda(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    exp_F, W = _nndsvd(X, L, random)
+    return np.where(exp_F > 0, exp_F, X.mean()), np.where(W > 0, W, X.mean())
+
+
+def _nndsvdar(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    def fill(part: np.ndarray) -> np.ndarray:
+        small = np.abs(X.mean() * random.standard_normal(part.shape) / 100)
+        return np.where(part > 0, part, small.astype(part.dtype))
+
+    exp_F, W = _nndsvd(X, L, random)
+    return fill(exp_F), fill(W)
+
+
+def _k_means(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    clusters = KMeans(L, n_init=1, random_state=random).fit(X)
+    exp_F = np.full((X.shape[0], L), 1 / L, dtype=X.dtype)
+    exp_F[np.arange(X.shape[0]), clusters.labels_] += 1
+    W = np.maximum(clusters.cluster_centers_.T, 0) + FLOOR * X.mean()
+    return exp_F, W.astype(X.dtype) / 2
+
+
+INITS: dict[str, tuple[Callable[..., Factors], Callable[[tuple[int, int]], float]]] = {
+    "random": (_random, lambda shape: np.inf),
+    "nndsvd": (_nndsvd, min),
+    "nndsvda": (_nndsvda, min),
+    "nndsvdar": (_nndsvdar, min),
+    "k-means": (_k_means, lambda shape: shape[0]),
+}
+
+
+def _scale_log(W: np.ndarray, exp_F: np.ndarray, target_std: float) -> Factors:
+    totals = exp_F.sum(0)
+    floor = np.maximum(FLOOR * exp_F.mean(0), np.finfo(exp_F.dtype).tiny)
+    log_F = np.log(np.maximum(exp_F, floor))
+    spread = log_F.std(0)
+    log_F = (log_F - log_F.mean(0)) * (target_std / np.where(spread > 1e-6, spread, 1))
+    exp_F = np.exp(log_F)
+    return (W * (totals / exp_F.sum(0))).astype(W.dtype), exp_F.astype(W.dtype)

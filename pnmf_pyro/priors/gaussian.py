@@ -1,0 +1,194 @@
+"""Independent normal log-factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Normal
+from torch import Tensor, nn
+
+from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.data import Batch, take
+from pnmf_pyro.priors.base import Prior
+from pnmf_pyro.validation import check_positive
+
+
+class _MeanScale(nn.Module):
+    """N(mean, scale^2), each of shape (L, N), in mean and standard deviation."""
+
+    def __init__(self, L: int, N: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(L, N))
+        self.scale = PositiveParameter((L, N))
+
+    def normal(self, index: Tensor | None) -> Normal:
+        loc, scale = take(self.mean, index), take(self.scale.data, index)
+        return Normal(loc, scale, validate_args=False)
+
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        with torch.no_grad():
+            self.mean.copy_(mean)
+        self.scale.assign(scale)
+
+    @property
+    def theta1(self) -> Tensor:
+        return self.mean / self.scale.data.square()
+
+    @property
+    def theta2(self) -> Tensor:
+        return -0.5 / self.scale.data.square()
+
+
+class _Natural(nn.Module):
+    """N(mean, scale^2) in natural parameters mean / scale^2 and -1 / (2 scale^2)."""
+
+    def __init__(self, L: int, N: int):
+        super().__init__()
+        self.theta1 = nn.Parameter(torch.zeros(L, N))
+        self.theta2 = nn.Parameter(torch.full((L, N), -0.5))
+
+    def normal(self, index: Tensor | None) -> Normal:
+        theta1, theta2 = take(self.theta1, index), take(self.theta2, index)
+        variance = -0.5 / theta2
+        return Normal(theta1 * variance, variance.sqrt(), validate_args=False)
+
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        with torch.no_grad():
+            self.theta1.copy_(mean / scale.square())
+            self.theta2.copy_(-0.5 / scale.square())
+
+    @property
+    def mean(self) -> Tensor:
+        return -0.5 * self.theta1 / self.theta2
+
+    @property
+    def scale(self) -> Tensor:
+        return (-0.5 / self.theta2).sqrt()
+
+
+class GaussianPrior(Prior):
+    """F_il ~ N(0, scale_pf^2), independent, with q(F_il) = N(mean_il, scale_il^2).
+
+    Parameters
+    ----------
+    y : Tensor of shape (D, N)
+        Data; only its shape, floating-point type and device are used, so a tensor on the device
+        "meta" does.
+    L : int
+        Number of components.
+    scale_pf : float
+        Standard deviation of the prior.
+    use_natural_gradients : bool
+        Hold q in its natural parameters theta1 = mean / scale^2 and theta2 = -1 / (2 scale^2), for
+        training by :class:`~pnmf_pyro.optimizers.NaturalGradient`.
+
+    Attributes
+    ----------
+    mean, scale : Tensor or parameter of shape (L, N)
+        Of q; the trained parameters unless `use_natural_gradients`.
+    theta1, theta2 : Tensor or parameter of shape (L, N)
+        The same in natural parameters; the trained ones if `use_natural_gradients`.
+    scale_pf : Tensor
+        Standard deviation of the prior, fixed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pnmf_pyro.priors import GaussianPrior
+    >>> y = torch.randn(100, 50)  # 100 features, 50 samples
+    >>> prior = GaussianPrior(y, L=10)
+    >>> qF, pF = prior()
+    >>> tuple(qF.rsample((5,)).shape)
+    (5, 10, 50)
+    """
+
+    scale_pf: Tensor
+
+    def __init__(
+        self, y: Any, L: int = 10, scale_pf: float = 1.0, use_natural_gradients: bool = False
+    ):
+        super().__init__()
+        self.L = L
+        self.N = int(y.shape[1])
+        self.use_natural_gradients = use_natural_gradients
+        check_positive("scale_pf", scale_pf)
+        self.register_buffer("scale_pf", torch.tensor(float(scale_pf)))
+        self.q = (_Natural if use_natural_gradients else _MeanScale)(L, self.N)
+        like_data(self, y)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of q, (L, N)."""
+        return self.q.mean
+
+    @property
+    def scale(self) -> Any:
+        """Standard deviation of q, (L, N)."""
+        return self.q.scale
+
+    @property
+    def theta1(self) -> Tensor:
+        """First natural parameter of q, mean / scale^2, (L, N)."""
+        return self.q.theta1
+
+    @property
+    def theta2(self) -> Tensor:
+        """Second natural parameter of q, -1 / (2 scale^2), (L, N)."""
+        return self.q.theta2
+
+    def forward(self) -> tuple[Normal, Normal]:
+        """Return q(F) and p(F), each of shape (L, N)."""
+        return self.forward_batched(None)
+
+    def forward_batched(self, idx: Tensor | None) -> tuple[Normal, Normal]:
+        """Return q(F) and p(F) of the samples `idx`, each of shape (L, n).
+
+        Parameters
+        ----------
+        idx : Tensor of int64, or None for all samples
+        """
+        q = self.marginal(idx)
+        return q, Normal(torch.zeros_like(q.loc), self.scale_pf, validate_args=False)
+
+    def marginal(self, index: Tensor | None = None) -> Normal:
+        """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
+        return self.q.normal(index)
+
+    def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw F from the prior, shape (L, n)."""
+        with self.local_sites(batch, samples):
+            zero = torch.zeros_like(self.scale_pf)
+            return pyro.sample("F", Normal(zero, self.scale_pf, validate_args=False))
+
+    def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw F from q, shape (L, n)."""
+        with self.local_sites(batch, samples):
+            return pyro.sample("F", self.marginal(batch.samples))
+
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        """Set q to N(mean, scale^2), each of shape (L, N)."""
+        self.q.assign(mean, scale)
+
+    def natural_parameters(self) -> list[nn.Parameter]:
+        """Return theta1 and theta2 as parameters, for :class:`NaturalGradient`.
+
+        Raises
+        ------
+        ValueError
+            If the prior was made without `use_natural_gradients`.
+        """
+        if not self.use_natural_gradients:
+            raise ValueError(
+                "natural_parameters() needs GaussianPrior(..., use_natural_gradients=True); this "
+                "prior is trained in mean and scale."
+            )
+        return [self.q.theta1, self.q.theta2]
+
+
+def like_data(module: nn.Module, y: Any) -> nn.Module:
+    """Move a module to the floating-point type and the device of the data `y`, in place."""
+    if y.dtype.is_floating_point:
+        module.to(y.dtype)
+    return module if y.device.type == "meta" else module.to(y.device)

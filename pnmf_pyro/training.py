@@ -1,0 +1,290 @@
+"""The training loop: steps of stochastic variational inference until the ELBO has settled."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import SVI
+from sklearn.exceptions import ConvergenceWarning
+from torch import nn
+from tqdm.auto import tqdm
+
+from pnmf_pyro.data import Batch, Batches
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.optimizers import Constant, JointOptimizer, Schedule
+from pnmf_pyro.random_state import drawing_from
+
+logger = logging.getLogger("pnmf_pyro")
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass
+class Convergence:
+    """Decide from smoothed values of the ELBO whether a fit has converged.
+
+    The ELBO is averaged over windows of `window` steps. A window that rises by less than `tol`
+    times the size of the ELBO over the one before is quiet; `patience` quiet windows in a row are
+    convergence. One noisy step can therefore neither stop a fit nor keep it going.
+
+    Parameters
+    ----------
+    tol : float
+        0 never stops.
+    start : int
+        Steps to leave out at first, such as the warm-up of a learning rate.
+    window, patience : int
+    """
+
+    tol: float = 1e-4
+    start: int = 0
+    window: int = 10
+    patience: int = 3
+    _quiet: int = field(default=0, init=False)
+
+    def reached(self, history: Sequence[float]) -> bool:
+        """Say whether to stop, given all values so far; to be asked after each step."""
+        judged = len(history) - self.start
+        if self.tol <= 0 or judged < 2 * self.window or judged % self.window:
+            return False
+        rise, _ = self._rise(history, self.window)
+        self._quiet = self._quiet + 1 if rise < self.tol else 0
+        return self._quiet >= self.patience
+
+    def still_rising(self, history: Sequence[float]) -> bool:
+        """Say whether the ELBO rose at the end by more than `tol` and more than its own noise."""
+        window = min(self.window, len(history) // 2)
+        if window < 1:
+            return True
+        rise, noise = self._rise(history, window)
+        return rise > max(self.tol, 2 * noise, np.finfo(np.float32).eps)
+
+    @staticmethod
+    def _rise(history: Sequence[float], window: int) -> tuple[float, float]:
+        """Rise over the last two windows and its standard error, relative to the ELBO's size."""
+        recent = np.asarray(history[-2 * window :])
+        before, now = recent[:window].mean(), recent[window:].mean()
+        size = max(abs(now), np.finfo(float).tiny)
+        noise = np.sqrt(np.mean(np.diff(recent) ** 2) / window)
+        return float((now - before) / size), float(noise / size)
+
+
+@dataclass
+class TrainingResult:
+    """What a fit did.
+
+    Attributes
+    ----------
+    history : list of float
+        ELBO at each step, in nats for the whole data set; an estimate where steps are noisy.
+    converged : bool
+        Whether it stopped because the ELBO had settled.
+    failure : str or None
+        What stopped the fit early, where something did.
+    """
+
+    history: list[float]
+    converged: bool = False
+    failure: str | None = None
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    objective: FactorizationELBO,
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+    *,
+    max_iter: int = 200,
+    schedule: Schedule | None = None,
+    convergence: Convergence | None = None,
+    verbose: int = 0,
+    on_step: OnStep = lambda iteration, elbo: None,
+) -> TrainingResult:
+    """Train a model and its guide by `pyro.infer.SVI`.
+
+    Parameters
+    ----------
+    model : Module
+        With methods `model(batch)`, `guide(batch)` and `finish_step(batch, n_draws)`, such as a
+        :class:`~pnmf_pyro.models.PoissonFactorization`. Trained in place.
+    batches : iterable of Batch
+        At least `max_iter` of them; see :class:`~pnmf_pyro.data.Batches`.
+    objective : FactorizationELBO
+    optimizers : sequence of torch.optim.Optimizer
+        Each over its own parameters.
+    generator : torch.Generator
+        Source of all draws.
+    max_iter : int
+        Number of steps at most.
+    schedule : Schedule, optional
+        Of the learning rates; constant unless given.
+    convergence : Convergence, optional
+        When to stop; only at `max_iter` unless given.
+    verbose : int
+        Show a progress bar with the ELBO if positive.
+    on_step : callable
+        Called with the number of the step, from 1, and its ELBO.
+
+    Returns
+    -------
+    TrainingResult
+
+    Raises
+    ------
+    FloatingPointError
+        If the ELBO is not finite at the very start.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If `max_iter` ended the fit while the ELBO still rose, and if the ELBO became NaN or
+        infinite; the model is then left at the last state for which it was finite.
+
+    Notes
+    -----
+    The parameters are registered with Pyro in a scope of their own: the parameter store of the
+    caller is neither read nor changed.
+    """
+    schedule = schedule or Constant()
+    convergence = convergence or Convergence(tol=0.0)
+    checkpoint = _Checkpoint(model)
+    joint = JointOptimizer(optimizers, before_step=checkpoint.save)
+    device = next(model.parameters()).device
+    svi = SVI(_registered(model, "model"), _registered(model, "guide"), joint, objective)
+    adjust = [schedule.attach(optimizer, max_iter) for optimizer in optimizers]
+    result = TrainingResult([])
+    stream = iter(batches)
+    with (
+        pyro.get_param_store().scope(),
+        tqdm(total=max_iter, disable=not verbose, desc="ELBO") as progress,
+    ):
+        for iteration in range(1, max_iter + 1):
+            batch = next(stream)
+            try:
+                with drawing_from(generator, device), pyro.validation_enabled(iteration == 1):
+                    elbo = -svi.step(batch)
+                    model.finish_step(batch, objective.n_draws)
+            except FloatingPointError as error:
+                result.failure = _describe_failure(error, iteration, model, objective, batch)
+                checkpoint.restore()
+                break
+            result.history.append(elbo)
+            for one in adjust:
+                one(elbo)
+            progress.update()
+            progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
+            on_step(iteration, elbo)
+            if convergence.reached(result.history):
+                result.converged = True
+                break
+    _report(result, convergence, max_iter)
+    return result
+
+
+def evaluate_elbo(
+    model: nn.Module, batches: Batches, objective: FactorizationELBO, generator: torch.Generator
+) -> float:
+    """Return the ELBO of all the data as the model stands, in nats, in one pass.
+
+    A sum over batches, each of which estimates the whole, weighted by its share of the samples.
+    """
+    N = batches.counts.shape[0]
+    total = 0.0
+    with drawing_from(generator, batches.counts.device), pyro.validation_enabled(False):
+        for batch in batches.one_pass():
+            assert batch.counts is not None
+            share = batch.counts.shape[0] / N
+            total -= share * objective.loss(model.model, model.guide, batch)  # type: ignore[arg-type]
+    return total
+
+
+def _registered(model: nn.Module, name: str) -> Callable[[Batch], Any]:
+    """The program `name` of the model, with the model's parameters registered in Pyro's store."""
+    program = getattr(model, name)
+
+    def run(batch: Batch) -> Any:
+        with _evaluating(model):
+            pyro.module("factorization", model)
+        return program(batch)
+
+    return run
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    """Mark frozen parameters as meant: `pyro.module` warns of them while a module is training."""
+    training, model.training = model.training, False
+    try:
+        yield
+    finally:
+        model.training = training
+
+
+class _Checkpoint:
+    """A copy of the parameters for which the ELBO was last finite."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = [parameter.data for parameter in model.parameters()]
+        self.saved: list[torch.Tensor] | None = None
+
+    def save(self) -> None:
+        if self.saved is None:
+            self.saved = [torch.empty_like(parameter) for parameter in self.parameters]
+        torch._foreach_copy_(self.saved, self.parameters)
+
+    def restore(self) -> None:
+        if self.saved is not None:
+            torch._foreach_copy_(self.parameters, self.saved)
+
+
+def _describe_failure(
+    error: FloatingPointError,
+    iteration: int,
+    model: nn.Module,
+    objective: FactorizationELBO,
+    batch: Batch,
+) -> str:
+    """Say which quantity was the first to be NaN or infinite: a parameter, or a term."""
+    culprit = _first_not_finite(dict(model.named_parameters()))
+    if culprit is None:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            terms = objective.terms(model.model, model.guide, batch)  # type: ignore[arg-type]
+        culprit = _first_not_finite(terms) or "ELBO"
+    if iteration == 1:
+        raise FloatingPointError(
+            f"{error} before the first step: {culprit} is not finite. Check X for extreme values, "
+            "or start from another init."
+        ) from error
+    return f"{error} at iteration {iteration}: {culprit} is the first quantity that is not finite"
+
+
+def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
+    return next((name for name, q in quantities.items() if not bool(q.isfinite().all())), None)
+
+
+def _report(result: TrainingResult, convergence: Convergence, max_iter: int) -> None:
+    n_iter = len(result.history)
+    if result.failure:
+        message = (
+            f"The fit stopped: {result.failure}. It is left as it was at iteration {n_iter}, the "
+            "last with a finite ELBO. Use a smaller learning_rate or another loadings_mode."
+        )
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    elif not result.converged and convergence.still_rising(result.history):
+        message = (
+            f"The fit did not converge in max_iter={max_iter} iterations: the ELBO was still "
+            "rising. Increase max_iter or learning_rate, or accept a larger tol."
+        )
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    else:
+        ended = "converged" if result.converged else "ended"
+        logger.info("%s after %d iterations, ELBO %.6g", ended, n_iter, result.history[-1])

@@ -1,0 +1,403 @@
+"""Factors, their uncertainty and loadings of a fitted model, and inference with one side fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.distributions import Normal
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pnmf_pyro.conditional import (
+    conditional_model,
+    least_squares_loadings,
+    loadings_given_factors,
+)
+from pnmf_pyro.counts import Counts
+from pnmf_pyro.data import Batches, check_counts, check_size_factors
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.optimizers import OPTIMIZERS
+from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.training import Convergence, train
+from pnmf_pyro.validation import check_choice, check_device
+
+Array = np.ndarray | Tensor
+
+
+def log_factors(
+    model: Any, coordinates: Any = None, groups: Any = None, return_tensor: bool = False
+) -> Array:
+    """Return the log-factors: the mean mu of q(F) = N(mu, sigma^2).
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted.
+    coordinates, groups : array-like, optional
+        For spatial models.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_samples, n_components)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pnmf_pyro import PNMF
+    >>> from pnmf_pyro.transforms import log_factors
+    >>> X = np.random.default_rng(0).poisson(5, size=(30, 20))
+    >>> model = PNMF(n_components=5, tol=0.1, random_state=0).fit(X)
+    >>> log_factors(model).shape
+    (30, 5)
+    """
+    return log_factors_from_prior(_posterior(model, coordinates, groups), return_tensor)
+
+
+def factor_uncertainty(
+    model: Any,
+    return_variance: bool = False,
+    coordinates: Any = None,
+    groups: Any = None,
+    return_tensor: bool = False,
+) -> Array:
+    """Return the uncertainty of the log-factors: sigma, or sigma^2, of q(F) = N(mu, sigma^2).
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted.
+    return_variance : bool
+        Return variances rather than standard deviations.
+    coordinates, groups : array-like, optional
+        For spatial models.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_samples, n_components)
+    """
+    prior = _posterior(model, coordinates, groups)
+    return uncertainty_from_prior(prior, return_variance, return_tensor)
+
+
+def get_factors(
+    model: Any,
+    use_mgf: bool = True,
+    coordinates: Any = None,
+    groups: Any = None,
+    return_tensor: bool = False,
+) -> Array:
+    """Return the factors E exp F = exp(mu + sigma^2 / 2), or exp(mu).
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted.
+    use_mgf : bool
+        Return the expectation; if false, exp(mu).
+    coordinates, groups : array-like, optional
+        For spatial models.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_samples, n_components)
+    """
+    return factors_from_prior(_posterior(model, coordinates, groups), use_mgf, return_tensor)
+
+
+def factor_samples(
+    model: Any,
+    n_samples: int = 100,
+    return_exp: bool = False,
+    coordinates: Any = None,
+    groups: Any = None,
+    return_tensor: bool = False,
+    *,
+    random_state: RandomState = None,
+) -> Array:
+    """Draw log-factors from the variational posterior q(F).
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted.
+    n_samples : int
+        Number of draws.
+    return_exp : bool
+        Return exp F rather than F.
+    coordinates, groups : array-like, optional
+        For spatial models.
+    return_tensor : bool
+        Return a tensor rather than an array.
+    random_state : int, RandomState, Generator or None
+        Seed of the draws; None for different ones at each call.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_samples, n_data_samples, n_components)
+    """
+    q = _posterior(model, coordinates, groups).marginal()
+    with torch.no_grad(), drawing_from(torch_generator(random_state), q.loc.device):
+        draws = q.rsample(torch.Size([n_samples])).mT
+    return _output(draws.exp() if return_exp else draws, return_tensor)
+
+
+def get_loadings(model: Any, return_tensor: bool = False) -> Array:
+    """Return the loadings W, non-negative.
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Need not be fitted in the second case.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_features, n_components)
+    """
+    return _output(_module(model).W.data, return_tensor)
+
+
+def get_prior(model: Any) -> Prior:
+    """Return the prior, which holds the variational distribution.
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+
+    Returns
+    -------
+    Prior
+        A :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F).
+    """
+    return _module(model).prior
+
+
+def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
+    """Return the mean of q(F), shape (n_samples, n_components).
+
+    Parameters
+    ----------
+    prior : Prior
+    return_tensor : bool
+        Return a tensor rather than an array.
+    """
+    return _output(_marginal(prior).loc.T, return_tensor)
+
+
+def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
+    """Return E exp F = exp(mu + sigma^2 / 2) or exp(mu), shape (n_samples, n_components).
+
+    Parameters
+    ----------
+    prior : Prior
+    use_mgf : bool
+        Return the expectation; if false, exp(mu).
+    return_tensor : bool
+        Return a tensor rather than an array.
+    """
+    q = _marginal(prior)
+    log = q.loc + q.variance / 2 if use_mgf else q.loc
+    return _output(log.exp().T, return_tensor)
+
+
+def uncertainty_from_prior(
+    prior: Prior, return_variance: bool = False, return_tensor: bool = False
+) -> Array:
+    """Return the standard deviation or variance of q(F), shape (n_samples, n_components).
+
+    Parameters
+    ----------
+    prior : Prior
+    return_variance : bool
+        Return variances rather than standard deviations.
+    return_tensor : bool
+        Return a tensor rather than an array.
+    """
+    q = _marginal(prior)
+    return _output((q.variance if return_variance else q.scale).T, return_tensor)
+
+
+def transform_F(
+    X: Any,
+    W: Any,
+    n_components: int | None = None,
+    mode: str = "expanded",
+    E: int = 3,
+    max_iter: int = 200,
+    tol: float = 1e-4,
+    learning_rate: float = 0.01,
+    verbose: bool = False,
+    device: str = "auto",
+    return_prior: bool = False,
+    *,
+    size_factors: Any = None,
+    random_state: RandomState = 0,
+) -> Array | GaussianPrior:
+    """Infer q(F) for data, given loadings.
+
+    Starts from the maximum-likelihood factors with the scales that belong to them, and trains by
+    Adam.
+
+    Parameters
+    ----------
+    X : array-like or sparse matrix of shape (n_samples, n_features)
+    W : array-like of shape (n_features, n_components)
+        Loadings, fixed.
+    n_components : int, optional
+        Checked against W where given.
+    mode : {'simple', 'expanded', 'lower-bound'}
+        Form of the ELBO.
+    E : int
+        Draws at each step.
+    max_iter : int
+        Number of steps at most.
+    tol : float
+        Relative rise of the smoothed ELBO below which to stop.
+    learning_rate : float
+    verbose : bool
+        Show a progress bar.
+    device : {'cpu', 'cuda', 'mps', 'auto'}
+    return_prior : bool
+        Return the prior with the fitted q rather than the factors.
+    size_factors : array-like of shape (n_samples,), optional
+    random_state : int, RandomState, Generator or None
+
+    Returns
+    -------
+    ndarray of shape (n_samples, n_components), or GaussianPrior
+        E exp F, or the prior.
+    """
+    counts = check_counts(X).to(check_device(device))
+    loadings = _fixed(W, counts, counts.shape[1], n_components, "W", "features")
+    s = check_size_factors(size_factors, counts.shape[0], counts)
+    model = conditional_model(counts, loadings, mode, s)
+    optimizer = OPTIMIZERS["Adam"](model.prior.parameters(), lr=learning_rate)
+    train(
+        model,
+        Batches(counts),
+        FactorizationELBO(mode, E),
+        [optimizer],
+        torch_generator(random_state),
+        max_iter=max_iter,
+        convergence=Convergence(tol),
+        verbose=int(verbose),
+    )
+    return model.prior if return_prior else factors_from_prior(model.prior)  # type: ignore
+
+
+def transform_W(
+    X: Any,
+    F: Any,
+    W_init: Any = None,
+    n_components: int | None = None,
+    max_iter: int = 100,
+    tol: float = 1e-4,
+    verbose: bool = False,
+    device: str = "auto",
+    *,
+    loss: str = "poisson",
+    size_factors: Any = None,
+) -> np.ndarray:
+    """Find loadings for data, given factors in exp-space, by multiplicative updates.
+
+    Parameters
+    ----------
+    X : array-like or sparse matrix of shape (n_samples, n_features)
+    F : array-like of shape (n_samples, n_components)
+        Factors exp F, fixed.
+    W_init : array-like of shape (n_features, n_components), optional
+        Loadings to start from; each feature's mean spread over the components unless given. With
+        F fixed the problem is convex, so the start decides only how long it takes.
+    n_components : int, optional
+        Checked against F where given.
+    max_iter : int
+        Number of updates at most.
+    tol : float
+        Relative change of a feature's loadings below which they are left alone.
+    verbose : bool
+        Show a progress bar.
+    device : {'cpu', 'cuda', 'mps', 'auto'}
+    loss : {'poisson', 'frobenius'}
+        `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
+        for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
+        W <- W (X^T F) / (W F^T F).
+    size_factors : array-like of shape (n_samples,), optional
+
+    Returns
+    -------
+    ndarray of shape (n_features, n_components)
+    """
+    check_choice("loss", loss, ("poisson", "frobenius"))
+    counts = check_counts(X).to(check_device(device))
+    factors = _fixed(F, counts, counts.shape[0], n_components, "F", "samples")
+    s = check_size_factors(size_factors, counts.shape[0], counts)
+    if s is not None:
+        factors = factors * s[:, None]
+    start = None
+    if W_init is not None:
+        start = _fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
+    solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
+    with tqdm(total=max_iter, disable=not verbose, desc="updates") as progress:
+        W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
+    return _output(W, False)  # type: ignore[return-value]
+
+
+def _fixed(
+    values: Any, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
+) -> Tensor:
+    """Check the side of the factorisation that is given, and return it like the counts."""
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or len(matrix) != n_rows:
+        raise ValueError(
+            f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
+            f"each component; got shape {matrix.shape}."
+        )
+    if n_components is not None and matrix.shape[1] != n_components:
+        raise ValueError(
+            f"{name} must have n_components={n_components} columns; it has {matrix.shape[1]}."
+        )
+    if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
+        raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
+    return torch.from_numpy(matrix).to(counts.device, counts.dtype)
+
+
+def _module(model: Any) -> PoissonFactorization:
+    if isinstance(model, PoissonFactorization):
+        return model
+    if not hasattr(model, "model_"):
+        raise NotFittedError(
+            f"This {type(model).__name__} is not fitted yet. Call fit before asking for factors."
+        )
+    return model.model_
+
+
+def _posterior(model: Any, coordinates: Any, groups: Any) -> Prior:
+    prior = _module(model).prior
+    if coordinates is not None or groups is not None:
+        raise ValueError(
+            "coordinates and groups are for spatial models; this model is not spatial. "
+            "Leave them out."
+        )
+    return prior
+
+
+def _marginal(prior: Prior) -> Normal:
+    with torch.no_grad():
+        return prior.marginal()
+
+
+def _output(values: Tensor, return_tensor: bool) -> Array:
+    values = values.detach()
+    return values.contiguous() if return_tensor else values.cpu().contiguous().numpy()

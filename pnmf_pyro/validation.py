@@ -1,0 +1,54 @@
+"""Checks of options that several modules share, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+DEVICES = ("cpu", "cuda", "mps", "auto")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
+    """Return `value` if it is one of `choices`; raise a ValueError naming `name` otherwise."""
+    if not any(value is choice or value == choice for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}.")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above zero; raise a ValueError otherwise."""
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
+    return value
+
+
+def check_device(device: str) -> torch.device:
+    """Choose the device to compute on.
+
+    Parameters
+    ----------
+    device : {'cpu', 'cuda', 'mps', 'auto'}
+        ``'auto'`` takes CUDA where there is one and the CPU otherwise.
+
+    Raises
+    ------
+    ValueError
+        For another word, and for a device that this machine does not have or that lacks float64.
+    """
+    check_choice("device", device, DEVICES)
+    if device == "mps":
+        raise ValueError(
+            "device='mps' is not supported: the ELBO is summed in float64, which Apple's backend "
+            "lacks. Use device='cpu'."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda' was asked for, but torch sees no CUDA device. "
+            "Use device='auto' or 'cpu', or install a CUDA build of torch."
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
