@@ -214,8 +214,8 @@ def held_out_bound(
         objective,
         [NaturalGradient(prior.natural_parameters())],
         generator,
-        max_iter=100,
-        convergence=Convergence(1e-6, window=2, patience=2),
+        max_iter=500,
+        convergence=Convergence(1e-6, window=5, patience=1),
     )
     return evaluate_elbo(model, batches, objective, generator)
 

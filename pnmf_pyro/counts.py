@@ -32,6 +32,10 @@ from torch import Tensor
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
 
+with warnings.catch_warnings():  # torch says once in a process that CSR is a young feature
+    warnings.simplefilter("ignore", UserWarning)
+    torch.zeros(1, 1).to_sparse_csr()
+
 
 class Counts(ABC):
     """A non-negative matrix X of shape (n, d), samples by features.
@@ -274,9 +278,8 @@ class SparseCounts(Counts):
 
     @property
     def cuts(self) -> list[int]:  # noqa: D102
-        marks = torch.arange(BLOCK_ENTRIES, len(self.values), BLOCK_ENTRIES, device=self.device)
-        inner = torch.searchsorted(self.row_starts, marks).unique().tolist()
-        return sorted({0, *inner, self.shape[0]})
+        marks = self.row_starts.new_tensor(range(BLOCK_ENTRIES, len(self.values), BLOCK_ENTRIES))
+        return sorted({0, *torch.searchsorted(self.row_starts, marks).tolist(), self.shape[0]})
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -292,9 +295,7 @@ def _has_sampled_addmm(device: torch.device, dtype: torch.dtype) -> bool:
     if key not in _SAMPLED_ADDMM:
         one = torch.ones(1, 1, device=device, dtype=dtype)
         ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        with warnings.catch_warnings():  # torch announces once that CSR is a young feature
-            warnings.simplefilter("ignore", UserWarning)
-            pattern = _csr(ends, ends[:1], one[0], (1, 1))
+        pattern = _csr(ends, ends[:1], one[0], (1, 1))
         try:
             torch.sparse.sampled_addmm(pattern, one, one, beta=0.0)
             _SAMPLED_ADDMM[key] = True

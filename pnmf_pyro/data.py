@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -300,3 +301,43 @@ def library_size_factors(counts: Counts) -> np.ndarray:
     totals = counts.row_totals.cpu().numpy()
     totals = np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
     return totals / totals.mean()
+
+
+def thin_counts(
+    X: Any, fraction: float, random: np.random.RandomState
+) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray | sp.csr_matrix]:
+    """Split counts into two tables of the same shape that are independent if X is Poisson.
+
+    Each count goes to the first table with probability `fraction`, and to the second otherwise
+    (binomial thinning): so what a model learns from one can be tested on the other.
+
+    Parameters
+    ----------
+    X : ndarray or sparse matrix of shape (n, d)
+        Whole numbers.
+    fraction : float in (0, 1)
+    random : RandomState
+
+    Returns
+    -------
+    first, second : ndarray or CSR matrix of shape (n, d)
+
+    Raises
+    ------
+    ValueError
+        If X does not hold whole numbers.
+    """
+    matrix = as_counts(_numeric_matrix(X)).numpy()
+    entries = matrix.data if sp.issparse(matrix) else matrix
+    whole = np.asarray(entries).astype(np.int64)
+    if not np.array_equal(whole, entries):
+        raise ValueError("X must hold whole numbers to be thinned; pass the raw counts.")
+    drawn = random.binomial(whole, fraction).astype(matrix.dtype)
+    if not sp.issparse(matrix):
+        return drawn, matrix - drawn
+    first = matrix.copy()
+    first.data = drawn
+    second = matrix - first
+    first.eliminate_zeros()
+    second.eliminate_zeros()
+    return first, second

@@ -14,7 +14,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
-from pnmf_pyro.counts import Counts
+from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.elbo import FactorizationELBO
@@ -90,9 +90,12 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Samples and features in a minibatch; all unless given.
     shuffle : bool
         Visit samples and features in a new random order in each pass.
-    spatial, local, kernel, multigroup, num_inducing, lengthscale, sigma, group_diff_param, jitter, \
+    spatial : bool
+        Smooth factors over space. This version does not have spatial priors yet: true is an error.
+    local, kernel, multigroup, num_inducing, lengthscale, sigma, group_diff_param, jitter
+        Of spatial models.
     train_lengthscale, cholesky_mode, diagonal_only, inducing_allocation, K, precompute_knn, neighbors
-        Of spatial models, which this version does not have yet: `spatial=True` is an error.
+        Of spatial models.
     scale_ll_D : bool
         Scale the likelihood of a batch of features to that of all features.
     scale_kl_NM : bool
@@ -365,7 +368,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return factors.cpu().numpy()
 
     def inverse_transform(self, transformed: Any) -> np.ndarray:
-        """Return expected counts for factors, transformed @ components_, without size factors.
+        """Return expected counts for factors, without size factors: transformed times `components_`.
 
         Parameters
         ----------
@@ -445,7 +448,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     @classmethod
     def _from_archive(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PNMF:
-        self = cls(**_restored(header["parameters"]))
+        self = cls(**header["parameters"])
         state = {
             name.removeprefix("model."): torch.from_numpy(array)
             for name, array in arrays.items()
@@ -488,7 +491,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def _check_counts(self, X: Any, reset: bool) -> Counts:
         if isinstance(X, torch.Tensor):
-            X = _tensor_to_matrix(X)
+            X = as_counts(X.detach()).numpy()
         X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype="numeric")
         counts = check_counts(X)
         if reset:
@@ -568,12 +571,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.n_components_ = self.n_components
 
 
-def _tensor_to_matrix(X: torch.Tensor) -> Any:
-    from pnmf_pyro.counts import as_counts
-
-    return X.detach().cpu().numpy() if X.layout == torch.strided else as_counts(X).numpy()
-
-
 def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
     if isinstance(matrix, np.ndarray):
         return matrix / divisors[:, None]
@@ -588,7 +585,3 @@ def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(plain["random_state"], int):
         plain["random_state"] = None
     return plain
-
-
-def _restored(parameters: dict[str, Any]) -> dict[str, Any]:
-    return parameters

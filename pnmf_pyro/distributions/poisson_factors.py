@@ -162,3 +162,26 @@ class PoissonFactors(TorchDistribution):
 
     def _scaled(self, factors: Tensor) -> Tensor:
         return factors if self.size_factors is None else factors * self.size_factors
+
+
+def mean_deviance(value: Any, factors: Tensor, loadings: Tensor) -> float:
+    r"""Return the Poisson deviance of counts from rates, averaged over all n d entries.
+
+    .. math:: \frac{2}{n d} \sum_{ij} \left(X_{ij} \log \frac{X_{ij}}{\mu_{ij}} - X_{ij}
+        + \mu_{ij}\right), \qquad \mu = \mathrm{factors} \; \mathrm{loadings}^T
+
+    Only stored entries are visited where the counts are sparse.
+
+    Parameters
+    ----------
+    value : Counts, Tensor or scipy sparse matrix of shape (n, d)
+    factors : Tensor of shape (n, L)
+        Times size factors where there are any.
+    loadings : Tensor of shape (d, L)
+    """
+    counts = as_counts(value)
+    n, d = counts.shape
+    saturated = [block.row_sums(torch.xlogy(b := block.values, b) - b) for _, block in counts.blocks()]
+    total_rate = factors.sum(0, dtype=torch.float64) @ loadings.sum(0, dtype=torch.float64)
+    fitted = log_rate(counts, factors, loadings).sum()
+    return float(2 * (torch.cat(saturated).sum() - fitted + total_rate) / (n * d))
