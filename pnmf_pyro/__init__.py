@@ -1,7 +1,9 @@
 """Probabilistic non-negative matrix factorisation of counts, as a Pyro program."""
 
+from importlib.metadata import version
+
 from pnmf_pyro.estimator import PNMF
 
-__version__ = "0.1.0"
+__version__ = version("pnmf-pyro")
 
 __all__ = ["PNMF", "__version__"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,6 @@ def settings(model: Any) -> dict[str, Any]:
 
     Parameters that are None, which HDF5 cannot hold, are left out.
     """
-    import pnmf_pyro
-
     parameters = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in model.get_params(deep=False).items()
@@ -63,7 +62,7 @@ def settings(model: Any) -> dict[str, Any]:
         "parameters": parameters,
         "elbo": float(model.elbo_),
         "n_iter": int(model.n_iter_),
-        "version": pnmf_pyro.__version__,
+        "version": version("pnmf-pyro"),
     }
 
 

@@ -286,7 +286,7 @@ def check_size_factors(size_factors: Any, n_samples: int, like: Counts) -> Tenso
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise ValueError(
             "size_factors must be positive and finite; the lowest is "
-            f"{np.nanmin(values):g}. For a sample without counts use any positive number."
+            f"{values.min():g}. For a sample without counts use any positive number."
         )
     return torch.from_numpy(values).to(like.device, like.dtype)
 

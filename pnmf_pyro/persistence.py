@@ -65,12 +65,12 @@ def read_archive(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.
         If the file is damaged, is of another kind or was written by a newer version.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(str(arrays.pop(_HEADER)))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is not a model saved by pnmf_pyro, or it is damaged ({error}). "
             "Save it again with PNMF.save."

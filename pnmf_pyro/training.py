@@ -24,6 +24,9 @@ from pnmf_pyro.random_state import drawing_from
 
 logger = logging.getLogger("pnmf_pyro")
 
+# Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
+LEAST_TREND = 1e-5
+
 OnStep = Callable[[int, float], None]
 
 
@@ -65,7 +68,7 @@ class Convergence:
         if window < 1:
             return True
         rise, noise = self._rise(history, window)
-        return rise > max(self.tol, 2 * noise, np.finfo(np.float32).eps)
+        return rise > max(self.tol, LEAST_TREND, 2 * noise)
 
     @staticmethod
     def _rise(history: Sequence[float], window: int) -> tuple[float, float]:

@@ -1,0 +1,238 @@
+"""PNMF: signature, attributes, reproducibility, callbacks, minibatches, and use as a Pyro program."""
+
+import inspect
+
+import numpy as np
+import pyro
+import pytest
+import scipy.sparse as sp
+import torch
+from pyro.infer import Predictive, Trace_ELBO
+from sklearn.exceptions import ConvergenceWarning
+
+from pnmf_pyro import PNMF
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import Batch
+from pnmf_pyro.transforms import get_factors, log_factors
+from tests.conftest import NATURAL, simulate
+
+# From the API reference, in its order.
+SIGNATURE = {
+    "n_components": 10,
+    "loadings_mode": "projected",
+    "mode": "expanded",
+    "training_mode": "standard",
+    "E": 3,
+    "max_iter": 200,
+    "tol": 0.0001,
+    "learning_rate": 0.01,
+    "optimizer": "Adam",
+    "random_state": None,
+    "verbose": False,
+    "device": "auto",
+    "init": "random",
+    "scheduler": "one_cycle",
+    "scheduler_patience": 200,
+    "scheduler_factor": 0.8,
+    "scheduler_pct_start": 0.3,
+    "scheduler_div_factor": 25.0,
+    "scheduler_final_div_factor": 10000.0,
+    "min_lr": 1e-05,
+    "batch_size": None,
+    "y_batch_size": None,
+    "shuffle": True,
+    "spatial": False,
+    "local": False,
+    "kernel": "Matern32",
+    "multigroup": False,
+    "num_inducing": 3000,
+    "lengthscale": 1.0,
+    "sigma": 1.0,
+    "group_diff_param": 10.0,
+    "jitter": 1e-05,
+    "train_lengthscale": False,
+    "cholesky_mode": "exp",
+    "diagonal_only": False,
+    "inducing_allocation": "proportional",
+    "K": 50,
+    "precompute_knn": True,
+    "neighbors": "knn",
+    "scale_ll_D": True,
+    "scale_kl_NM": True,
+}
+
+
+def quick(**parameters):
+    return PNMF(**{"n_components": 3, "tol": 0.05, "random_state": 0, **parameters})
+
+
+def test_signature_is_that_of_the_reference():
+    parameters = inspect.signature(PNMF).parameters
+    assert list(parameters)[: len(SIGNATURE)] == list(SIGNATURE)
+    assert {name: p.default for name, p in parameters.items() if name in SIGNATURE} == SIGNATURE
+    fit = list(inspect.signature(PNMF.fit).parameters)
+    assert fit[1:8] == [
+        "X", "y", "coordinates", "groups", "return_history", "callback", "callback_interval",
+    ]  # fmt: skip
+
+
+def test_attributes(fitted, counts):
+    assert fitted.components_.shape == (3, 25)
+    assert (fitted.n_components_, fitted.n_features_in_) == (3, 25)
+    assert fitted.n_iter_ == len(fitted.history_)
+    assert isinstance(fitted.elbo_, float)
+    assert fitted.components_.dtype == np.float32
+    np.testing.assert_allclose(
+        fitted.inverse_transform(get_factors(fitted)), get_factors(fitted) @ fitted.components_
+    )
+
+
+def test_return_history(counts):
+    history, model = quick().fit(counts, return_history=True)
+    assert history is model.history_
+    assert all(isinstance(value, float) for value in history)
+
+
+@pytest.mark.parametrize("parameters", [{}, NATURAL, {"batch_size": 20, "y_batch_size": 10}])
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+def test_one_seed_gives_the_same_bits(parameters, form, counts):
+    first, second = (quick(**parameters).fit(form(counts)) for _ in range(2))
+    assert first.history_ == second.history_
+    assert first.elbo_ == second.elbo_
+    np.testing.assert_array_equal(first.components_, second.components_)
+    other = quick(**parameters, random_state=1).fit(form(counts)) if not parameters else None
+    assert other is None or not np.array_equal(other.components_, first.components_)
+
+
+def test_random_states(counts):
+    same = [quick(random_state=r).fit(counts).elbo_ for r in (5, np.random.RandomState(5))]
+    assert same[0] == same[1]
+    different = [quick(random_state=None).fit(counts).elbo_ for _ in range(2)]
+    assert different[0] != different[1]
+
+
+def global_state():
+    return (
+        torch.random.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        dict(pyro.get_param_store().items()),
+    )
+
+
+@pytest.mark.parametrize("random_state", [0, None])
+def test_no_global_state_is_read_or_moved(random_state, counts):
+    with pyro.get_param_store().scope():
+        pyro.param("mine", torch.ones(2))
+        before = global_state()
+        model = quick(random_state=random_state).fit(counts)
+        model.transform(counts)
+        model.score(counts)
+        assert global_state() == before
+    torch.random.manual_seed(1)
+    first = quick().fit(counts).elbo_
+    torch.random.manual_seed(2)
+    assert quick().fit(counts).elbo_ == first
+
+
+def test_callback_sees_the_fit_as_it_stands(counts):
+    seen = []
+
+    def callback(model, iteration, elbo):
+        assert elbo == pytest.approx(elbo)
+        seen.append((iteration, elbo, model.components_.copy(), log_factors(model).copy()))
+
+    model = PNMF(3, max_iter=50, tol=0.0, random_state=0)
+    with pytest.warns(ConvergenceWarning):
+        model.fit(counts, callback=callback, callback_interval=20)
+    assert [entry[0] for entry in seen] == [20, 40]
+    assert [entry[1] for entry in seen] == [model.history_[19], model.history_[39]]
+    assert not np.array_equal(seen[0][2], seen[1][2])
+    assert not np.array_equal(seen[1][3], log_factors(model))
+
+
+@pytest.mark.parametrize("loadings_mode", ["softplus", "exp", "projected", "multiplicative"])
+@pytest.mark.parametrize("mode", ["simple", "expanded", "lower-bound"])
+def test_every_mode_raises_the_elbo(mode, loadings_mode, counts):
+    model = quick(mode=mode, loadings_mode=loadings_mode, learning_rate=0.05, tol=1e-3)
+    model.fit(counts)
+    assert model.elbo_ > model.history_[0] + 500
+    assert (model.components_ >= 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "NAdam", "SGD", "RMSprop"])
+def test_every_optimizer_raises_the_elbo(optimizer, counts):
+    rate = 1e-4 if optimizer == "SGD" else 0.03
+    model = quick(optimizer=optimizer, learning_rate=rate, tol=0.02).fit(counts)
+    assert model.elbo_ > model.history_[0] + 100
+
+
+def test_natural_steps_never_lower_the_bound(fitted):
+    assert (np.diff(fitted.history_) > -1e-6 * abs(fitted.elbo_)).all()
+    assert fitted.elbo_ >= fitted.history_[-1] - 1e-6 * abs(fitted.elbo_)
+
+
+def test_minibatches_reach_the_same_bound(counts):
+    settings = {"mode": "lower-bound", "loadings_mode": "softplus", "learning_rate": 0.05}
+    full = quick(**settings, max_iter=600, tol=0).fit(counts)
+    batched = quick(**settings, max_iter=1500, tol=0, batch_size=20, y_batch_size=13)
+    assert batched.fit(counts).elbo_ == pytest.approx(full.elbo_, rel=5e-3)
+
+
+def test_batches_without_shuffling_do_not_depend_on_their_order_of_drawing(counts):
+    model = quick(batch_size=40, shuffle=False, E=1).fit(counts)
+    again = quick(batch_size=40, shuffle=True, E=1).fit(counts)
+    assert model.history_ != again.history_
+
+
+def test_size_factors_move_depth_out_of_the_factors():
+    X, _, _ = simulate(3, 60, 30, 2, mean=20)
+    depth = np.linspace(1, 6, 60)
+    deep = np.random.default_rng(0).poisson(X * depth[:, None])
+    plain = PNMF(2, random_state=0, max_iter=300, **NATURAL).fit(X)
+    model = PNMF(2, random_state=0, max_iter=300, **NATURAL).fit(deep, size_factors=depth)
+    found, expected = (m.inverse_transform(get_factors(m)) for m in (model, plain))
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.97
+    assert found.mean() == pytest.approx(expected.mean(), rel=0.05)
+    transformed = model.transform(deep, size_factors=depth) @ model.components_
+    assert transformed.mean() == pytest.approx(X.mean(), rel=0.05)
+    assert model.score(deep, size_factors=depth) > model.score(deep)
+
+
+def test_convergence_warning_only_with_a_trend_left(counts):
+    with pytest.warns(ConvergenceWarning, match="max_iter=15"):
+        quick(max_iter=15, tol=1e-4).fit(counts)
+    quick(max_iter=400, learning_rate=0.05, tol=1e-9).fit(counts)  # settled: no warning
+
+
+def test_verbose_shows_the_elbo(counts, capsys):
+    quick(verbose=True).fit(counts)
+    assert "ELBO" in capsys.readouterr().err
+    quick().fit(counts)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_fitted_model_is_a_pyro_program(fitted, counts):
+    module = fitted.model_
+    prior = Predictive(module.model, num_samples=4)()
+    assert prior["X"].shape == (4, 1, *counts.shape)
+    posterior = Predictive(module.model, guide=module.guide, num_samples=200)
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        replicated = posterior()["X"].squeeze()
+    assert replicated.mean() == pytest.approx(counts.mean(), rel=0.02)
+    batch = Batch(as_counts(counts))
+    loss = Trace_ELBO().loss(module.model, module.guide, batch)
+    assert np.isfinite(loss)
+
+
+def test_score_prefers_the_true_loadings(fitted, counts):
+    held_out, _, _ = simulate(0, 80, 25, 3)
+    shuffled = PNMF(3, random_state=0, max_iter=500, **NATURAL).fit(counts)
+    shuffled.components_ = shuffled.components_[:, ::-1].copy()
+    assert fitted.score(held_out) > shuffled.score(held_out) + 1
+
+
+def test_score_is_close_to_the_elbo_of_the_training_data(fitted, counts):
+    assert fitted.score(counts) == pytest.approx(fitted.elbo_ / len(counts), rel=1e-3)

@@ -1,0 +1,105 @@
+"""When a fit stops, and what it does then."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import Batches
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.random_state import torch_generator
+from pnmf_pyro.training import Convergence, evaluate_elbo, train
+
+
+def steps_until_reached(convergence, values):
+    history = []
+    for value in values:
+        history.append(value)
+        if convergence.reached(history):
+            return len(history)
+    return None
+
+
+def test_one_quiet_or_noisy_step_decides_nothing():
+    rising = -1e4 + 50.0 * np.arange(60)
+    rising[30:32] = rising[30]  # one step without a rise
+    assert steps_until_reached(Convergence(1e-4), rising) is None
+
+
+def test_flat_noise_converges_after_patience():
+    noise = np.random.default_rng(0).normal(0, 0.1, 200)
+    assert steps_until_reached(Convergence(1e-4), -1e4 + noise) == 40
+
+
+def test_steps_before_start_are_not_judged():
+    assert steps_until_reached(Convergence(1e-4, start=50), np.full(200, -1e4)) == 90
+
+
+def test_a_larger_tol_stops_earlier_and_zero_never():
+    values = -1e4 - 1e4 * np.exp(-np.arange(400) / 40)
+    stops = [steps_until_reached(Convergence(tol), values) for tol in (1e-2, 1e-3, 1e-4)]
+    assert stops == sorted(stops)
+    assert len(set(stops)) == 3
+    assert steps_until_reached(Convergence(0), np.full(400, -1.0)) is None
+
+
+def test_still_rising_knows_a_trend_from_noise():
+    random = np.random.default_rng(0)
+    assert Convergence(1e-4).still_rising(-1e4 + 10.0 * np.arange(40))
+    assert not Convergence(1e-4).still_rising(-1e4 + random.normal(0, 1e2, 40))
+    assert not Convergence(1e-4).still_rising(np.full(40, -1e4))
+    assert Convergence(1e-4).still_rising([-1.0])
+
+
+@pytest.fixture
+def problem(counts):
+    data = as_counts(counts)
+    y = torch.from_numpy(counts.T)
+    model = PoissonFactorization(GaussianPrior(y, 3), y, 3, random_state=0)
+    return model, Batches(data), FactorizationELBO("expanded", 2)
+
+
+def test_a_fit_from_nan_says_what_is_not_finite(problem):
+    model, batches, objective = problem
+    with torch.no_grad():
+        model.prior.mean[0, 0] = torch.nan
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(FloatingPointError, match=r"prior\.q\.mean is not finite"):
+        train(model, batches, objective, [optimizer], torch_generator(0), max_iter=3)
+
+
+def test_the_last_finite_state_is_restored(problem):
+    model, batches, objective = problem
+
+    def poison(iteration, elbo):
+        if iteration == 5:
+            with torch.no_grad():
+                model.W.raw[2, 1] = torch.inf
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with pytest.warns(ConvergenceWarning, match=r"iteration 6: W\._raw is the first"):
+        result = train(
+            model,
+            batches,
+            objective,
+            [optimizer],
+            torch_generator(0),
+            max_iter=20,
+            on_step=poison,
+        )
+    assert len(result.history) == 5
+    assert result.failure
+    precise = FactorizationELBO("expanded", 100)
+    restored = evaluate_elbo(model, batches, precise, torch_generator(0))
+    assert restored == pytest.approx(result.history[-1], rel=0.05)
+
+
+def test_elbo_of_all_data_is_the_same_in_one_batch_or_many(problem):
+    model, batches, _ = problem
+    objective = FactorizationELBO("lower-bound")
+    whole = evaluate_elbo(model, batches, objective, torch_generator(0))
+    parts = evaluate_elbo(model, Batches(batches.counts, 17), objective, torch_generator(0))
+    assert parts == pytest.approx(whole, rel=1e-6)
