@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.run(options)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.stderr.write(f"pnmf-pyro: {error}\n")
         return 2
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Factorise a table of counts, samples by features, and write the factors, "
         "their uncertainty, the loadings, the settings and the ELBO history.",
     )
-    fit.add_argument("counts", metavar="COUNTS", help=".h5ad, .npz (scipy sparse), .mtx, .csv, .tsv")
+    fit.add_argument(
+        "counts", metavar="COUNTS", help=".h5ad, .npz (scipy sparse), .mtx, .csv, .tsv"
+    )
     fit.add_argument("--out", required=True, help="where to write results: .h5ad or .npz")
     fit.add_argument("--layer", help="layer of an .h5ad file to take in place of X")
     fit.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
@@ -158,15 +167,17 @@ def _deviance_explained(model: PNMF, X: Any, size_factors: np.ndarray | None) ->
     if size_factors is not None:
         s *= torch.from_numpy(size_factors)[:, None]
     feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
-    factors = get_factors(model, return_tensor=True).to(s) * s
-    loadings = get_loadings(model, return_tensor=True).to(s)
+    factors = torch.as_tensor(get_factors(model)).to(s) * s
+    loadings = torch.as_tensor(get_loadings(model)).to(s)
     return 1 - mean_deviance(counts, factors, loadings) / mean_deviance(counts, s, feature_means)
 
 
 def _demo(options: argparse.Namespace) -> None:
     folder = Path(options.out)
     say = _say(options)
-    train, test = thin_counts(load_digits().data, TRAIN_FRACTION, np.random.RandomState(options.seed))
+    train, test = thin_counts(
+        load_digits().data, TRAIN_FRACTION, np.random.RandomState(options.seed)
+    )
     kept = train.sum(0) > 0
     train, test = train[:, kept], test[:, kept]
     model = _estimator(options)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import Batches
@@ -17,7 +16,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import NaturalGradient
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.training import Convergence, evaluate_elbo, train
+from pnmf_pyro.training import Convergence, evaluate_elbo, tqdm, train
 
 
 def factors_given_loadings(
@@ -218,5 +217,3 @@ def held_out_bound(
         convergence=Convergence(1e-6, window=5, patience=1),
     )
     return evaluate_elbo(model, batches, objective, generator)
-
-

@@ -95,7 +95,7 @@ class Counts(ABC):
 
     @abstractmethod
     def numpy(self) -> np.ndarray | sp.csr_matrix:
-        """Return X as an array, or as a CSR matrix where it is sparse; without a copy on the CPU."""
+        """Return X as an array, or as a CSR matrix where it is sparse; not copied on the CPU."""
 
     @property
     @abstractmethod
@@ -216,12 +216,12 @@ class SparseCounts(Counts):
     @cached_property
     def _transpose(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row starts and columns of X^T, and where each of its entries stands in X."""
-        order = np.arange(len(self.values), dtype=np.int32)
-        arrays = (order, self.columns_of.cpu().numpy(), self._starts.cpu().numpy())
+        places = np.arange(len(self.values), dtype=np.int32)
+        arrays = (places, self.columns_of.cpu().numpy(), self._starts.cpu().numpy())
         by_column = sp.csr_matrix(arrays, shape=self.shape).tocsc()
         parts = (by_column.indptr, by_column.indices, by_column.data)
-        starts, rows, order = (torch.from_numpy(part).to(self.device) for part in parts)
-        return starts, rows, order
+        starts, rows, places_in_X = (torch.from_numpy(part).to(self.device) for part in parts)
+        return starts, rows, places_in_X
 
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
         if _has_sampled_addmm(self.device, self.dtype):
@@ -266,8 +266,8 @@ class SparseCounts(Counts):
         return SparseCounts(starts, columns[kept], self.values[kept], (self.shape[0], len(index)))
 
     def to(self, device: torch.device) -> SparseCounts:  # noqa: D102
-        parts = (self.row_starts, self.columns_of, self.values)
-        return SparseCounts(*(part.to(device) for part in parts), self.shape)
+        starts, columns = self.row_starts.to(device), self.columns_of.to(device)
+        return SparseCounts(starts, columns, self.values.to(device), self.shape)
 
     def to_dense(self) -> Tensor:  # noqa: D102
         return _csr(self._starts, self.columns_of, self.values, self.shape).to_dense()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.validation import check_choice
 
 Shape = int | tuple[int, ...]
+Map = Callable[[Tensor], Tensor]
 
 
 class ConstrainedParameter(nn.Module, ABC):
@@ -153,7 +155,7 @@ def _identity(value: Tensor) -> Tensor:
     return value
 
 
-_POSITIVE_MAPS = {
+_POSITIVE_MAPS: dict[str, tuple[Map, Map]] = {
     "softplus": (nn.functional.softplus, _inverse_softplus),
     "exp": (torch.exp, torch.log),
     "projected": (_identity, _identity),
@@ -189,18 +191,18 @@ class PositiveParameter(ConstrainedParameter):
         super().__init__(shape, mode)
         self.elbo_mode = elbo_mode
         self.register_buffer("unit", torch.ones(self.shape[:1] + (1,) * len(self.shape[1:])))
-        self._forward, self._inverse = _POSITIVE_MAPS[mode]
         self.assign(torch.ones(self.shape))
         if mode == "multiplicative":
             self.freeze()
 
     def _to_constrained(self, raw: Tensor) -> Tensor:
-        return self.unit * self._forward(raw)
+        return self.unit * _POSITIVE_MAPS[self.mode][0](raw)
 
     def _to_unconstrained(self, value: Tensor) -> Tensor:
-        if self._inverse is not _identity:
+        inverse = _POSITIVE_MAPS[self.mode][1]
+        if inverse is not _identity:
             value = value.clamp_min(self.unit * torch.finfo(value.dtype).eps)
-        return self._inverse(value / self.unit)
+        return inverse(value / self.unit)
 
     def set_unit(self, unit: Tensor) -> None:
         """Measure the raw parameter in other units, leaving the value as it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyro
@@ -16,6 +16,8 @@ from torch import Tensor
 from pnmf_pyro.counts import Counts, as_counts
 
 NAMED_AT_MOST = 5
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Batch:
 
     def plate(self, n_samples: int) -> pyro.plate:
         """Return the plate over samples, which scales a batch of n to all `n_samples`."""
-        subsample = range(n_samples) if self.samples is None else self.samples
+        subsample: Any = range(n_samples) if self.samples is None else self.samples
         return pyro.plate("samples", n_samples, subsample=subsample, dim=-1)
 
 
-def take(values: Tensor | None, index: Tensor | None, dim: int = -1) -> Tensor | None:
-    """Select `index` along `dim`, where None stands for all of it and for nothing to select from."""
+def take(values: MaybeTensor, index: Tensor | None, dim: int = -1) -> MaybeTensor:
+    """Select `index` along `dim`; all of it if the index is None, None if there are no values."""
     return values if index is None or values is None else values.index_select(dim, index)
 
 
@@ -252,8 +254,8 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
         shown = [str(names[i] if names is not None else i) for i in empty[:NAMED_AT_MOST]]
         more = f" and {len(empty) - len(shown)} more" if len(empty) > len(shown) else ""
         warnings.warn(
-            f"{len(empty)} of {len(totals)} {what} have no counts at all: {', '.join(shown)}{more}. "
-            "The fit goes on; consider removing them.",
+            f"{len(empty)} of {len(totals)} {what} have no counts at all: "
+            f"{', '.join(shown)}{more}. The fit goes on; consider removing them.",
             UserWarning,
             stacklevel=5,
         )

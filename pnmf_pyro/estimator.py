@@ -94,7 +94,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Smooth factors over space. This version does not have spatial priors yet: true is an error.
     local, kernel, multigroup, num_inducing, lengthscale, sigma, group_diff_param, jitter
         Of spatial models.
-    train_lengthscale, cholesky_mode, diagonal_only, inducing_allocation, K, precompute_knn, neighbors
+    train_lengthscale, cholesky_mode, diagonal_only, inducing_allocation
+        Of spatial models.
+    K, precompute_knn, neighbors
         Of spatial models.
     scale_ll_D : bool
         Scale the likelihood of a batch of features to that of all features.
@@ -368,7 +370,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return factors.cpu().numpy()
 
     def inverse_transform(self, transformed: Any) -> np.ndarray:
-        """Return expected counts for factors, without size factors: transformed times `components_`.
+        """Return expected counts for factors, the product with `components_`; no size factors.
 
         Parameters
         ----------
@@ -444,7 +446,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         try:
             return cls._from_archive(header, arrays)
         except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {error}.") from error
+            raise ValueError(
+                f"{path} is not a saved PNMF model, or is damaged: {error}."
+            ) from error
 
     @classmethod
     def _from_archive(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PNMF:

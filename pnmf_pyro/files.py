@@ -82,7 +82,7 @@ def _read_h5ad(path: Path, layer: str | None) -> CountTable:
         adata = import_anndata().read_h5ad(path)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
-    if layer is None and adata.X is None or layer is not None and layer not in adata.layers:
+    if (layer is None and adata.X is None) or (layer is not None and layer not in adata.layers):
         raise ValueError(
             f"{path.name} has no {'X' if layer is None else f'layer {layer!r}'}; its layers are "
             f"{list(adata.layers)}. Choose one by --layer."

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
 
@@ -14,7 +13,7 @@ from pnmf_pyro.counts import as_counts
 from pnmf_pyro.random_state import RandomState, check_random_state
 from pnmf_pyro.validation import check_choice, check_positive
 
-Matrix = np.ndarray | sp.csr_matrix
+Matrix = Any  # an ndarray or a CSR matrix
 Factors = tuple[np.ndarray, np.ndarray]
 
 # Smallest factor kept before taking logs, relative to the component's mean.

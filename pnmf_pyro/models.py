@@ -104,7 +104,8 @@ class PoissonFactorization(nn.Module):
         W = take(self.W.data, batch.features, dim=0)
         s = take(self.size_factors, batch.samples)
         with samples, poutine.scale(scale=batch.likelihood_scale):
-            return pyro.sample("X", PoissonFactors(F, W, s), obs=batch.counts)
+            observed: Any = batch.counts
+            return pyro.sample("X", PoissonFactors(F, W, s), obs=observed)
 
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""
@@ -192,7 +193,7 @@ class PoissonFactorization(nn.Module):
                 "spatial=True, coordinates and groups need a spatial prior; this model has a "
                 f"{type(self.prior).__name__}. Leave them out."
             )
-        qF, pF = self.prior.forward_batched(idx)
+        qF, pF = self.prior.forward_batched(idx)  # type: ignore[operator]
         terms = self.compute_log_likelihood_terms(qF, E, X, idx=idx, idy=idy, return_samples=True)
         return terms, qF, pF
 
@@ -230,7 +231,9 @@ class PoissonFactorization(nn.Module):
         W = take(self.W.data, idy, dim=0)
         if X is not None:
             counts = X if isinstance(X, Counts) else as_counts(X.T)
-            terms |= self._likelihood(PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms)
+            terms |= self._likelihood(
+                PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms
+            )
         elif self.mode == "lower-bound":
             terms["rate_mean"] = W @ terms["exp_mu"]
         else:

@@ -53,23 +53,27 @@ class NaturalGradient(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move theta by one step against the gradients of the loss."""
         if closure is not None:
-            raise ValueError("NaturalGradient takes no closure; compute the gradients before step().")
+            raise ValueError(
+                "NaturalGradient takes no closure; compute the gradients before step()."
+            )
         for group in self.param_groups:
             theta1, theta2 = group["params"]
             if theta1.grad is not None and theta2.grad is not None:
-                self._step_one(theta1, theta2, group["lr"])
+                _natural_step(theta1, theta2, (theta1.grad, theta2.grad), group["lr"])
 
-    @staticmethod
-    def _step_one(theta1: Tensor, theta2: Tensor, lr: float) -> None:
-        variance = -0.5 / theta2
-        mean = theta1 * variance
-        d_mean = theta1.grad / variance
-        d_variance = (theta2.grad - 2 * variance * mean * d_mean) / (2 * variance.square())
-        new_theta2 = theta2 - lr * d_variance
-        change = lr * d_mean / (2 * new_theta2)
-        mean = mean + torch.where(change > 0, change.log1p(), change)
-        theta2.copy_(new_theta2)
-        theta1.copy_(-2 * new_theta2 * mean)
+
+def _natural_step(
+    theta1: Tensor, theta2: Tensor, gradients: tuple[Tensor, Tensor], lr: float
+) -> None:
+    variance = -0.5 / theta2
+    mean = theta1 * variance
+    d_mean = gradients[0] / variance
+    d_variance = (gradients[1] - 2 * variance * mean * d_mean) / (2 * variance.square())
+    new_theta2 = theta2 - lr * d_variance
+    change = lr * d_mean / (2 * new_theta2)
+    mean = mean + torch.where(change > 0, change.log1p(), change)
+    theta2.copy_(new_theta2)
+    theta1.copy_(-2 * new_theta2 * mean)
 
 
 class JointOptimizer(PyroOptim):

@@ -42,7 +42,8 @@ def write_archive(path: str | os.PathLike, header: dict[str, Any], arrays: dict[
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **{_HEADER: np.array(text)}, **arrays)
+            content: dict[str, Any] = {_HEADER: np.array(text), **arrays}
+            np.savez_compressed(file, **content)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

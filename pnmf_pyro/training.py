@@ -15,12 +15,16 @@ import torch
 from pyro.infer import SVI
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
 
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.optimizers import Constant, JointOptimizer, Schedule
 from pnmf_pyro.random_state import drawing_from
+
+with warnings.catch_warnings():  # a bar of text serves where notebook widgets are not installed
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -100,7 +104,7 @@ class TrainingResult:
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Batch],
     objective: FactorizationELBO,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -116,7 +120,7 @@ def train(
 
     Parameters
     ----------
-    model : Module
+    model : torch.nn.Module
         With methods `model(batch)`, `guide(batch)` and `finish_step(batch, n_draws)`, such as a
         :class:`~pnmf_pyro.models.PoissonFactorization`. Trained in place.
     batches : iterable of Batch
@@ -168,7 +172,7 @@ def train(
     stream = iter(batches)
     with (
         pyro.get_param_store().scope(),
-        tqdm(total=max_iter, disable=not verbose, desc="ELBO") as progress,
+        progress_bar(max_iter, verbose, "ELBO") as progress,
     ):
         for iteration in range(1, max_iter + 1):
             batch = next(stream)
@@ -193,8 +197,13 @@ def train(
     return result
 
 
+def progress_bar(total: int, verbose: int, label: str) -> tqdm:
+    """Return a progress bar, silent unless `verbose` is positive."""
+    return tqdm(total=total, disable=not verbose, desc=label)
+
+
 def evaluate_elbo(
-    model: nn.Module, batches: Batches, objective: FactorizationELBO, generator: torch.Generator
+    model: Any, batches: Batches, objective: FactorizationELBO, generator: torch.Generator
 ) -> float:
     """Return the ELBO of all the data as the model stands, in nats, in one pass.
 
@@ -206,7 +215,7 @@ def evaluate_elbo(
         for batch in batches.one_pass():
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
-            total -= share * objective.loss(model.model, model.guide, batch)  # type: ignore[arg-type]
+            total -= share * objective.loss(model.model, model.guide, batch)
     return total
 
 
@@ -252,7 +261,7 @@ class _Checkpoint:
 def _describe_failure(
     error: FloatingPointError,
     iteration: int,
-    model: nn.Module,
+    model: Any,
     objective: FactorizationELBO,
     batch: Batch,
 ) -> str:
@@ -260,7 +269,7 @@ def _describe_failure(
     culprit = _first_not_finite(dict(model.named_parameters()))
     if culprit is None:
         with torch.no_grad(), pyro.validation_enabled(False):
-            terms = objective.terms(model.model, model.guide, batch)  # type: ignore[arg-type]
+            terms = objective.terms(model.model, model.guide, batch)
         culprit = _first_not_finite(terms) or "ELBO"
     if iteration == 1:
         raise FloatingPointError(

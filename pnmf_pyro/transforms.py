@@ -9,7 +9,6 @@ import torch
 from pyro.distributions import Normal
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pnmf_pyro.conditional import (
     conditional_model,
@@ -23,7 +22,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import OPTIMIZERS
 from pnmf_pyro.priors import GaussianPrior, Prior
 from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.training import Convergence, train
+from pnmf_pyro.training import Convergence, progress_bar, train
 from pnmf_pyro.validation import check_choice, check_device
 
 Array = np.ndarray | Tensor
@@ -349,7 +348,7 @@ def transform_W(
     if W_init is not None:
         start = _fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
-    with tqdm(total=max_iter, disable=not verbose, desc="updates") as progress:
+    with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
     return _output(W, False)  # type: ignore[return-value]
 

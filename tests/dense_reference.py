@@ -183,16 +183,20 @@ def expected_log_rate_variance(problem: Problem) -> np.ndarray:
     return expected_log_likelihood(problem, lambda x, rate: x * np.log(rate))[1]
 
 
-def log_evidence(problem: Problem, prior_scale: float, n: int = 150) -> np.ndarray:
-    """log p(X_i | W) of one component, (N,), by Gauss-Hermite under the prior."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
-    log_weights = np.log(weights / weights.sum())
-    F = (prior_scale * nodes)[None]  # (1, n): the nodes stand in the place of samples
+def log_evidence(problem: Problem, prior_scale: float, step: float = 0.01) -> np.ndarray:
+    """log p(X_i | W) of one component, (N,), summed on a grid of F from -12 to 12.
+
+    For a smooth integrand that vanishes at both ends the error of equal weights falls like
+    exp(-2 pi^2 (width / step)^2): none here, for posteriors wider than 0.03.
+    """
+    F = np.arange(-12, 12, step)
+    log_prior = -0.5 * (F / prior_scale) ** 2 - np.log(prior_scale * np.sqrt(2 * np.pi) / step)
     evidence = []
     for i, x in enumerate(problem.X):
-        size = None if problem.s is None else np.full(n, problem.s[i])
-        density = poisson_log_prob(np.tile(x, (n, 1)), rates(F, problem.W, size))
-        evidence.append(special.logsumexp(log_weights + density))
+        size = 1.0 if problem.s is None else problem.s[i]
+        rate = size * np.exp(F)[:, None] * problem.W[:, 0]
+        density = x * np.log(rate) - rate - special.gammaln(x + 1)
+        evidence.append(special.logsumexp(log_prior + density.sum(1)))
     return np.array(evidence)
 
 

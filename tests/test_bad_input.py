@@ -80,13 +80,13 @@ def test_too_many_components_names_both_sizes():
 
 
 def test_nndsvd_needs_no_more_components_than_features():
-    with pytest.raises(ValueError, match="nndsvda.*random"):
+    with pytest.raises(ValueError, match=r"nndsvda.*random"):
         PNMF(9, init="nndsvda").fit(X)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_device():
-    with pytest.raises(ValueError, match="cuda.*auto"):
+    with pytest.raises(ValueError, match=r"cuda.*auto"):
         PNMF(2, device="cuda").fit(X)
 
 
@@ -182,10 +182,10 @@ def test_extreme_tables_give_a_finite_fit(name, settings):
 
 
 def test_a_diverging_fit_keeps_its_last_finite_state():
-    with pytest.warns(ConvergenceWarning, match="iteration .*not finite.*smaller learning_rate"):
-        model = PNMF(
-            2, loadings_mode="exp", learning_rate=1e4, scheduler=None, random_state=0
-        ).fit(X)
+    with pytest.warns(ConvergenceWarning, match=r"iteration .*not finite.*smaller learning_rate"):
+        model = PNMF(2, loadings_mode="exp", learning_rate=1e4, scheduler=None, random_state=0).fit(
+            X
+        )
     assert np.isfinite(model.elbo_)
     assert np.isfinite(model.components_).all()
     assert bool(model.model_.prior.mean.isfinite().all())

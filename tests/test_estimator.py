@@ -1,4 +1,4 @@
-"""PNMF: signature, attributes, reproducibility, callbacks, minibatches, and use as a Pyro program."""
+"""PNMF: signature, attributes, reproducibility, callbacks, minibatches, use as a Pyro program."""
 
 import inspect
 
@@ -114,7 +114,7 @@ def test_random_states(counts):
 def global_state():
     return (
         torch.random.get_rng_state().tolist(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002 - it must not move
         torch.get_default_dtype(),
         torch.get_num_threads(),
         dict(pyro.get_param_store().items()),
@@ -177,7 +177,7 @@ def test_minibatches_reach_the_same_bound(counts):
     settings = {"mode": "lower-bound", "loadings_mode": "softplus", "learning_rate": 0.05}
     full = quick(**settings, max_iter=600, tol=0).fit(counts)
     batched = quick(**settings, max_iter=1500, tol=0, batch_size=20, y_batch_size=13)
-    assert batched.fit(counts).elbo_ == pytest.approx(full.elbo_, rel=5e-3)
+    assert batched.fit(counts).elbo_ > full.elbo_ - 5e-3 * abs(full.elbo_)
 
 
 def test_batches_without_shuffling_do_not_depend_on_their_order_of_drawing(counts):

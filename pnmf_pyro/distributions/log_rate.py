@@ -102,5 +102,5 @@ class _LogRate(torch.autograd.Function):
         weights = weights.to(factors.dtype)
         if bool((weights == weights[0]).all()):
             return None, factors_gradient * weights[0], loadings_gradient * weights[0]
-        _, *gradients = log_rate_with_gradients(ctx.counts, factors, loadings, weights)
-        return None, *gradients
+        _, *weighted = log_rate_with_gradients(ctx.counts, factors, loadings, weights)
+        return None, weighted[0], weighted[1]

@@ -181,7 +181,9 @@ def mean_deviance(value: Any, factors: Tensor, loadings: Tensor) -> float:
     """
     counts = as_counts(value)
     n, d = counts.shape
-    saturated = [block.row_sums(torch.xlogy(b := block.values, b) - b) for _, block in counts.blocks()]
+    saturated = [
+        block.row_sums(torch.xlogy(b := block.values, b) - b) for _, block in counts.blocks()
+    ]
     total_rate = factors.sum(0, dtype=torch.float64) @ loadings.sum(0, dtype=torch.float64)
     fitted = log_rate(counts, factors, loadings).sum()
     return float(2 * (torch.cat(saturated).sum() - fitted + total_rate) / (n * d))

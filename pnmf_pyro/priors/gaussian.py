@@ -51,7 +51,7 @@ class _Natural(nn.Module):
 
     def normal(self, index: Tensor | None) -> Normal:
         theta1, theta2 = take(self.theta1, index), take(self.theta2, index)
-        variance = -0.5 / theta2
+        variance = -0.5 * theta2.reciprocal()
         return Normal(theta1 * variance, variance.sqrt(), validate_args=False)
 
     def assign(self, mean: Tensor, scale: Tensor) -> None:
@@ -65,7 +65,7 @@ class _Natural(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return (-0.5 / self.theta2).sqrt()
+        return (-0.5 * self.theta2.reciprocal()).sqrt()
 
 
 class GaussianPrior(Prior):
@@ -115,7 +115,9 @@ class GaussianPrior(Prior):
         self.use_natural_gradients = use_natural_gradients
         check_positive("scale_pf", scale_pf)
         self.register_buffer("scale_pf", torch.tensor(float(scale_pf)))
-        self.q = (_Natural if use_natural_gradients else _MeanScale)(L, self.N)
+        self.q: _Natural | _MeanScale = (_Natural if use_natural_gradients else _MeanScale)(
+            L, self.N
+        )
         like_data(self, y)
 
     @property
@@ -179,7 +181,7 @@ class GaussianPrior(Prior):
         ValueError
             If the prior was made without `use_natural_gradients`.
         """
-        if not self.use_natural_gradients:
+        if not isinstance(self.q, _Natural):
             raise ValueError(
                 "natural_parameters() needs GaussianPrior(..., use_natural_gradients=True); this "
                 "prior is trained in mean and scale."
