@@ -172,7 +172,7 @@ for kind in (PoissonFactorization, NegativeBinomialFactorization):
         [torch.optim.Adam(fitted.parameters(), lr=0.05)],
         torch_generator(0),
         max_iter=300 if small else 1000,
-        schedule=OneCycle(),
+        schedules=[OneCycle()],
     )
     bounds[kind.__name__] = evaluate_elbo(
         fitted, data, FactorizationELBO("expanded", n_draws=50), torch_generator(1)

@@ -171,8 +171,8 @@ class PositiveParameter(ConstrainedParameter):
     shape : int or tuple of int
     mode : {'softplus', 'exp', 'projected', 'multiplicative'}
         `softplus` and `exp` train an unconstrained parameter through these functions, `projected`
-        clamps at zero after each step (:meth:`project`), and `multiplicative` is not trained by
-        gradients but by :meth:`multiplicative_update`.
+        clamps at zero after each step (:meth:`project`), and `multiplicative` is not given to a
+        gradient optimiser but set by :meth:`multiplicative_update`.
     elbo_mode : {'lower-bound', 'expanded', 'simple'}
         Which form of the ELBO the multiplicative update increases.
 
@@ -192,8 +192,6 @@ class PositiveParameter(ConstrainedParameter):
         self.elbo_mode = elbo_mode
         self.register_buffer("unit", torch.ones(self.shape[:1] + (1,) * len(self.shape[1:])))
         self.assign(torch.ones(self.shape))
-        if mode == "multiplicative":
-            self.freeze()
 
     def _to_constrained(self, raw: Tensor) -> Tensor:
         return self.unit * _POSITIVE_MAPS[self.mode][0](raw)

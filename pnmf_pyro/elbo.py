@@ -42,12 +42,16 @@ class FactorizationELBO(ELBO):
         :meth:`PoissonFactors.expected_log_prob`.
     n_draws : int
         Monte Carlo draws for each term that needs them.
+    newton : bool
+        Take gradients in variances from curvatures, for natural-gradient steps, see
+        :meth:`PoissonFactors.expected_log_prob`.
     """
 
-    def __init__(self, mode: str = "expanded", n_draws: int = 3):
+    def __init__(self, mode: str = "expanded", n_draws: int = 3, newton: bool = False):
         super().__init__(num_particles=n_draws)
         self.mode = check_choice("mode", mode, MODES)
         self.n_draws = n_draws
+        self.newton = newton
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the two terms of the bound, differentiable, in float64.
@@ -97,7 +101,9 @@ class FactorizationELBO(ELBO):
         q = _posterior_of_log_factors(site["fn"], guide_trace)
         if q is None:
             return None
-        return site["fn"].expected_log_prob(site["value"], q, self.mode, self.n_draws)
+        return site["fn"].expected_log_prob(
+            site["value"], q, self.mode, self.n_draws, newton=self.newton
+        )
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

@@ -22,7 +22,9 @@ from pnmf_pyro.initialization import INITS, initialize_factors
 from pnmf_pyro.models import LOADINGS_MODES, PoissonFactorization
 from pnmf_pyro.optimizers import (
     OPTIMIZERS,
+    ClosedFormLoadings,
     Constant,
+    Decreasing,
     NaturalGradient,
     OneCycle,
     Plateau,
@@ -298,23 +300,24 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         random = check_random_state(self.random_state)
         model = self._initial_model(counts, s, random)
         generator = torch_generator(random)
-        objective = FactorizationELBO(self.mode, self.E)
+        objective = FactorizationELBO(self.mode, self.E, self.training_mode == "natural")
 
         def report(iteration: int, elbo: float) -> None:
             if callback is not None and iteration % callback_interval == 0:
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        schedule = self._schedule()
+        optimizers, schedules = self._steps(model)
+        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
         result = train(
             model,
             self._batches(counts, generator),
             objective,
-            self._optimizers(model),
+            optimizers,
             generator,
             max_iter=self.max_iter,
-            schedule=schedule,
-            convergence=Convergence(self.tol, start=schedule.warm_up(self.max_iter)),
+            schedules=schedules,
+            convergence=Convergence(self.tol, start=warm_up),
             verbose=int(self.verbose),
             on_step=report,
         )
@@ -534,16 +537,33 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         model.assign(torch.from_numpy(W), torch.from_numpy(exp_F))
         return model.to(counts.device)
 
-    def _optimizers(self, model: PoissonFactorization) -> list[torch.optim.Optimizer]:
-        natural = self.training_mode == "natural"
-        q, loadings = model.prior, [model.W.raw] if model.W.requires_grad else []
-        parameters = loadings if natural else [*q.parameters(), *loadings]
-        optimizers: list[torch.optim.Optimizer] = []
-        if natural:
-            optimizers.append(NaturalGradient(q.natural_parameters()))  # type: ignore[operator]
-        if parameters:
-            optimizers.append(OPTIMIZERS[self.optimizer](parameters, lr=self.learning_rate))
-        return optimizers
+    def _steps(
+        self, model: PoissonFactorization
+    ) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
+        """Optimisers of q and W, with the schedules of their learning rates.
+
+        Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
+        optimiser has what they leave.
+        """
+        pairs: list[tuple[torch.optim.Optimizer, Schedule]] = []
+        noisy_q = self.mode != "lower-bound" or self.y_batch_size is not None
+        noisy_W = noisy_q or self.batch_size is not None
+        by_gradient: list[torch.nn.Parameter] = []
+        if self.training_mode == "natural":
+            natural = NaturalGradient(model.prior.natural_parameters())  # type: ignore[operator]
+            pairs.append((natural, Decreasing() if noisy_q else Constant()))
+        else:
+            by_gradient += model.prior.parameters()
+        if self.loadings_mode == "multiplicative":
+            closed_form = ClosedFormLoadings(model.W, model.expected_totals)
+            pairs.append((closed_form, Decreasing() if noisy_W else Constant()))
+        else:
+            by_gradient.append(model.W.raw)
+        if by_gradient:
+            optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
+            pairs.insert(0, (optimizer, self._schedule()))
+        optimizers, schedules = zip(*pairs, strict=True)
+        return list(optimizers), list(schedules)
 
     def _schedule(self) -> Schedule:
         schedules: dict[str | None, Schedule] = {

@@ -119,24 +119,15 @@ class PoissonFactorization(nn.Module):
         self.W.set_unit(typical.clamp_min(typical[typical > 0].min() if (typical > 0).any() else 1))
         self.W.assign(W)
 
-    def finish_step(self, batch: Batch, n_draws: int = 1, step: float = 1.0) -> None:
-        """Do what a step of the optimiser leaves to do: project W, or update it in closed form.
-
-        Parameters
-        ----------
-        batch : Batch
-            What the step saw.
-        n_draws : int
-            Draws from q for the closed-form update, except in `lower-bound` mode.
-        step : float
-            Fraction of the closed-form update to take.
-        """
-        self.project_parameters()
-        if self.loadings_mode == "multiplicative" and batch.counts is not None:
-            with torch.no_grad():
-                terms = self._moments(self.prior.marginal(batch.samples), n_draws)
-            terms["size_factors"] = take(self.size_factors, batch.samples)
-            self.W.multiplicative_update(batch.counts, terms, batch.features, step=step)
+    def expected_totals(self, batch: Batch = ALL) -> Tensor:
+        """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
+        with torch.no_grad():
+            q = self.prior.marginal(batch.samples)
+            factors = (q.loc + q.variance / 2).exp()
+            if self.size_factors is not None:
+                factors = factors * take(self.size_factors, batch.samples)
+            scale = self.N / factors.shape[1]
+            return scale * factors.sum(1, dtype=torch.float64).to(factors.dtype)
 
     def project_parameters(self) -> None:
         """Clamp the loadings at zero in `projected` mode."""

@@ -12,6 +12,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.data import Batch, take
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adam": torch.optim.Adam,
     "AdamW": torch.optim.AdamW,
@@ -21,7 +24,21 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-class NaturalGradient(Optimizer):
+class ClosedForm(Optimizer):
+    """Base class of optimisers whose step solves for the optimum instead of following a slope.
+
+    They need more than the gradient: :meth:`prepare` is called with the batch when the gradients
+    of its loss are there and before any parameter moves.
+    """
+
+    batch: Batch = Batch()
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the batch that the gradients are of."""
+        self.batch = batch
+
+
+class NaturalGradient(ClosedForm):
     r"""Natural-gradient steps on normal distributions held in their natural parameters.
 
     For q = N(mu, sigma^2) with theta1 = mu / sigma^2 and theta2 = -1 / (2 sigma^2), the natural
@@ -30,14 +47,18 @@ class NaturalGradient(Optimizer):
 
         dL/dm1 = dL/dmu - 2 mu dL/dsigma^2,    dL/dm2 = dL/dsigma^2.
 
-    A step of size 1 is a Newton step on mu with the new precision for curvature. Where it would
-    raise mu by delta > 0, mu is raised by log(1 + delta) instead: the rate is exponential in mu, so
-    a full step overshoots, and this one provably does not.
+    A step of size 1 is a Newton step on mu with the new precision for curvature. Rates are
+    exponential in mu and sigma^2, so a long step upwards overshoots. Therefore where Newton would
+    raise mu by delta > 0, it is raised by log(1 + delta), which with sigma fixed never passes the
+    optimum; and sigma^2 rises by at most `LARGEST_RISE` in one step.
+
+    The gradients of a batch are those of the whole data set as the batch estimates it; each
+    sample's own q is stepped by its own gradient, with the scale of the estimate taken out.
 
     Parameters
     ----------
     params : sequence of two Parameters
-        theta1 and theta2, of one shape.
+        theta1 and theta2, of shape (L, N).
     lr : float in (0, 1]
         Step size.
 
@@ -46,34 +67,88 @@ class NaturalGradient(Optimizer):
     Khan and Lin (2017), Conjugate-computation variational inference, section 3.
     """
 
+    LARGEST_RISE = 1.0
+
     def __init__(self, params: Sequence[nn.Parameter], lr: float = 1.0):
         super().__init__(list(params), {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move theta by one step against the gradients of the loss."""
-        if closure is not None:
-            raise ValueError(
-                "NaturalGradient takes no closure; compute the gradients before step()."
-            )
+        index = self.batch.samples
         for group in self.param_groups:
             theta1, theta2 = group["params"]
-            if theta1.grad is not None and theta2.grad is not None:
-                _natural_step(theta1, theta2, (theta1.grad, theta2.grad), group["lr"])
+            if theta1.grad is None or theta2.grad is None:
+                continue
+            now = take(theta1, index), take(theta2, index)
+            share = now[0].shape[1] / theta1.shape[1]
+            gradients = take(theta1.grad, index) * share, take(theta2.grad, index) * share
+            new = self._moved(now, gradients, group["lr"])
+            for theta, value in zip((theta1, theta2), new, strict=True):
+                if index is None:
+                    theta.copy_(value)
+                else:
+                    theta.index_copy_(1, index, value)
+
+    def _moved(
+        self, theta: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], lr: float
+    ) -> tuple[Tensor, Tensor]:
+        (theta1, theta2), (grad1, grad2) = theta, gradients
+        variance = -0.5 / theta2
+        mean = theta1 * variance
+        d_mean = grad1 / variance
+        d_variance = (grad2 - 2 * variance * mean * d_mean) / (2 * variance.square())
+        least_precision = (variance + self.LARGEST_RISE).reciprocal()
+        precision = torch.maximum(1 / variance + 2 * lr * d_variance, least_precision)
+        change = -lr * d_mean / precision
+        mean = mean + torch.where(change > 0, change.log1p(), change)
+        return precision * mean, -0.5 * precision
 
 
-def _natural_step(
-    theta1: Tensor, theta2: Tensor, gradients: tuple[Tensor, Tensor], lr: float
-) -> None:
-    variance = -0.5 / theta2
-    mean = theta1 * variance
-    d_mean = gradients[0] / variance
-    d_variance = (gradients[1] - 2 * variance * mean * d_mean) / (2 * variance.square())
-    new_theta2 = theta2 - lr * d_variance
-    change = lr * d_mean / (2 * new_theta2)
-    mean = mean + torch.where(change > 0, change.log1p(), change)
-    theta2.copy_(new_theta2)
-    theta1.copy_(-2 * new_theta2 * mean)
+class ClosedFormLoadings(ClosedForm):
+    r"""The multiplicative update of W, from the gradient that the ELBO has already taken.
+
+    With R_jl the expected counts of feature j that come from component l,
+
+    .. math:: R_{jl} = W_{jl} \left(\frac{\partial ELBO}{\partial W_{jl}}
+        + \sum_i s_i E \exp F_{il}\right), \qquad
+        W_{jl} \leftarrow \frac{R_{jl}}{\sum_i s_i E \exp F_{il}},
+
+    the second sum taken after q has moved. Both q and W then move up the same lower bound
+    (expectation conditional maximisation), for the price of one pass over the counts.
+
+    Parameters
+    ----------
+    W : PositiveParameter of shape (D, L)
+    totals : callable
+        From a batch to its estimate of sum_i s_i E exp F_il, shape (L,).
+    lr : float in (0, 1]
+        Fraction of the way to go; less than 1 averages over noisy steps.
+    """
+
+    def __init__(self, W: PositiveParameter, totals: Callable[[Batch], Tensor], lr: float = 1.0):
+        super().__init__([W.raw], {"lr": lr})
+        self.W = W
+        self.totals = totals
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Take the expected counts from the gradients of the batch."""
+        super().prepare(batch)
+        W, gradient = self.W, self.W.raw.grad
+        assert gradient is not None
+        slope = -take(gradient / W.unit, batch.features, dim=0) / batch.likelihood_scale
+        self.expected_counts = take(W.data, batch.features, dim=0) * (slope + self.totals(batch))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move W towards the expected counts over the totals."""
+        totals = self.totals(self.batch)
+        target = self.expected_counts / totals.clamp_min(torch.finfo(totals.dtype).tiny)
+        features = slice(None) if self.batch.features is None else self.batch.features
+        value = self.W.detach()
+        value[features] = value[features].lerp(target.clamp_min(0), self.param_groups[0]["lr"])
+        self.W.assign(value)
 
 
 class JointOptimizer(PyroOptim):
@@ -85,20 +160,28 @@ class JointOptimizer(PyroOptim):
     Parameters
     ----------
     optimizers : iterable of torch.optim.Optimizer
-    before_step : callable, optional
+        They step in this order.
+    before_step : callable
         Called when gradients are there and before any parameter moves.
+
+    Attributes
+    ----------
+    batch : Batch
+        What the next step is of; set by the training loop.
     """
 
-    def __init__(
-        self, optimizers: Iterable[Optimizer], before_step: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, optimizers: Iterable[Optimizer], before_step: Callable[[], None]):
         super().__init__(torch.optim.SGD, {})
         self.optimizers = list(optimizers)
         self.before_step = before_step
+        self.batch = Batch()
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Take one step with every optimiser."""
         self.before_step()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ClosedForm):
+                optimizer.prepare(self.batch)
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -124,6 +207,29 @@ class Constant:
     def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
         """Return a function that does nothing."""
         return lambda elbo: None
+
+
+@dataclass(frozen=True)
+class Decreasing:
+    """The learning rate falls as (1 + step / delay) ** -forgetting, for noisy closed-form steps.
+
+    With `forgetting` in (0.5, 1] the steps satisfy the conditions of Robbins and Monro (1951), as
+    in stochastic variational inference (Hoffman et al. 2013).
+    """
+
+    delay: float = 10.0
+    forgetting: float = 0.7
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return 0."""
+        return 0
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that sets the learning rate of the next step."""
+        scheduler = lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + step / self.delay) ** -self.forgetting
+        )
+        return lambda elbo: scheduler.step()
 
 
 @dataclass(frozen=True)

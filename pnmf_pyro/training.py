@@ -111,7 +111,7 @@ def train(
     generator: torch.Generator,
     *,
     max_iter: int = 200,
-    schedule: Schedule | None = None,
+    schedules: Sequence[Schedule] | None = None,
     convergence: Convergence | None = None,
     verbose: int = 0,
     on_step: OnStep = lambda iteration, elbo: None,
@@ -121,7 +121,7 @@ def train(
     Parameters
     ----------
     model : torch.nn.Module
-        With methods `model(batch)`, `guide(batch)` and `finish_step(batch, n_draws)`, such as a
+        With methods `model(batch)`, `guide(batch)` and `project_parameters()`, such as a
         :class:`~pnmf_pyro.models.PoissonFactorization`. Trained in place.
     batches : iterable of Batch
         At least `max_iter` of them; see :class:`~pnmf_pyro.data.Batches`.
@@ -132,8 +132,8 @@ def train(
         Source of all draws.
     max_iter : int
         Number of steps at most.
-    schedule : Schedule, optional
-        Of the learning rates; constant unless given.
+    schedules : sequence of Schedule, optional
+        Of the learning rates, one for each optimiser; constant unless given.
     convergence : Convergence, optional
         When to stop; only at `max_iter` unless given.
     verbose : int
@@ -161,13 +161,14 @@ def train(
     The parameters are registered with Pyro in a scope of their own: the parameter store of the
     caller is neither read nor changed.
     """
-    schedule = schedule or Constant()
+    schedules = schedules or [Constant()] * len(optimizers)
     convergence = convergence or Convergence(tol=0.0)
     checkpoint = _Checkpoint(model)
     joint = JointOptimizer(optimizers, before_step=checkpoint.save)
     device = next(model.parameters()).device
     svi = SVI(_registered(model, "model"), _registered(model, "guide"), joint, objective)
-    adjust = [schedule.attach(optimizer, max_iter) for optimizer in optimizers]
+    pairs = zip(schedules, optimizers, strict=True)
+    adjust = [schedule.attach(optimizer, max_iter) for schedule, optimizer in pairs]
     result = TrainingResult([])
     stream = iter(batches)
     with (
@@ -175,11 +176,11 @@ def train(
         progress_bar(max_iter, verbose, "ELBO") as progress,
     ):
         for iteration in range(1, max_iter + 1):
-            batch = next(stream)
+            batch = joint.batch = next(stream)
             try:
                 with drawing_from(generator, device), pyro.validation_enabled(iteration == 1):
                     elbo = -svi.step(batch)
-                    model.finish_step(batch, objective.n_draws)
+                    model.project_parameters()
             except FloatingPointError as error:
                 result.failure = _describe_failure(error, iteration, model, objective, batch)
                 checkpoint.restore()

@@ -25,7 +25,7 @@ def test_the_measure_sees_order_and_noise():
 
 @pytest.mark.slow
 def test_adam_recovers_the_factors_of_five_data_sets():
-    """A seed fails below 0.95; 1 of 100 seeds (0 to 99) did when this was written."""
+    """A seed fails below 0.95; 0 of the seeds 0 to 19 did when this was written."""
     scores = []
     for seed in range(5):
         X, F, _ = simulate(seed, 500, 200, 5)

@@ -81,6 +81,35 @@ def log_rate_with_gradients(
     return torch.cat(values), gradient, loadings_gradient
 
 
+def allocation_moments(counts: Counts, factors: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2, for the curvature of the log rate.
+
+    With phi_ijl = W_jl exp F_il / rho_ij the share of component l in a rate,
+
+    .. math:: \frac{\partial^2}{\partial F_{il}^2} \sum_j X_{ij} \log \rho_{ij}
+        = \sum_j X_{ij} \phi_{ijl} (1 - \phi_{ijl}).
+
+    Parameters
+    ----------
+    counts, factors, loadings
+        As for :func:`log_rate`.
+
+    Returns
+    -------
+    first, second : Tensor of shape (n, L)
+    """
+    first, second = [], []
+    squared = loadings.square()
+    for rows, block in counts.blocks():
+        A = factors[rows]
+        rates = _rates(block, A, loadings)
+        ratio = block.values / rates
+        first.append(A * block.matmul(ratio, loadings))
+        steep = (ratio / rates).clamp_max_(torch.finfo(rates.dtype).max ** 0.75)
+        second.append(A.square() * block.matmul(steep, squared))
+    return torch.cat(first), torch.cat(second)
+
+
 def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
     """Rates at the stored entries, kept so far above zero that log and 1/rho stay finite."""
     floor = torch.finfo(factors.dtype).tiny ** 0.5
