@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
-from pnmf_pyro.distributions.poisson_factors import MODES
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.initialization import INITS, initialize_factors
-from pnmf_pyro.models import LOADINGS_MODES, PoissonFactorization
-from pnmf_pyro.optimizers import (
-    OPTIMIZERS,
-    ClosedFormLoadings,
-    Constant,
-    Decreasing,
-    NaturalGradient,
-    OneCycle,
-    Plateau,
-    Schedule,
-)
+from pnmf_pyro.initialization import initialize_factors
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.parameters import Parameters
 from pnmf_pyro.persistence import read_archive, write_archive
-from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import check_random_state, torch_generator
 from pnmf_pyro.training import Convergence, evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
-from pnmf_pyro.validation import DEVICES, check_device
+from pnmf_pyro.validation import check_device
 
 Callback = Callable[["PNMF", int, float], None]
-_POSITIVE = Interval(Real, 0, None, closed="neither")
-_COUNT = Interval(Integral, 1, None, closed="left")
 
 
-class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     r"""Probabilistic non-negative matrix factorisation of counts, by variational inference.
 
-    The model is X_ij ~ Poisson(s_i sum_l W_jl exp F_il) with F_il ~ N(0, 1) and W >= 0 learned.
-    :meth:`fit_transform` returns the factors E exp F, and `components_` is W^T.
+    The model is X_ij ~ Poisson(s_i sum_l W_jl exp F_il) with F_il ~ N(0, scale_pf^2) and W >= 0
+    learned. :meth:`fit_transform` returns the factors E exp F, and `components_` is W^T.
 
     Parameters
     ----------
@@ -104,6 +88,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Scale the likelihood of a batch of features to that of all features.
     scale_kl_NM : bool
         Scale the divergence of a batch of samples to that of all samples.
+    scale_pf : float
+        Standard deviation of the prior of the log-factors.
 
     Attributes
     ----------
@@ -134,120 +120,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     >>> model.inverse_transform(transformed).shape
     (100, 50)
     """
-
-    _parameter_constraints: ClassVar[dict] = {
-        "n_components": [_COUNT],
-        "loadings_mode": [StrOptions(set(LOADINGS_MODES))],
-        "mode": [StrOptions(set(MODES))],
-        "training_mode": [StrOptions({"standard", "natural"})],
-        "E": [_COUNT],
-        "max_iter": [_COUNT],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "learning_rate": [_POSITIVE],
-        "optimizer": [StrOptions(set(OPTIMIZERS))],
-        "verbose": ["verbose"],
-        "device": [StrOptions(set(DEVICES))],
-        "init": [StrOptions(set(INITS)), None],
-        "scheduler": [StrOptions({"one_cycle", "plateau"}), None],
-        "scheduler_patience": [Interval(Integral, 0, None, closed="left")],
-        "scheduler_factor": [Interval(Real, 0, 1, closed="neither")],
-        "scheduler_pct_start": [Interval(Real, 0, 1, closed="both")],
-        "scheduler_div_factor": [Interval(Real, 1, None, closed="left")],
-        "scheduler_final_div_factor": [Interval(Real, 1, None, closed="left")],
-        "min_lr": [Interval(Real, 0, None, closed="left")],
-        "batch_size": [_COUNT, None],
-        "y_batch_size": [_COUNT, None],
-        "shuffle": ["boolean"],
-        "spatial": ["boolean"],
-        "scale_ll_D": ["boolean"],
-        "scale_kl_NM": ["boolean"],
-    }
-
-    def __init__(
-        self,
-        n_components=10,
-        loadings_mode="projected",
-        mode="expanded",
-        training_mode="standard",
-        E=3,
-        max_iter=200,
-        tol=0.0001,
-        learning_rate=0.01,
-        optimizer="Adam",
-        random_state=None,
-        verbose=False,
-        device="auto",
-        init="random",
-        scheduler="one_cycle",
-        scheduler_patience=200,
-        scheduler_factor=0.8,
-        scheduler_pct_start=0.3,
-        scheduler_div_factor=25.0,
-        scheduler_final_div_factor=10000.0,
-        min_lr=1e-05,
-        batch_size=None,
-        y_batch_size=None,
-        shuffle=True,
-        spatial=False,
-        local=False,
-        kernel="Matern32",
-        multigroup=False,
-        num_inducing=3000,
-        lengthscale=1.0,
-        sigma=1.0,
-        group_diff_param=10.0,
-        jitter=1e-05,
-        train_lengthscale=False,
-        cholesky_mode="exp",
-        diagonal_only=False,
-        inducing_allocation="proportional",
-        K=50,
-        precompute_knn=True,
-        neighbors="knn",
-        scale_ll_D=True,
-        scale_kl_NM=True,
-    ):
-        self.n_components = n_components
-        self.loadings_mode = loadings_mode
-        self.mode = mode
-        self.training_mode = training_mode
-        self.E = E
-        self.max_iter = max_iter
-        self.tol = tol
-        self.learning_rate = learning_rate
-        self.optimizer = optimizer
-        self.random_state = random_state
-        self.verbose = verbose
-        self.device = device
-        self.init = init
-        self.scheduler = scheduler
-        self.scheduler_patience = scheduler_patience
-        self.scheduler_factor = scheduler_factor
-        self.scheduler_pct_start = scheduler_pct_start
-        self.scheduler_div_factor = scheduler_div_factor
-        self.scheduler_final_div_factor = scheduler_final_div_factor
-        self.min_lr = min_lr
-        self.batch_size = batch_size
-        self.y_batch_size = y_batch_size
-        self.shuffle = shuffle
-        self.spatial = spatial
-        self.local = local
-        self.kernel = kernel
-        self.multigroup = multigroup
-        self.num_inducing = num_inducing
-        self.lengthscale = lengthscale
-        self.sigma = sigma
-        self.group_diff_param = group_diff_param
-        self.jitter = jitter
-        self.train_lengthscale = train_lengthscale
-        self.cholesky_mode = cholesky_mode
-        self.diagonal_only = diagonal_only
-        self.inducing_allocation = inducing_allocation
-        self.K = K
-        self.precompute_knn = precompute_knn
-        self.neighbors = neighbors
-        self.scale_ll_D = scale_ll_D
-        self.scale_kl_NM = scale_kl_NM
 
     def fit(
         self,
@@ -300,7 +172,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         random = check_random_state(self.random_state)
         model = self._initial_model(counts, s, random)
         generator = torch_generator(random)
-        objective = FactorizationELBO(self.mode, self.E, self.training_mode == "natural")
+        objective = self._objective()
 
         def report(iteration: int, elbo: float) -> None:
             if callback is not None and iteration % callback_interval == 0:
@@ -411,7 +283,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         counts, loadings, s = self._new_data(X, size_factors)
-        return held_out_bound(counts, loadings, s) / counts.shape[0]
+        return held_out_bound(counts, loadings, s, float(self.scale_pf)) / counts.shape[0]
 
     def save(self, path: str | os.PathLike) -> None:
         """Save the fitted model to one file, which :meth:`load` reads without running code.
@@ -515,17 +387,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         loadings = torch.from_numpy(self.components_.T.copy()).to(counts.values)
         return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
-    def _empty_model(
-        self, shape: tuple[int, int], dtype: torch.dtype, size_factors: torch.Tensor | None
-    ) -> PoissonFactorization:
-        y = torch.empty(shape, dtype=dtype, device="meta")
-        prior = GaussianPrior(
-            y, self.n_components, use_natural_gradients=self.training_mode == "natural"
-        )
-        return PoissonFactorization(
-            prior, y, self.n_components, self.loadings_mode, self.mode, size_factors=size_factors
-        )
-
     def _initial_model(
         self, counts: Counts, size_factors: torch.Tensor | None, random: np.random.RandomState
     ) -> PoissonFactorization:
@@ -536,57 +397,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         model = self._empty_model(counts.shape[::-1], counts.dtype, size_factors)
         model.assign(torch.from_numpy(W), torch.from_numpy(exp_F))
         return model.to(counts.device)
-
-    def _steps(
-        self, model: PoissonFactorization
-    ) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
-        """Optimisers of q and W, with the schedules of their learning rates.
-
-        Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
-        optimiser has what they leave.
-        """
-        pairs: list[tuple[torch.optim.Optimizer, Schedule]] = []
-        noisy_q = self.mode != "lower-bound" or self.y_batch_size is not None
-        noisy_W = noisy_q or self.batch_size is not None
-        by_gradient: list[torch.nn.Parameter] = []
-        if self.training_mode == "natural":
-            natural = NaturalGradient(model.prior.natural_parameters())  # type: ignore[operator]
-            pairs.append((natural, Decreasing() if noisy_q else Constant()))
-        else:
-            by_gradient += model.prior.parameters()
-        if self.loadings_mode == "multiplicative":
-            closed_form = ClosedFormLoadings(model.W, model.expected_totals)
-            pairs.append((closed_form, Decreasing() if noisy_W else Constant()))
-        else:
-            by_gradient.append(model.W.raw)
-        if by_gradient:
-            optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
-            pairs.insert(0, (optimizer, self._schedule()))
-        optimizers, schedules = zip(*pairs, strict=True)
-        return list(optimizers), list(schedules)
-
-    def _schedule(self) -> Schedule:
-        schedules: dict[str | None, Schedule] = {
-            "one_cycle": OneCycle(
-                self.scheduler_pct_start,
-                self.scheduler_div_factor,
-                self.scheduler_final_div_factor,
-            ),
-            "plateau": Plateau(self.scheduler_patience, self.scheduler_factor, self.min_lr),
-            None: Constant(),
-        }
-        return schedules[self.scheduler]
-
-    def _batches(self, counts: Counts, generator: torch.Generator) -> Batches:
-        return Batches(
-            counts,
-            self.batch_size,
-            self.y_batch_size,
-            self.shuffle,
-            self.scale_ll_D,
-            self.scale_kl_NM,
-            generator,
-        )
 
     def _publish(self, model: PoissonFactorization) -> None:
         """Make a model readable as this estimator's."""

@@ -200,7 +200,32 @@ def log_evidence(problem: Problem, prior_scale: float, step: float = 0.01) -> np
     return np.array(evidence)
 
 
-# --- closed-form steps
+# --- curvature and closed-form steps
+
+
+def allocation_moments(X: np.ndarray, F: np.ndarray, W: np.ndarray) -> list[np.ndarray]:
+    """sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2, with phi the share of l in rho_ij; (N, L)."""
+    (N, D), L = X.shape, len(F)
+    first, second = np.zeros((N, L)), np.zeros((N, L))
+    for i in range(N):
+        for j in range(D):
+            phi = W[j] * np.exp(F[:, i])
+            phi = phi / phi.sum()
+            first[i] += X[i, j] * phi
+            second[i] += X[i, j] * phi**2
+    return [first, second]
+
+
+def log_rate_curvature(X: np.ndarray, F: np.ndarray, W: np.ndarray) -> np.ndarray:
+    """Second derivative of sum_j X_ij log rho_ij in each F_il, (N, L), by automatic derivatives."""
+    W_tensor, rows = torch.as_tensor(W), []
+    for x, f in zip(torch.as_tensor(X), torch.as_tensor(F.T), strict=True):
+
+        def value(f: Tensor, x: Tensor = x) -> Tensor:
+            return (x * (W_tensor @ f.exp()).log()).sum()
+
+        rows.append(torch.autograd.functional.hessian(value, f).diagonal())
+    return torch.stack(rows).numpy()
 
 
 def multiplicative_update(

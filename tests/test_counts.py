@@ -144,6 +144,7 @@ def test_types_of_arrays(X, make, given, kept):
         (torch.float16, torch.float32),
         (torch.bfloat16, torch.float32),
     ],
+    ids=str,
 )
 def test_types_of_tensors(X, layout, given, kept):
     Y = (X > 0) if given == torch.bool else X

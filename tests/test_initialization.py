@@ -200,8 +200,7 @@ def test_each_component_keeps_its_total(X, init, target_std):
     W_raw, exp_F_raw = initialize_factors(X, 4, init, 0, scale_log_mu=False)
     np.testing.assert_allclose(exp_F.sum(0) * W.sum(0), exp_F_raw.sum(0) * W_raw.sum(0), rtol=1e-8)
     # W is rescaled column by column, and no more.
-    ratio = W / np.where(W_raw > 0, W_raw, np.nan)
-    np.testing.assert_allclose(ratio, np.tile(np.nanmean(ratio, 0), (15, 1)), rtol=1e-8)
+    np.testing.assert_allclose(W / W.sum(0), W_raw / W_raw.sum(0), rtol=1e-8)
 
 
 def test_the_order_within_a_component_is_kept(X, init):
@@ -212,6 +211,7 @@ def test_the_order_within_a_component_is_kept(X, init):
         assert (np.diff(exp_F[order, l]) >= -1e-12).all()
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 @pytest.mark.parametrize("make", [np.array, sp.csr_matrix])
 @pytest.mark.parametrize(
     "table",
@@ -228,11 +228,9 @@ def test_the_order_within_a_component_is_kept(X, init):
     ids=lambda item: item[0] if isinstance(item, tuple) else None,
 )
 def test_extreme_tables_start_at_finite_values(table, make, init):
-    """Of one component too many where the table allows it, so that some are degenerate."""
+    """With a component too many where the table allows it, so that some are degenerate."""
     _, X = table
     L = min(2, *X.shape)
-    if init == "k-means" and len(np.unique(X, axis=0)) < L:
-        pytest.skip("k-means warns that there are fewer distinct samples than clusters")
     W, exp_F = initialize_factors(make(X), L, init, 0)
     assert np.isfinite(W).all()
     assert np.isfinite(exp_F).all()

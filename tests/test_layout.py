@@ -33,6 +33,7 @@ ORDER = (
     "training",
     "conditional",
     "transforms",
+    "parameters",
     "estimator",
     "posterior_checks",
     "plotting",
@@ -74,7 +75,7 @@ def test_imports_point_upwards(path):
 
 
 def test_the_check_sees_imports():
-    assert {"training", "models", "priors"} <= imported_modules(PACKAGE / "estimator.py")
+    assert {"training", "models", "parameters"} <= imported_modules(PACKAGE / "estimator.py")
 
 
 def test_versions_agree():

@@ -18,7 +18,14 @@ from pnmf_pyro.custom_modules import ConstrainedParameter, PositiveParameter
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import ClosedFormLoadings, Constant, NaturalGradient, OneCycle, Plateau
+from pnmf_pyro.optimizers import (
+    ClosedFormLoadings,
+    Constant,
+    Decreasing,
+    NaturalGradient,
+    OneCycle,
+    Plateau,
+)
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import drawing_from
 from pnmf_pyro.training import train
@@ -785,6 +792,14 @@ def test_one_cycle_at_its_limits(pct_start, steps):
 def test_one_cycle_stays_at_its_end_beyond_the_last_step():
     schedule = OneCycle()
     assert schedule.factor(1.5) == pytest.approx(schedule.factor(1.0))
+
+
+def test_decreasing_falls_as_stated():
+    """(1 + step / delay) ** -forgetting, whose sum diverges and whose squares are summable."""
+    rates = learning_rates(Decreasing(delay=4.0, forgetting=0.8), [0.0] * 30)
+    np.testing.assert_allclose(rates, 0.2 * (1 + np.arange(30) / 4) ** -0.8, rtol=1e-12)
+    assert Decreasing().warm_up(100) == 0
+    assert 0.5 < Decreasing().forgetting <= 1
 
 
 def test_plateau_reduces_to_its_floor_and_no_further():

@@ -26,7 +26,11 @@ from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, Batches, take
 from pnmf_pyro.distributions import PoissonFactors, mean_deviance
-from pnmf_pyro.distributions.log_rate import log_rate, log_rate_with_gradients
+from pnmf_pyro.distributions.log_rate import (
+    allocation_moments,
+    log_rate,
+    log_rate_with_gradients,
+)
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import NaturalGradient
@@ -262,6 +266,17 @@ def test_log_rate_of_no_counts_at_all_is_zero(layout):
         assert bool((part == 0).all())
 
 
+def test_allocation_moments_equal_the_twin(layout, dtype, kernel):
+    twin = Kernel(dtype)
+    result = allocation_moments(counts_of(twin.X.numpy(), layout, dtype), twin.A, twin.W)
+    F = twin.A.double().log().T.numpy()
+    expected = ref.allocation_moments(twin.X.numpy(), F, twin.W.double().numpy())
+    assert_all_close(result, [double(part) for part in expected], dtype)
+    # What they are for: X phi (1 - phi) is the curvature of the log rate.
+    curvature = ref.log_rate_curvature(twin.X.numpy(), F, twin.W.double().numpy())
+    assert_all_close([result[0] - result[1]], [double(curvature)], dtype)
+
+
 # --- identity 1: sparse = dense = twin
 
 
@@ -312,6 +327,47 @@ def test_expected_log_prob_refuses_unknown_modes(problem):
         )
     with pytest.raises(ValueError, match="mode must be one of"):
         FactorizationELBO("exact")
+
+
+def gradients_of(problem: ref.Problem, counts: Counts, mode: str, newton: bool):
+    """Values for three draws, and gradients of their sum in the mean and variance of q and in W."""
+    mean, W = (double(part).requires_grad_() for part in (problem.mean, problem.W))
+    variance = double(problem.scale**2).requires_grad_()
+    q = dist.Normal(mean, variance.sqrt())
+    likelihood = PoissonFactors(mean, W, None if problem.s is None else double(problem.s))
+    with drawing(11):
+        value = likelihood.expected_log_prob(counts, q, mode, n_draws=3, newton=newton)
+    return value.detach(), *torch.autograd.grad(value.sum(), [mean, variance, W])
+
+
+def test_newton_changes_nothing_but_the_gradient_in_the_variance(problem, mode, layout):
+    counts = counts_of(problem.X, layout)
+    plain, newton = (gradients_of(problem, counts, mode, newton) for newton in (False, True))
+    value, mean, variance, W = zip(plain, newton, strict=True)
+    for one, other in (value, mean, W):
+        assert_all_close([other], [one])
+    # The lower bound is analytic: its gradient is exact already.
+    assert torch.equal(*variance) == (mode == "lower-bound")
+
+
+@pytest.mark.parametrize("mode", ["simple", "expanded"])
+def test_newton_gradient_is_half_the_bounded_curvature(problem, layout, mode, fields):
+    """Of each draw, by automatic second derivatives; at most -1/4 sum_j X_ij phi_ijl^2."""
+    counts = counts_of(problem.X, layout)
+    *_, gradient, _ = gradients_of(problem, counts, mode, newton=True)
+    draws = [field.log().numpy() for field in fields]
+    curvature = np.mean([ref.log_rate_curvature(problem.X, F, problem.W) for F in draws], 0)
+    second = np.mean([ref.allocation_moments(problem.X, F, problem.W)[1] for F in draws], 0)
+    moment = np.exp(problem.mean + problem.scale**2 / 2)
+    if mode == "simple":
+        moment = np.exp(draws).mean(0)
+    s = 1.0 if problem.s is None else problem.s
+    h = (s * moment).T * problem.W.sum(0)
+    expected = np.minimum((curvature - h) / 2, -second / 4)
+    bounded = -second / 4 < (curvature - h) / 2
+    assert bounded.any()
+    assert not bounded.all()
+    assert_all_close([gradient], [double(expected.T)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 20])
