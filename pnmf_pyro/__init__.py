@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from pnmf_pyro.estimator import PNMF
+from pnmf_pyro.recipe import fit
 
 __version__ = version("pnmf-pyro")
 
-__all__ = ["PNMF", "__version__"]
+__all__ = ["PNMF", "__version__", "fit"]

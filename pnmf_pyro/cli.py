@@ -23,17 +23,9 @@ from pnmf_pyro.data import check_counts, library_size_factors, thin_counts
 from pnmf_pyro.distributions import mean_deviance
 from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.files import check_results_path, read_counts, write_results
+from pnmf_pyro.recipe import fit
 from pnmf_pyro.transforms import get_factors, get_loadings
 
-# Steps in closed form: no learning rate to choose, and no noise.
-RECIPE: dict[str, Any] = {
-    "mode": "lower-bound",
-    "training_mode": "natural",
-    "loadings_mode": "multiplicative",
-    "scheduler": None,
-    "max_iter": 1000,
-    "tol": 1e-4,
-}
 TRAIN_FRACTION = 0.5
 # Lowest expected test count that a prediction may claim; factorisations can predict exact zeros.
 LOWEST_PREDICTION = 1e-3
@@ -72,25 +64,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="pnmf-pyro", description="Probabilistic non-negative matrix factorisation of counts."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    fit = commands.add_parser(
+    fitting = commands.add_parser(
         "fit",
         help="factorise a table of counts",
         description="Factorise a table of counts, samples by features, and write the factors, "
         "their uncertainty, the loadings, the settings and the ELBO history.",
     )
-    fit.add_argument(
+    fitting.add_argument(
         "counts", metavar="COUNTS", help=".h5ad, .npz (scipy sparse), .mtx, .csv, .tsv"
     )
-    fit.add_argument("--out", required=True, help="where to write results: .h5ad or .npz")
-    fit.add_argument("--layer", help="layer of an .h5ad file to take in place of X")
-    fit.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
-    fit.add_argument(
+    fitting.add_argument("--out", required=True, help="where to write results: .h5ad or .npz")
+    fitting.add_argument("--layer", help="layer of an .h5ad file to take in place of X")
+    fitting.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
+    fitting.add_argument(
         "--size-factors",
         choices=("none", "total"),
         default="none",
         help="scale the rates of each sample by its total count (default: none)",
     )
-    fit.add_argument(
+    fitting.add_argument(
         "--set",
         action="append",
         default=[],
@@ -98,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="set any parameter of pnmf_pyro.PNMF, such as --set mode=expanded; may be repeated",
     )
-    fit.set_defaults(run=_fit)
+    fitting.set_defaults(run=_fit)
     demo = commands.add_parser(
         "demo",
         help="fit scikit-learn's digits and compare with other models",
@@ -107,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default=".", help="folder for the picture (default: here)")
     demo.set_defaults(run=_demo)
-    for command in (fit, demo):
+    for command in (fitting, demo):
         command.add_argument("--components", type=int, default=10, help="default: 10")
         command.add_argument("--seed", type=int, default=0, help="default: 0")
         command.add_argument("--quiet", action="store_true", help="no progress bar, no report")
@@ -134,7 +126,7 @@ def _fit(options: argparse.Namespace) -> None:
     if options.size_factors == "total":
         s = library_size_factors(check_counts(table.X))
     started = time.perf_counter()
-    model = _estimator(options, **dict(options.set)).fit(table.X, size_factors=s)
+    model = _model(options, table.X, size_factors=s, **dict(options.set))
     seconds = time.perf_counter() - started
     write_results(options.out, model, table)
     _say(options)(
@@ -146,15 +138,14 @@ def _fit(options: argparse.Namespace) -> None:
     )
 
 
-def _estimator(options: argparse.Namespace, **parameters: Any) -> PNMF:
+def _model(options: argparse.Namespace, X: Any, **parameters: Any) -> PNMF:
     chosen = {
         "n_components": options.components,
         "random_state": options.seed,
         "verbose": not options.quiet,
-        **RECIPE,
         **parameters,
     }
-    return PNMF(**chosen)
+    return fit(X, **chosen)
 
 
 def _say(options: argparse.Namespace) -> Callable[[str], object]:
@@ -180,13 +171,12 @@ def _demo(options: argparse.Namespace) -> None:
     )
     kept = train.sum(0) > 0
     train, test = train[:, kept], test[:, kept]
-    model = _estimator(options)
-    factors = model.fit_transform(train)
+    model = _model(options, train)
     nmf = NMF(
         options.components, beta_loss="kullback-leibler", solver="mu", init="nndsvda", max_iter=1000
     )
     predictions = {
-        "pnmf_pyro": model.inverse_transform(factors),
+        "pnmf_pyro": model.inverse_transform(get_factors(model)),
         "scikit-learn NMF (Kullback-Leibler)": nmf.fit_transform(train) @ nmf.components_,
         "feature means only": np.broadcast_to(train.mean(0), train.shape),
     }

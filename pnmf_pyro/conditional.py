@@ -193,7 +193,7 @@ def conditional_model(
 
 
 def held_out_bound(
-    counts: Counts, loadings: Tensor, size_factors: Tensor | None = None, scale_pf: float = 1.0
+    counts: Counts, loadings: Tensor, size_factors: Tensor | None = None, scale_pf: Any = 1.0
 ) -> float:
     """Return a lower bound on log p(X | W) for data that were not fitted, in nats.
 
@@ -201,7 +201,12 @@ def held_out_bound(
     randomness.
     """
     model = conditional_model(
-        counts, loadings, "lower-bound", size_factors, scale_pf=scale_pf, use_natural_gradients=True
+        counts,
+        loadings,
+        "lower-bound",
+        size_factors,
+        scale_pf=float(scale_pf),
+        use_natural_gradients=True,
     )
     prior = model.prior
     assert isinstance(prior, GaussianPrior)

@@ -86,8 +86,8 @@ class Counts(ABC):
         """Return the features `index` as counts of their own."""
 
     @abstractmethod
-    def to(self, device: torch.device) -> Counts:
-        """Return the same counts on `device`."""
+    def to(self, like: torch.device | torch.dtype) -> Counts:
+        """Return the same counts on a device, or with values of a floating-point type."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -123,7 +123,7 @@ class Counts(ABC):
     def log_factorials(self) -> Tensor:
         """Row sums of log X_ij!, that is sum_j lgamma(X_ij + 1), in float64, shape (n,)."""
         return torch.cat(
-            [block.row_sums(torch.lgamma(block.values + 1)) for _, block in self.blocks()]
+            [block.row_sums(torch.lgamma(block.values.double() + 1)) for _, block in self.blocks()]
         )
 
 
@@ -157,8 +157,8 @@ class DenseCounts(Counts):
     def columns(self, index: Tensor) -> DenseCounts:  # noqa: D102
         return DenseCounts(self.values[:, index])
 
-    def to(self, device: torch.device) -> DenseCounts:  # noqa: D102
-        return DenseCounts(self.values.to(device))
+    def to(self, like: torch.device | torch.dtype) -> DenseCounts:  # noqa: D102
+        return DenseCounts(self.values.to(like))
 
     def to_dense(self) -> Tensor:  # noqa: D102
         return self.values
@@ -258,16 +258,13 @@ class SparseCounts(Counts):
         return SparseCounts(starts, self.columns_of[entries], self.values[entries], shape)
 
     def columns(self, index: Tensor) -> SparseCounts:  # noqa: D102
-        place = torch.full((self.shape[1],), -1, dtype=torch.int32, device=self.device)
-        place[index] = torch.arange(len(index), dtype=torch.int32, device=self.device)
-        columns = place[self.columns_of]
-        kept = columns >= 0
-        starts = torch.cat([kept.new_zeros(1).long(), kept.cumsum(0)])[self.row_starts]
-        return SparseCounts(starts, columns[kept], self.values[kept], (self.shape[0], len(index)))
+        selected = self.numpy()[:, index.cpu().numpy()]
+        return SparseCounts.from_scipy(selected).to(self.device)
 
-    def to(self, device: torch.device) -> SparseCounts:  # noqa: D102
-        starts, columns = self.row_starts.to(device), self.columns_of.to(device)
-        return SparseCounts(starts, columns, self.values.to(device), self.shape)
+    def to(self, like: torch.device | torch.dtype) -> SparseCounts:  # noqa: D102
+        values = self.values.to(like)
+        starts, columns = self.row_starts.to(values.device), self.columns_of.to(values.device)
+        return SparseCounts(starts, columns, values, self.shape)
 
     def to_dense(self) -> Tensor:  # noqa: D102
         return _csr(self._starts, self.columns_of, self.values, self.shape).to_dense()
@@ -310,24 +307,58 @@ def as_counts(X: Any) -> Counts:
     Parameters
     ----------
     X : Counts, Tensor (dense or sparse), scipy sparse matrix or ndarray of shape (n, d)
-        Integers become float32; float32 and float64 stay what they are.
+        float32 and float64 stay what they are, other numbers become float32. Repeated entries of a
+        sparse matrix are added up, stored zeros dropped, on a copy.
+
+    Raises
+    ------
+    ValueError
+        If X is not two-dimensional or does not hold real numbers.
     """
     if isinstance(X, Counts):
         return X
+    if len(X.shape) != 2:
+        raise ValueError(f"X must have shape (samples, features); got {tuple(X.shape)}.")
     if isinstance(X, Tensor) and X.layout == torch.strided:
-        return DenseCounts(X if X.is_floating_point() else X.float())
+        return DenseCounts(_floating(X.detach()))
     if isinstance(X, Tensor):
-        return SparseCounts.from_scipy(_floating(_torch_to_scipy(X))).to(X.device)
+        return SparseCounts.from_scipy(_torch_to_scipy(X.detach())).to(X.device)
     if sp.issparse(X):
-        return SparseCounts.from_scipy(_floating(sp.csr_matrix(X)))
-    return DenseCounts(torch.from_numpy(np.array(_floating(np.asarray(X)))))
+        return SparseCounts.from_scipy(_canonical(sp.csr_matrix(X)))
+    return DenseCounts(torch.from_numpy(np.array(_real(np.asarray(X)))))
 
 
-def _floating(X: Any) -> Any:
+def transposed_counts(X: Any) -> Counts:
+    """View a matrix of shape (d, n), features by samples, as counts; see :func:`as_counts`."""
+    if isinstance(X, Tensor) and X.layout != torch.strided:
+        return as_counts(_torch_to_scipy(X.detach()).T).to(X.device)
+    return as_counts(X.T)
+
+
+def _floating(X: Tensor) -> Tensor:
+    if X.is_complex():
+        raise ValueError(f"X must hold real numbers; got {X.dtype}.")
+    return X if X.dtype in (torch.float32, torch.float64) else X.float()
+
+
+def _real(X: Any) -> Any:
+    if X.dtype.kind not in "biuf":
+        raise ValueError(f"X must hold real numbers; got {X.dtype}.")
     return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)
 
 
+def _canonical(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    matrix = _real(matrix)
+    if matrix.has_canonical_format and np.count_nonzero(matrix.data) == matrix.nnz:
+        return matrix
+    matrix = matrix.copy()
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return matrix
+
+
 def _torch_to_scipy(X: Tensor) -> sp.csr_matrix:
-    coo = X.detach().cpu().to_sparse_coo().coalesce()
+    coo = X.cpu().to_sparse_coo().coalesce()
     rows, columns = coo.indices().numpy()
-    return sp.csr_matrix((coo.values().numpy(), (rows, columns)), shape=tuple(X.shape))
+    values = _floating(coo.values()).numpy()
+    return _canonical(sp.csr_matrix((values, (rows, columns)), shape=tuple(X.shape)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pnmf_pyro.counts import Counts, as_counts
+from pnmf_pyro.counts import Counts, transposed_counts
 from pnmf_pyro.distributions.log_rate import log_rate_with_gradients
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.validation import check_choice
@@ -255,7 +255,7 @@ class PositiveParameter(ConstrainedParameter):
         step : float in (0, 1]
             How far to go towards the updated value; less than 1 averages over minibatches.
         """
-        counts = X if isinstance(X, Counts) else as_counts(X.T)
+        counts = X if isinstance(X, Counts) else transposed_counts(X)
         with torch.no_grad():
             W = self.data if idy is None else self.data[idy]
             numerator, denominator = self._update_terms(counts, W, terms)

@@ -57,8 +57,9 @@ def take(values: MaybeTensor, index: Tensor | None, dim: int = -1) -> MaybeTenso
 class Batches:
     """An endless stream of batches of a data set.
 
-    Each pass visits every sample once, in batches of `batch_size` of which the last may be
-    smaller; features likewise. A batch that covers everything is the data set itself.
+    A pass over the samples visits each once, in batches of `batch_size` of which the last may be
+    smaller; there is one such pass for each batch of features. A batch that covers everything is
+    the data set itself.
 
     Parameters
     ----------
@@ -84,10 +85,12 @@ class Batches:
     generator: torch.Generator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate without end."""
-        features = self._endless(self.counts.shape[1], self.y_batch_size)
-        for samples in self._endless(self.counts.shape[0], self.batch_size):
-            yield self.batch(samples, next(features))
+        """Iterate without end, in each pass over every pair of a sample and a feature batch."""
+        N, D = self.counts.shape
+        while True:
+            for features in self._pieces(D, self.y_batch_size):
+                for samples in self._pieces(N, self.batch_size):
+                    yield self.batch(samples, features)
 
     def one_pass(self) -> Iterator[Batch]:
         """Iterate once over all samples in their order, each batch with all features."""
@@ -114,19 +117,18 @@ class Batches:
             prior_scale=1.0 if self.scale_kl_NM else n / N,
         )
 
-    def _endless(self, size: int, batch_size: int | None) -> Iterator[Tensor | None]:
-        while batch_size is None or batch_size >= size:
-            yield None
-        while True:
-            order = torch.arange(size)
-            if self.shuffle:
-                order = torch.randperm(size, generator=self.generator)
-            yield from _split(order, batch_size)
+    def _pieces(self, size: int, batch_size: int | None) -> Sequence[Tensor | None]:
+        if batch_size is None or batch_size >= size:
+            return (None,)
+        order = torch.arange(size)
+        if self.shuffle:
+            order = torch.randperm(size, generator=self.generator)
+        return _split(order, batch_size)
 
 
-def _split(order: Tensor, size: int) -> Sequence[Tensor]:
+def _split(order: Tensor, size: int) -> Sequence[Tensor | None]:
     """Cut into pieces of `size`, the last perhaps smaller; one piece is no index at all."""
-    return (None,) if size >= len(order) else order.split(size)  # type: ignore[return-value]
+    return (None,) if size >= len(order) else order.split(size)
 
 
 def check_counts(X: Any) -> Counts:
@@ -188,8 +190,6 @@ def _numeric_matrix(X: Any) -> Any:
         )
     if 0 in matrix.shape:
         raise ValueError(f"X must have samples and features; got shape {tuple(matrix.shape)}.")
-    if hasattr(matrix, "tocsr"):
-        return _canonical(matrix.tocsr())
     if isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "biuf":
         return _as_numbers(matrix)
     return matrix
@@ -209,18 +209,6 @@ def _as_numbers(matrix: np.ndarray) -> np.ndarray:
         f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
         "Drop columns of text and convert the rest to numbers."
     )
-
-
-def _canonical(matrix: Any) -> Any:
-    """Merge duplicates, sort, and drop stored zeros, on a copy where something has to change."""
-    if matrix.dtype.kind not in "biuf":
-        raise ValueError(f"X must hold numbers; got a sparse matrix of type {matrix.dtype}.")
-    if matrix.has_canonical_format and np.count_nonzero(matrix.data) == matrix.nnz:
-        return matrix
-    matrix = matrix.copy()
-    matrix.sum_duplicates()
-    matrix.eliminate_zeros()
-    return matrix
 
 
 def _check_entries(values: Tensor) -> None:

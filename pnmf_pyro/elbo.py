@@ -1,9 +1,10 @@
 """The evidence lower bound, analytic where it can be and by draws where it cannot.
 
 For latent sites the divergence KL(q || p) is taken in closed form where torch has a rule for it.
-An observed :class:`PoissonFactors` whose log-factors are a draw of the guide is integrated by its
-own `expected_log_prob`. Everything else, such as a likelihood or a prior of the user's, is averaged
-over `n_draws` runs of guide and model. So the objective never asks which model it was given.
+An observed :class:`PoissonFactors` whose log-factors are a normal draw of the guide is integrated
+by its own `expected_log_prob`. Everything else, such as a likelihood or a prior of the user's, is
+averaged over `n_draws` runs of guide and model. So the objective never asks which model it was
+given.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import (
+    Distribution,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.validation import check_choice
+
+NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
 Program = Callable[..., Any]
 Site = Any
@@ -65,7 +75,7 @@ class FactorizationELBO(ELBO):
         traces = self._get_trace(model, guide, args, kwargs)
         parts: dict[str, list[Tensor]] = {"log_likelihood": [], "kl": []}
         sampled = []
-        for name, site in _sites(traces[0]):
+        for name, site in _sites(*traces):
             value = self._analytic(site, traces[1])
             if value is None:
                 sampled.append(name)
@@ -75,7 +85,7 @@ class FactorizationELBO(ELBO):
             if draw:
                 traces = self._get_trace(model, guide, args, kwargs)
             for name in sampled:
-                site = traces[0].nodes[name]
+                site = dict(_sites(*traces))[name]
                 value = _weighted_sum(_sampled(site, traces[1]), site)
                 parts[_term_of(site)].append(value / self.n_draws)
         zero = torch.zeros((), dtype=torch.float64)
@@ -94,6 +104,8 @@ class FactorizationELBO(ELBO):
         """Expected log density or divergence in closed form, None where there is none."""
         if not site["is_observed"]:
             q = guide_trace.nodes[site["name"]]["fn"]
+            if isinstance(q, Delta) or site is guide_trace.nodes[site["name"]]:
+                return None
             try:
                 return kl_divergence(q, site["fn"])
             except NotImplementedError:
@@ -134,10 +146,12 @@ class FactorizationELBO(ELBO):
         return value
 
 
-def _sites(model_trace: Any) -> list[tuple[str, Site]]:
+def _sites(model_trace: Any, guide_trace: Any) -> list[tuple[str, Site]]:
+    """Random sites of the model, and those of the guide on which a site of the model depends."""
+    nodes = {**guide_trace.nodes, **model_trace.nodes}
     return [
         (name, site)
-        for name, site in model_trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
     ]
 
@@ -151,7 +165,8 @@ def _posterior_of_log_factors(likelihood: Any, guide_trace: Any) -> Distribution
     if not isinstance(likelihood, PoissonFactors):
         return None
     sites = (site for site in guide_trace.nodes.values() if site["type"] == "sample")
-    return next((s["fn"] for s in sites if s["value"] is likelihood.log_factors), None)
+    q = next((s["fn"] for s in sites if s["value"] is likelihood.log_factors), None)
+    return q if isinstance(q, NORMAL_MARGINALS) else None
 
 
 def _sampled(site: Site, guide_trace: Any) -> Tensor:
@@ -159,7 +174,10 @@ def _sampled(site: Site, guide_trace: Any) -> Tensor:
     log_density = site["fn"].log_prob(site["value"])
     if site["is_observed"]:
         return log_density
-    return guide_trace.nodes[site["name"]]["fn"].log_prob(site["value"]) - log_density
+    guided = guide_trace.nodes[site["name"]]
+    if guided is site:  # auxiliary: the model knows only what the guide makes of it
+        return log_density
+    return guided["fn"].log_prob(site["value"]) - log_density
 
 
 def _weighted_sum(value: Tensor, site: Site) -> Tensor:

@@ -19,7 +19,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.parameters import Parameters
 from pnmf_pyro.persistence import read_archive, write_archive
 from pnmf_pyro.random_state import check_random_state, torch_generator
-from pnmf_pyro.training import Convergence, evaluate_elbo, train
+from pnmf_pyro.training import evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
 from pnmf_pyro.validation import check_device
 
@@ -88,8 +88,12 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         Scale the likelihood of a batch of features to that of all features.
     scale_kl_NM : bool
         Scale the divergence of a batch of samples to that of all samples.
-    scale_pf : float
-        Standard deviation of the prior of the log-factors.
+    scale_pf : float or 'auto'
+        Standard deviation of the prior of the log-factors; `auto` learns it from the data, as the
+        value that maximises the ELBO.
+    warm_up : bool
+        Begin with `lower-bound` steps until they have settled, for up to `max_iter` iterations of
+        their own, before those of `mode`.
 
     Attributes
     ----------
@@ -102,7 +106,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     elbo_ : float
         ELBO of the fit in nats, constants included: a lower bound on log p(X | W).
     history_ : list of float
-        ELBO at each step.
+        ELBO at each step; those of a warm-up are of its own, lower bound.
     n_iter_ : int
         Number of steps taken.
     model_ : PoissonFactorization
@@ -172,32 +176,34 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         random = check_random_state(self.random_state)
         model = self._initial_model(counts, s, random)
         generator = torch_generator(random)
-        objective = self._objective()
+        self.history_: list[float] = []
 
-        def report(iteration: int, elbo: float) -> None:
+        def report(elbo: float) -> None:
+            self.history_.append(elbo)
+            iteration = len(self.history_)
             if callback is not None and iteration % callback_interval == 0:
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        optimizers, schedules = self._steps(model)
-        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
-        result = train(
-            model,
-            self._batches(counts, generator),
-            objective,
-            optimizers,
-            generator,
-            max_iter=self.max_iter,
-            schedules=schedules,
-            convergence=Convergence(self.tol, start=warm_up),
-            verbose=int(self.verbose),
-            on_step=report,
-        )
+        *warm_up, last = self._stages(model)
+        for stage in (*warm_up, last):
+            train(
+                model,
+                self._batches(counts, generator),
+                stage.objective,
+                stage.optimizers,
+                generator,
+                max_iter=self.max_iter,
+                schedules=stage.schedules,
+                convergence=stage.convergence,
+                verbose=int(self.verbose),
+                on_step=report,
+                warn=stage is last,
+            )
         self._publish(model)
-        self.history_ = result.history
-        self.n_iter_ = len(result.history)
+        self.n_iter_ = len(self.history_)
         batches = Batches(counts, self.batch_size)
-        self.elbo_ = evaluate_elbo(model, batches, objective, generator)
+        self.elbo_ = evaluate_elbo(model, batches, last.objective, generator)
         return (self.history_, self) if return_history else self
 
     def fit_transform(
@@ -283,7 +289,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         """
         check_is_fitted(self)
         counts, loadings, s = self._new_data(X, size_factors)
-        return held_out_bound(counts, loadings, s, float(self.scale_pf)) / counts.shape[0]
+        return held_out_bound(counts, loadings, s, self.model_.prior.scale_pf) / counts.shape[0]
 
     def save(self, path: str | os.PathLike) -> None:
         """Save the fitted model to one file, which :meth:`load` reads without running code.

@@ -95,15 +95,22 @@ def _nndsvd(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
     U, S, Vt = randomized_svd(X, L, random_state=random)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
-    exp_F[:, 0], W[:, 0] = np.sqrt(S[0]) * np.abs(U[:, 0]), np.sqrt(S[0]) * np.abs(Vt[0])
+    exp_F[:, 0], W[:, 0] = (
+        np.sqrt(S[0]) * _without_rounding(np.abs(part)) for part in (U[:, 0], Vt[0])
+    )
     for k in range(1, L):
         parts = [(np.maximum(sign * U[:, k], 0), np.maximum(sign * Vt[k], 0)) for sign in (1, -1)]
         norms = [np.linalg.norm(u) * np.linalg.norm(v) for u, v in parts]
         best = int(np.argmax(norms))
         if norms[best] > 0:
-            u, v = (part / np.linalg.norm(part) for part in parts[best])
+            u, v = (_without_rounding(part) / np.linalg.norm(part) for part in parts[best])
             exp_F[:, k], W[:, k] = (np.sqrt(S[k] * norms[best]) * part for part in (u, v))
     return exp_F.astype(X.dtype), W.astype(X.dtype)
+
+
+def _without_rounding(part: np.ndarray) -> np.ndarray:
+    """Entries that are zero but for the rounding of the decomposition, as zero."""
+    return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * part.max(), part, 0)
 
 
 def _nndsvda(X: Matrix, L: int, random: np.random.RandomState) -> Factors:

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pnmf_pyro.counts import Counts, as_counts
+from pnmf_pyro.counts import Counts, transposed_counts
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, take
 from pnmf_pyro.distributions import PoissonFactors
@@ -221,7 +221,7 @@ class PoissonFactorization(nn.Module):
         terms["size_factors"] = take(self.size_factors, idx)
         W = take(self.W.data, idy, dim=0)
         if X is not None:
-            counts = X if isinstance(X, Counts) else as_counts(X.T)
+            counts = X if isinstance(X, Counts) else transposed_counts(X)
             terms |= self._likelihood(
                 PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms
             )

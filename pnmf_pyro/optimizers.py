@@ -151,6 +151,32 @@ class ClosedFormLoadings(ClosedForm):
         self.W.assign(value)
 
 
+class ClosedFormScale(ClosedForm):
+    """The scale of a normal prior that maximises the ELBO: scale^2 = mean of mu^2 + sigma^2.
+
+    Empirical Bayes, in closed form (an M step). The prior's mean stays 0: the loadings hold the
+    level of a component.
+
+    Parameters
+    ----------
+    prior : GaussianPrior
+    lr : float in (0, 1]
+        Fraction of the way to go, in scale^2.
+    """
+
+    def __init__(self, prior: Any, lr: float = 1.0):
+        super().__init__([prior.scale_pf], {"lr": lr})
+        self.prior = prior
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the scale towards its optimum given q."""
+        q = self.prior.marginal(self.batch.samples)
+        optimum = (q.loc.square() + q.variance).mean()
+        scale = self.prior.scale_pf
+        scale.copy_(scale.square().lerp(optimum, self.param_groups[0]["lr"]).sqrt())
+
+
 class JointOptimizer(PyroOptim):
     """Torch optimisers over all parameters at once, in the form that `pyro.infer.SVI` takes.
 

@@ -6,6 +6,7 @@ made here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from pnmf_pyro.models import LOADINGS_MODES, PoissonFactorization
 from pnmf_pyro.optimizers import (
     OPTIMIZERS,
     ClosedFormLoadings,
+    ClosedFormScale,
     Constant,
     Decreasing,
     NaturalGradient,
@@ -30,10 +32,21 @@ from pnmf_pyro.optimizers import (
     Schedule,
 )
 from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.training import Convergence
 from pnmf_pyro.validation import DEVICES
 
 _POSITIVE = Interval(Real, 0, None, closed="neither")
 _COUNT = Interval(Integral, 1, None, closed="left")
+
+
+@dataclass
+class Stage:
+    """One run of the training loop: an objective and the steps that raise it."""
+
+    objective: FactorizationELBO
+    optimizers: list[torch.optim.Optimizer]
+    schedules: list[Schedule]
+    convergence: Convergence
 
 
 class Parameters(BaseEstimator):
@@ -65,7 +78,8 @@ class Parameters(BaseEstimator):
         "spatial": ["boolean"],
         "scale_ll_D": ["boolean"],
         "scale_kl_NM": ["boolean"],
-        "scale_pf": [_POSITIVE],
+        "scale_pf": [_POSITIVE, StrOptions({"auto"})],
+        "warm_up": ["boolean"],
     }
 
     def __init__(
@@ -113,6 +127,7 @@ class Parameters(BaseEstimator):
         scale_kl_NM=True,
         *,
         scale_pf=1.0,
+        warm_up=False,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -156,47 +171,65 @@ class Parameters(BaseEstimator):
         self.scale_ll_D = scale_ll_D
         self.scale_kl_NM = scale_kl_NM
         self.scale_pf = scale_pf
+        self.warm_up = warm_up
 
-    def _objective(self) -> FactorizationELBO:
-        return FactorizationELBO(self.mode, self.E, newton=self.training_mode == "natural")
+    def _stages(self, model: PoissonFactorization) -> list[Stage]:
+        """What to train with, one stage after another."""
+        modes = [self.mode]
+        if self.warm_up and self.mode != "lower-bound":
+            modes.insert(0, "lower-bound")
+        return [self._stage(model, mode) for mode in modes]
+
+    def _stage(self, model: PoissonFactorization, mode: str) -> Stage:
+        steps = self._steps(model, mode)
+        schedules = [schedule for _, schedule in steps]
+        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
+        return Stage(
+            FactorizationELBO(mode, self.E, newton=self.training_mode == "natural"),
+            [optimizer for optimizer, _ in steps],
+            schedules,
+            Convergence(self.tol, start=warm_up),
+        )
 
     def _empty_model(
         self, shape: tuple[int, int], dtype: torch.dtype, size_factors: torch.Tensor | None
     ) -> PoissonFactorization:
         y = torch.empty(shape, dtype=dtype, device="meta")
         natural = self.training_mode == "natural"
-        prior = GaussianPrior(y, self.n_components, self.scale_pf, natural)
+        scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
+        prior = GaussianPrior(y, self.n_components, scale, natural)
         return PoissonFactorization(
             prior, y, self.n_components, self.loadings_mode, self.mode, size_factors=size_factors
         )
 
     def _steps(
-        self, model: PoissonFactorization
-    ) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
-        """Optimisers of q and W, with the schedules of their learning rates.
+        self, model: PoissonFactorization, mode: str
+    ) -> list[tuple[torch.optim.Optimizer, Schedule]]:
+        """Optimisers of q, W and the prior's scale, with the schedules of their learning rates.
 
         Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
         optimiser has what they leave.
         """
-        pairs: list[tuple[torch.optim.Optimizer, Schedule]] = []
-        noisy_q = self.mode != "lower-bound" or self.y_batch_size is not None
+        noisy_q = mode != "lower-bound" or self.y_batch_size is not None
         noisy_W = noisy_q or self.batch_size is not None
+        for_q, for_W = (Decreasing() if noisy else Constant() for noisy in (noisy_q, noisy_W))
+        steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
             natural = NaturalGradient(model.prior.natural_parameters())  # type: ignore[operator]
-            pairs.append((natural, Decreasing() if noisy_q else Constant()))
+            steps.append((natural, for_q))
         else:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":
-            closed_form = ClosedFormLoadings(model.W, model.expected_totals)
-            pairs.append((closed_form, Decreasing() if noisy_W else Constant()))
+            steps.append((ClosedFormLoadings(model.W, model.expected_totals), for_W))
         else:
             by_gradient.append(model.W.raw)
+        if self.scale_pf == "auto":
+            steps.append((ClosedFormScale(model.prior), for_W))
         if by_gradient:
             optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
-            pairs.insert(0, (optimizer, self._schedule()))
-        optimizers, schedules = zip(*pairs, strict=True)
-        return list(optimizers), list(schedules)
+            steps.insert(0, (optimizer, self._schedule()))
+        return steps
 
     def _schedule(self) -> Schedule:
         schedules: dict[str | None, Schedule] = {

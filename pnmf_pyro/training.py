@@ -31,7 +31,7 @@ logger = logging.getLogger("pnmf_pyro")
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
 
-OnStep = Callable[[int, float], None]
+OnStep = Callable[[float], None]
 
 
 @dataclass
@@ -114,7 +114,8 @@ def train(
     schedules: Sequence[Schedule] | None = None,
     convergence: Convergence | None = None,
     verbose: int = 0,
-    on_step: OnStep = lambda iteration, elbo: None,
+    on_step: OnStep = lambda elbo: None,
+    warn: bool = True,
 ) -> TrainingResult:
     """Train a model and its guide by `pyro.infer.SVI`.
 
@@ -139,7 +140,9 @@ def train(
     verbose : int
         Show a progress bar with the ELBO if positive.
     on_step : callable
-        Called with the number of the step, from 1, and its ELBO.
+        Called with the ELBO of each step, after it.
+    warn : bool
+        Warn of a fit that has not converged; a failure is always warned of.
 
     Returns
     -------
@@ -190,11 +193,11 @@ def train(
                 one(elbo)
             progress.update()
             progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
-            on_step(iteration, elbo)
+            on_step(elbo)
             if convergence.reached(result.history):
                 result.converged = True
                 break
-    _report(result, convergence, max_iter)
+    _report(result, convergence, max_iter, warn)
     return result
 
 
@@ -284,7 +287,7 @@ def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
     return next((name for name, q in quantities.items() if not bool(q.isfinite().all())), None)
 
 
-def _report(result: TrainingResult, convergence: Convergence, max_iter: int) -> None:
+def _report(result: TrainingResult, convergence: Convergence, max_iter: int, warn: bool) -> None:
     n_iter = len(result.history)
     if result.failure:
         message = (
@@ -292,7 +295,7 @@ def _report(result: TrainingResult, convergence: Convergence, max_iter: int) -> 
             "last with a finite ELBO. Use a smaller learning_rate or another loadings_mode."
         )
         warnings.warn(message, ConvergenceWarning, stacklevel=4)
-    elif not result.converged and convergence.still_rising(result.history):
+    elif warn and not result.converged and convergence.still_rising(result.history):
         message = (
             f"The fit did not converge in max_iter={max_iter} iterations: the ELBO was still "
             "rising. Increase max_iter or learning_rate, or accept a larger tol."

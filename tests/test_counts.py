@@ -202,9 +202,10 @@ def test_dense_input_is_not_modified_nor_shared(X):
     assert float(counts.to_dense()[0, 0]) == X[0, 0]
 
 
-def test_values_of_sparse_input_are_not_copied(X):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_of_sparse_input_are_not_copied(X, dtype):
     """A large matrix is held in memory once."""
-    matrix = sp.csr_matrix(X)
+    matrix = sp.csr_matrix(X.astype(dtype))
     counts = check_counts(matrix)
     assert np.shares_memory(counts.values.numpy(), matrix.data)
     assert np.shares_memory(counts.numpy().data, matrix.data)
@@ -223,6 +224,17 @@ def test_counts_describe_themselves(counts, X, block):
     assert counts.row_totals.dtype == counts.log_factorials.dtype == torch.float64
     expected = [sum(special.gammaln(x + 1) for x in row) for row in X]
     np.testing.assert_allclose(counts.log_factorials, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_matrix])
+def test_log_factorials_of_large_counts_in_float32(make):
+    """A constant, computed once: not worth hundreds of nats of the ELBO.
+
+    float32 holds whole numbers up to 2^24, but log X! of a million only to one nat.
+    """
+    X = np.random.default_rng(7).poisson(1e6, (5, 8))
+    value = as_counts(make(X.astype(np.float32))).log_factorials
+    np.testing.assert_allclose(value, special.gammaln(X + 1.0).sum(1), rtol=0, atol=0.1)
 
 
 def test_products_equal_dense_products(counts, X, block):
@@ -590,9 +602,9 @@ def test_one_pass_goes_through_the_samples_in_order(counts):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_scales_of_batches(counts, scaled):
     batches = Batches(counts, 5, 3, scale_ll_D=scaled, scale_kl_NM=scaled)
-    seen = stream(batches, 3)
-    features = [8 / 3, 8 / 3, 8 / 2] if scaled else [1.0] * 3
-    samples = [1.0] * 3 if scaled else [5 / 12, 5 / 12, 2 / 12]
+    seen = stream(batches, 9)  # three batches of samples for each of three batches of features
+    features = [8 / 3] * 6 + [8 / 2] * 3 if scaled else [1.0] * 9
+    samples = [1.0] * 9 if scaled else [5 / 12, 5 / 12, 2 / 12] * 3
     assert [batch.likelihood_scale for batch in seen] == pytest.approx(features)
     assert [batch.prior_scale for batch in seen] == pytest.approx(samples)
 

@@ -236,3 +236,17 @@ def test_score_prefers_the_true_loadings(fitted, counts):
 
 def test_score_is_close_to_the_elbo_of_the_training_data(fitted, counts):
     assert fitted.score(counts) == pytest.approx(fitted.elbo_ / len(counts), rel=1e-3)
+
+
+def test_the_scale_of_the_prior_is_learned():
+    """F is drawn with standard deviation 2; the learned scale raises the ELBO and the score."""
+    random = np.random.default_rng(5)
+    F = 2 * random.normal(size=(400, 3))
+    X = random.poisson(np.exp(F) @ random.gamma(0.5, 1.0, size=(3, 40)))
+    fixed = PNMF(3, random_state=0, max_iter=500, **NATURAL).fit(X)
+    learned = PNMF(3, random_state=0, max_iter=500, scale_pf="auto", **NATURAL).fit(X)
+    scale = float(learned.model_.prior.scale_pf)
+    assert scale == pytest.approx(2, rel=0.15)
+    assert learned.elbo_ > fixed.elbo_
+    assert learned.score(X) > fixed.score(X)
+    assert (np.diff(learned.history_) > -1e-6 * abs(learned.elbo_)).all()

@@ -35,6 +35,7 @@ ORDER = (
     "transforms",
     "parameters",
     "estimator",
+    "recipe",
     "posterior_checks",
     "plotting",
     "anndata_bridge",

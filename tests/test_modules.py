@@ -20,6 +20,7 @@ from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import (
     ClosedFormLoadings,
+    ClosedFormScale,
     Constant,
     Decreasing,
     NaturalGradient,
@@ -739,6 +740,24 @@ def test_natural_gradient_without_gradients_does_nothing(problem):
     before = prior.marginal().loc.clone()
     optimizer.step()
     assert torch.equal(prior.marginal().loc, before)
+
+
+@pytest.mark.parametrize("index", [None, [6, 2, 3]])
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+def test_closed_form_scale_minimises_the_divergence(problem, natural, index, lr):
+    """scale^2 = mean of mu^2 + sigma^2 over the samples of the batch, or part of the way to it."""
+    prior = prior_of(problem, natural)
+    optimizer = ClosedFormScale(prior, lr)
+    optimizer.prepare(Batch(samples=None if index is None else torch.tensor(index)))
+    optimizer.step()
+    scale = float(prior.scale_pf)
+    i = slice(None) if index is None else index
+    mean, sigma = problem.mean[:, i], problem.scale[:, i]
+    optimum = (mean**2 + sigma**2).mean()
+    assert scale**2 == pytest.approx((1 - lr) * PRIOR_SCALE**2 + lr * optimum, rel=1e-10)
+    if lr == 1.0:
+        divergences = [ref.kl_normal(mean, sigma, scale * c).sum() for c in (0.99, 1, 1.01)]
+        assert divergences[1] == min(divergences)
 
 
 # --- schedules

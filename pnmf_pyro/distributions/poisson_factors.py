@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pnmf_pyro.counts import as_counts
+from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.distributions.log_rate import allocation_moments, log_rate
 from pnmf_pyro.validation import check_choice
 
@@ -47,12 +47,14 @@ class PoissonFactors(TorchDistribution):
         super().__init__(torch.Size(batch), loadings.shape[:1], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonFactors:
-        """Return the same distribution with leading batch dimensions added."""
+        """Return the same distribution with other leading batch dimensions."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        leading = tuple(batch_shape)[: len(batch_shape) - 2]
-        log_factors = self.log_factors.expand(*leading, *self.log_factors.shape[-2:])
-        return PoissonFactors(log_factors, self.loadings, self.size_factors)
+        F = self.log_factors if self.log_factors.ndim == 2 else self.log_factors.unsqueeze(-3)
+        F = F.expand(*batch_shape[:-1], *self.log_factors.shape[-2:])
+        expanded = PoissonFactors(F, self.loadings, self.size_factors)
+        expanded._batch_shape = torch.Size(batch_shape)
+        return expanded
 
     @property
     def rate(self) -> Tensor:
@@ -150,7 +152,7 @@ class PoissonFactors(TorchDistribution):
         sum_j X phi (1 - phi) - h, which can be positive far from the optimum and is
         -sum_j X phi^2 where the expected counts sum_j X phi equal h.
         """
-        counts = as_counts(value)
+        counts = self._counts(value)
         fields = [draw.T.contiguous() for draw in draws]
         moments = [allocation_moments(counts, field, self.loadings) for field in fields]
         first, second = (torch.stack(m).mean(0) for m in zip(*moments, strict=True))
@@ -188,7 +190,7 @@ class PoissonFactors(TorchDistribution):
         constant : Tensor of shape (n,), float64
             sum_j X_ij log s_i - log X_ij!.
         """
-        counts = as_counts(value)
+        counts = self._counts(value)
         log_rates = [log_rate(counts, field.T.contiguous(), self.loadings) for field in fields]
         component_totals = self.loadings.sum(0, dtype=torch.float64)
         total_rate = component_totals @ self._scaled(expected).double()
@@ -196,6 +198,13 @@ class PoissonFactors(TorchDistribution):
         if self.size_factors is not None:
             constant = constant + counts.row_totals * self.size_factors.double().log()
         return torch.stack(log_rates).mean(0), total_rate, constant
+
+    def _counts(self, value: Any) -> Counts:
+        counts = as_counts(value)
+        expected = (self.log_factors.shape[-1], *self.event_shape)
+        if counts.shape != expected:
+            raise ValueError(f"counts must have shape {expected}; got {counts.shape}.")
+        return counts if counts.dtype == self.loadings.dtype else counts.to(self.loadings.dtype)
 
     def _scaled(self, factors: Tensor) -> Tensor:
         return factors if self.size_factors is None else factors * self.size_factors

@@ -114,7 +114,7 @@ class GaussianPrior(Prior):
         self.N = int(y.shape[1])
         self.use_natural_gradients = use_natural_gradients
         check_positive("scale_pf", scale_pf)
-        self.register_buffer("scale_pf", torch.tensor(float(scale_pf)))
+        self.register_buffer("scale_pf", torch.tensor(float(scale_pf), dtype=torch.float64))
         self.q: _Natural | _MeanScale = (_Natural if use_natural_gradients else _MeanScale)(
             L, self.N
         )
@@ -191,6 +191,5 @@ class GaussianPrior(Prior):
 
 def like_data(module: nn.Module, y: Any) -> nn.Module:
     """Move a module to the floating-point type and the device of the data `y`, in place."""
-    if y.dtype.is_floating_point:
-        module.to(y.dtype)
+    module.to(y.dtype if y.dtype.is_floating_point else torch.get_default_dtype())
     return module if y.device.type == "meta" else module.to(y.device)

@@ -1,0 +1,66 @@
+"""The recommended fit in one call."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pnmf_pyro.estimator import PNMF
+
+logger = logging.getLogger("pnmf_pyro")
+
+# Steps in closed form, which have no learning rate to choose: first up a bound without noise until
+# that has settled, then up the tighter one.
+RECIPE: dict[str, Any] = {
+    "mode": "expanded",
+    "warm_up": True,
+    "training_mode": "natural",
+    "loadings_mode": "multiplicative",
+    "scale_pf": "auto",
+    "max_iter": 500,
+    "random_state": 0,
+}
+
+
+def fit(
+    X: Any,
+    coords: Any = None,
+    groups: Any = None,
+    *,
+    n_components: int = 10,
+    size_factors: Any = None,
+    **parameters: Any,
+) -> PNMF:
+    """Fit a factorisation with settings that need no tuning.
+
+    Parameters
+    ----------
+    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
+        Counts.
+    coords, groups : array-like, optional
+        For spatial models, which this version does not have yet: an error.
+    n_components : int
+    size_factors : array-like of shape (n_samples,), optional
+        Positive factor on all rates of a sample.
+    **parameters
+        Any parameter of :class:`PNMF`, in place of the recommended value.
+
+    Returns
+    -------
+    PNMF
+        Fitted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pnmf_pyro
+    >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
+    >>> model = pnmf_pyro.fit(X, n_components=2)
+    >>> model.components_.shape
+    (2, 20)
+    """
+    chosen = {**RECIPE, **parameters}
+    model = PNMF(n_components=n_components, **chosen)
+    described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+    logger.info("fit with n_components=%d, %s", n_components, described)
+    return model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
