@@ -28,7 +28,8 @@ import pyro.distributions as dist
 import torch
 from sklearn.datasets import load_digits
 
-from pnmf_pyro import PNMF, plotting, transforms
+import pnmf_pyro
+from pnmf_pyro import plotting, transforms
 
 small = bool(os.environ.get("PNMF_SMALL"))  # fewer samples and steps, for continuous integration
 
@@ -48,18 +49,19 @@ X.shape
 # %% [markdown]
 # ## Fit
 #
-# `PNMF` is a scikit-learn estimator. With natural-gradient steps for the factors and closed-form
-# updates for the loadings there is no learning rate to choose.
+# `fit` takes steps in closed form, so there is no learning rate to choose: first up a lower bound
+# without noise until that has settled, then up the tighter ELBO. It returns a `PNMF`, which is a
+# scikit-learn estimator.
 
 # %%
-recipe = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
-model = PNMF(n_components=10, max_iter=500, random_state=0, **recipe)
-factors = model.fit_transform(X)
+model = pnmf_pyro.fit(X, n_components=10)
+factors = transforms.get_factors(model)
 print(f"ELBO {model.elbo_:.0f} nats after {model.n_iter_} steps")
 
 # %% [markdown]
 # The ELBO is a lower bound on $\log p(X \mid W)$, with all constants, so fits with different
-# numbers of components or modes can be compared. It should be flat at the end:
+# numbers of components or modes can be compared. It should be flat at the end; the jump is where
+# the tighter bound takes over:
 
 # %%
 plotting.plot_elbo(model)

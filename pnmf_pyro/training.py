@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,9 @@ logger = logging.getLogger("pnmf_pyro")
 
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
+
+# Stored counts up to which one thread is as fast as several.
+FEW_ENTRIES = 200_000
 
 OnStep = Callable[[float], None]
 
@@ -181,7 +184,11 @@ def train(
         for iteration in range(1, max_iter + 1):
             batch = joint.batch = next(stream)
             try:
-                with drawing_from(generator, device), pyro.validation_enabled(iteration == 1):
+                with (
+                    threads_for(batch),
+                    drawing_from(generator, device),
+                    pyro.validation_enabled(iteration == 1),
+                ):
                     elbo = -svi.step(batch)
                     model.project_parameters()
             except FloatingPointError as error:
@@ -219,7 +226,8 @@ def evaluate_elbo(
         for batch in batches.one_pass():
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
-            total -= share * objective.loss(model.model, model.guide, batch)
+            with threads_for(batch):
+                total -= share * objective.loss(model.model, model.guide, batch)
     return total
 
 
@@ -243,6 +251,22 @@ def _evaluating(model: nn.Module) -> Any:
         yield
     finally:
         model.training = training
+
+
+@contextmanager
+def threads_for(batch: Batch) -> Iterator[None]:
+    """Work in one thread within the block where the batch is small, and as before after it.
+
+    Threads gain little there, and where other programs keep the cores busy they lose much: each
+    product waits for a thread that waits for a core.
+    """
+    threads = torch.get_num_threads()
+    if batch.counts is not None and batch.counts.values.numel() < FEW_ENTRIES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Checkpoint:

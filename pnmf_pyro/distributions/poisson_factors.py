@@ -38,7 +38,7 @@ class PoissonFactors(TorchDistribution):
     has_rsample = False
 
     def __init__(self, log_factors: Tensor, loadings: Tensor, size_factors: Tensor | None = None):
-        self.log_factors = log_factors
+        self.log_factors = self._unexpanded = log_factors
         self.loadings = loadings
         self.size_factors = size_factors
         *leading, _, n = log_factors.shape
@@ -50,10 +50,12 @@ class PoissonFactors(TorchDistribution):
         """Return the same distribution with other leading batch dimensions."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        F = self.log_factors if self.log_factors.ndim == 2 else self.log_factors.unsqueeze(-3)
-        F = F.expand(*batch_shape[:-1], *self.log_factors.shape[-2:])
-        expanded = PoissonFactors(F, self.loadings, self.size_factors)
+        F = self._unexpanded
+        placed = F if F.ndim == 2 else F.unsqueeze(-3)
+        placed = placed.expand(*batch_shape[:-1], *F.shape[-2:])
+        expanded = PoissonFactors(placed, self.loadings, self.size_factors)
         expanded._batch_shape = torch.Size(batch_shape)
+        expanded._unexpanded = F
         return expanded
 
     @property
@@ -225,7 +227,7 @@ def mean_deviance(value: Any, factors: Tensor, loadings: Tensor) -> float:
         Times size factors where there are any.
     loadings : Tensor of shape (d, L)
     """
-    counts = as_counts(value)
+    counts = as_counts(value).to(loadings.dtype)
     n, d = counts.shape
     saturated = [
         block.row_sums(torch.xlogy(b := block.values, b) - b) for _, block in counts.blocks()

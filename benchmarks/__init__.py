@@ -1,0 +1,1 @@
+"""Measurements of pnmf_pyro against its peers: python -m benchmarks NAME."""

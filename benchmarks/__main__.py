@@ -1,0 +1,223 @@
+"""python -m benchmarks NAME: lines of JSON, then a table of ratios."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import ours, peers, tables
+from benchmarks.measure import (
+    in_new_process,
+    interleaved,
+    median,
+    peak_memory_mib,
+    per_iteration,
+    ratios,
+    report,
+    table,
+    timed,
+)
+from pnmf_pyro import PNMF
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.distributions import mean_deviance
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
+
+
+def benchmark(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """Register a benchmark under the name of its function."""
+    BENCHMARKS[run.__name__] = run
+    return run
+
+
+def matrix(options: argparse.Namespace) -> Any:
+    """The simulated table that the options describe."""
+    return tables.simulated(options.N, options.D, options.density, options.L)
+
+
+@benchmark
+def step(options: argparse.Namespace) -> None:
+    """Seconds of one full-data step, ours and the peers' in turn."""
+    X, L = matrix(options), options.L
+    calls: dict[str, Callable[[], float]] = {
+        name: lambda s=settings: per_iteration(
+            lambda n: ours.iterations(X, L, n, **s), 2, 2 + options.steps
+        )
+        for name, settings in ours.SETTINGS.items()
+    }
+    peer_steps = {
+        "pnmf 0.1.0, E=3": (peers.pnmf_iterations, 1, 2),
+        "scikit-learn KL-mu": (peers.kl_iterations, 2, 5),
+        "torchnmf KL-mu": (peers.torchnmf_iterations, 1, 3),
+    }
+    for name, (run, few, many) in peer_steps.items():
+        if options.peers == "all" or name.split()[0] in options.peers.split(","):
+            calls[name] = lambda r=run, a=few, b=many: per_iteration(lambda n: r(X, L, n), a, b)
+    ours.iterations(X, L, 2)  # the first step of a process imports and allocates
+    values = interleaved(calls, options.repeats)
+    for name, found in values.items():
+        report(benchmark="step", what=name, shape=X.shape, stored=X.nnz, L=L, seconds=found)
+    rows = [["step", "median seconds", *(f"{name} / it" for name in values if name in peer_steps)]]
+    for name in ours.SETTINGS:
+        over = [median(ratios(values[peer], values[name])) for peer in values if peer in peer_steps]
+        rows.append([name, f"{median(values[name]):.4f}", *(f"{ratio:.1f}" for ratio in over)])
+    sys.stdout.write(table(rows))
+
+
+@benchmark
+def reach(options: argparse.Namespace) -> None:
+    """Seconds of `fit` to the deviance at which scikit-learn's KL-mu stops, against its own."""
+    rows = [["data", "deviance", "scikit-learn s", "ours s", "ratio"]]
+    for name in options.data.split(","):
+        X = table_of(name, options)
+        found = [reach_once(X, options) for _ in range(options.repeats)]
+        line = {key: [one[key] for one in found] for key in found[0]}
+        report(benchmark="reach", data=name, **line)
+        over = median(ratios(line["peer_seconds"], line["our_seconds"]))
+        numbers = [median(line[k]) for k in ("deviance", "peer_seconds", "our_seconds")] + [over]
+        rows.append([name, *(f"{number:.4g}" for number in numbers)])
+    sys.stdout.write(table(rows))
+
+
+def table_of(name: str, options: argparse.Namespace) -> Any:
+    """A table of real counts, or the simulated one; features without counts are left out."""
+    X = matrix(options) if name == "simulated" else tables.real(name)
+    return X[:, np.asarray(X.sum(0)).ravel() > 0]
+
+
+def reach_once(X: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Fit scikit-learn's NMF, then ours until it is as near to the counts, or to its end."""
+    counts = as_counts(X)
+    nmf = peers.kl_fit(options.L)
+    peer_seconds, factors = timed(lambda: nmf.fit_transform(X))
+    loadings = np.ascontiguousarray(nmf.components_.T)
+    target = mean_deviance(
+        counts, torch.as_tensor(factors).to(counts.values), torch.as_tensor(loadings)
+    )
+    watch = ours.fit_until(
+        X,
+        options.L,
+        lambda model: ours.deviance(model, counts),
+        lambda value: value <= target,
+        options.every,
+    )
+    return {
+        "deviance": target,
+        "our_deviance": float(watch.best),
+        "peer_seconds": peer_seconds,
+        "our_seconds": watch.seconds or float("nan"),
+        "peer_iterations": int(nmf.n_iter_),
+        "our_iterations": watch.n_iter,
+    }
+
+
+@benchmark
+def adam(options: argparse.Namespace) -> None:
+    """ELBO of `fit` against that of many Adam steps of the standard mode, and their times."""
+    rows = [["data", "Adam ELBO", "fit ELBO", "Adam s", "fit s", "ratio"]]
+    for name in options.data.split(","):
+        X = table_of(name, options)
+        slow = PNMF(options.L, max_iter=options.steps, tol=0, learning_rate=0.05, random_state=0)
+        adam_seconds, _ = timed(lambda X=X, slow=slow: ours.quietly(lambda: slow.fit(X)))
+        fits = [timed(lambda X=X: ours.fit(X, options.L)) for _ in range(options.repeats)]
+        line = {
+            "adam_elbo": ours.expanded_elbo(slow, X),
+            "fit_elbo": ours.expanded_elbo(fits[0][1], X),
+            "adam_seconds": adam_seconds,
+            "fit_seconds": median([one[0] for one in fits]),
+        }
+        report(benchmark="adam", data=name, fit_iterations=fits[0][1].n_iter_, **line)
+        numbers = (*line.values(), line["adam_seconds"] / line["fit_seconds"])
+        rows.append([name, *(f"{number:.6g}" for number in numbers)])
+    sys.stdout.write(table(rows))
+
+
+@benchmark
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of some natural steps above what the data takes, in a process of its own."""
+    X = matrix(options)
+    ours.iterations(tables.simulated(50, 20, 0.2), options.L, 1, **ours.NATURAL)
+    before = peak_memory_mib()
+    taken, _ = timed(lambda: ours.iterations(X, options.L, options.steps, **ours.NATURAL))
+    return report(
+        benchmark="memory",
+        shape=X.shape,
+        stored=X.nnz,
+        L=options.L,
+        mib_above_data=peak_memory_mib() - before,
+        mib_in_all=peak_memory_mib(),
+        seconds=taken,
+        steps=options.steps,
+    )
+
+
+@benchmark
+def growth(options: argparse.Namespace) -> None:
+    """Seconds of a natural step as stored counts, samples, features and components grow."""
+    base = {"N": 20_000, "D": 2_000, "density": 0.05, "L": 10}
+    series = {
+        "stored": [{"N": n} for n in (1_000, 10_000, 100_000, 1_000_000)],
+        "N": [{"N": n, "density": 1_000 / n} for n in (5_000, 20_000, 80_000)],
+        "D": [{"D": d, "density": 100 / d} for d in (500, 2_000, 8_000)],
+        "L": [{"L": L} for L in (5, 10, 20, 40)],
+    }
+    rows = [["grows", "from", "to", "log-log slope of step time"]]
+    for name in options.series.split(","):
+        measured = []
+        for change in series[name]:
+            line = in_new_process("one_step", **{**base, **change}, repeats=options.repeats)
+            measured.append(report(**{**line, "benchmark": "growth", "grows": name}))
+        size = {"stored": "stored", "L": "L", "N": "N", "D": "D"}[name]
+        x, y = ([line[key] for line in measured] for key in (size, "median_seconds"))
+        slope = np.polyfit(np.log(x), np.log(y), 1)[0]
+        rows.append([name, f"{x[0]:g}", f"{x[-1]:g}", f"{slope:.2f}"])
+    sys.stdout.write(table(rows))
+
+
+@benchmark
+def one_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory of a natural step on one simulated table."""
+    X = matrix(options)
+    ours.iterations(X, options.L, 1, **ours.NATURAL)
+    steps = int(np.clip(2e7 / X.nnz, 1, options.steps))
+    found = [
+        per_iteration(lambda n: ours.iterations(X, options.L, n, **ours.NATURAL), 1, 1 + steps)
+        for _ in range(options.repeats)
+    ]
+    return report(
+        benchmark="one_step",
+        N=X.shape[0],
+        D=X.shape[1],
+        stored=X.nnz,
+        L=options.L,
+        seconds=found,
+        median_seconds=median(found),
+        mib_in_all=peak_memory_mib(),
+    )
+
+
+def main() -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--N", type=int, default=20_000)
+    parser.add_argument("--D", type=int, default=2_000)
+    parser.add_argument("--L", type=int, default=10)
+    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--every", type=int, default=1, help="look at the fit every so many steps")
+    parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
+    parser.add_argument("--series", default="stored,N,D,L")
+    parser.add_argument("--data", default="digits,st_mob_rep11,simulated")
+    options = parser.parse_args()
+    BENCHMARKS[options.name](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What is measured of pnmf_pyro."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+import pnmf_pyro
+from pnmf_pyro import PNMF
+from pnmf_pyro.counts import Counts, as_counts
+from pnmf_pyro.data import Batches
+from pnmf_pyro.distributions import mean_deviance
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.random_state import torch_generator
+from pnmf_pyro.recipe import RECIPE
+from pnmf_pyro.training import evaluate_elbo
+from pnmf_pyro.transforms import get_factors
+
+NATURAL = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "expanded, E=3": {"mode": "expanded", "E": 3},
+    "lower-bound": {"mode": "lower-bound"},
+    "natural + multiplicative": NATURAL,
+}
+
+
+def quietly(call: Any) -> Any:
+    """Call without warnings of fits that are stopped on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message=".*no counts at all")
+        return call()
+
+
+def iterations(X: sp.csr_matrix, L: int, n_iter: int, **settings: Any) -> None:
+    """Run full-data steps of one setting."""
+    model = PNMF(L, max_iter=n_iter, tol=0, random_state=0, **settings)
+    quietly(lambda: model.fit(X))
+
+
+def fit(X: Any, L: int) -> PNMF:
+    """Run `pnmf_pyro.fit` as it comes."""
+    return quietly(lambda: pnmf_pyro.fit(X, n_components=L))
+
+
+def expanded_elbo(model: PNMF, X: Any, draws: int = 50) -> float:
+    """The ELBO of a fit in `expanded` mode, from many draws: one function for every fit."""
+    objective = FactorizationELBO("expanded", draws)
+    return evaluate_elbo(model.model_, Batches(as_counts(X)), objective, torch_generator(0))
+
+
+def deviance(model: PNMF, counts: Counts) -> float:
+    """Mean Poisson deviance of the counts from the fitted means."""
+    factors = torch.as_tensor(get_factors(model)).to(counts.values)
+    return mean_deviance(counts, factors, torch.as_tensor(model.components_.T.copy()))
+
+
+class Reached(Exception):
+    """The fit has got where it was to get."""
+
+
+class Watch:
+    """A callback that stops the clock while it looks, and the fit when a target is reached."""
+
+    def __init__(self, look: Any, reached: Any):
+        self.look, self.is_reached = look, reached
+        self.started = time.perf_counter()
+        self.looking = 0.0
+        self.best = np.nan
+        self.seconds: float | None = None
+        self.n_iter = 0
+
+    def __call__(self, model: PNMF, iteration: int, elbo: float) -> None:
+        """Look at the model after a step."""
+        now = time.perf_counter()
+        value = self.look(model)
+        self.best = value
+        if self.is_reached(value):
+            self.seconds, self.n_iter = now - self.started - self.looking, iteration
+            raise Reached
+        self.looking += time.perf_counter() - now
+
+
+def fit_until(X: Any, L: int, look: Any, reached: Any, every: int = 1, **settings: Any) -> Watch:
+    """Run `pnmf_pyro.fit` until a function of the model has reached a target, or to its end."""
+    parameters = {**RECIPE, "n_components": L, **settings}
+    watch = Watch(look, reached)
+    model = PNMF(**parameters)
+    with contextlib.suppress(Reached):
+        quietly(lambda: model.fit(X, callback=watch, callback_interval=every))
+    return watch

@@ -1,0 +1,45 @@
+"""Tables of counts to measure on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.datasets import load_digits
+
+DATA = Path(os.environ.get("PNMF_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def simulated(N: int, D: int, density: float, L: int = 10, seed: int = 0) -> sp.csr_matrix:
+    """Counts from a Poisson factorisation, scaled so that about `density` of them are not zero."""
+    random = np.random.default_rng(seed)
+    factors = np.exp(random.normal(size=(N, L))).astype(np.float32)
+    loadings = random.gamma(0.3, 1.0, size=(D, L)).astype(np.float32)
+    scale = _scale_for(density, factors[:500] @ loadings.T)
+    blocks = []
+    for start in range(0, N, 5000):
+        rates = scale * (factors[start : start + 5000] @ loadings.T)
+        blocks.append(sp.csr_matrix(random.poisson(rates).astype(np.float32)))
+    return sp.vstack(blocks, format="csr")
+
+
+def _scale_for(density: float, rates: np.ndarray) -> float:
+    """Solve mean(1 - exp(-scale * rate)) = density by bisection in the logarithm."""
+    low, high = 1e-8, 1e4
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        low, high = (low, middle) if -np.expm1(-middle * rates).mean() > density else (middle, high)
+    return float(low)
+
+
+def real(name: str) -> sp.csr_matrix:
+    """One of the files of real counts, or scikit-learn's digits; CSR, float32."""
+    if name == "digits":
+        return sp.csr_matrix(load_digits().data.astype(np.float32))
+    import anndata
+
+    adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
+    X = adata.layers.get("counts", adata.X)
+    return sp.csr_matrix(X, dtype=np.float32)
