@@ -92,8 +92,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         Standard deviation of the prior of the log-factors; `auto` learns it from the data, as the
         value that maximises the ELBO.
     warm_up : bool
-        Begin with `lower-bound` steps until they have settled, for up to `max_iter` iterations of
-        their own, before those of `mode`.
+        Begin with `lower-bound` steps until they have settled to within 10 `tol`, for up to
+        `max_iter` iterations of their own, before those of `mode`.
 
     Attributes
     ----------

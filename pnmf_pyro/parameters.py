@@ -35,6 +35,9 @@ from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.training import Convergence
 from pnmf_pyro.validation import DEVICES
 
+# A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
+WARM_UP_TOL = 10
+
 _POSITIVE = Interval(Real, 0, None, closed="neither")
 _COUNT = Interval(Integral, 1, None, closed="left")
 
@@ -175,12 +178,12 @@ class Parameters(BaseEstimator):
 
     def _stages(self, model: PoissonFactorization) -> list[Stage]:
         """What to train with, one stage after another."""
-        modes = [self.mode]
+        stages = [self._stage(model, self.mode, self.tol)]
         if self.warm_up and self.mode != "lower-bound":
-            modes.insert(0, "lower-bound")
-        return [self._stage(model, mode) for mode in modes]
+            stages.insert(0, self._stage(model, "lower-bound", WARM_UP_TOL * self.tol))
+        return stages
 
-    def _stage(self, model: PoissonFactorization, mode: str) -> Stage:
+    def _stage(self, model: PoissonFactorization, mode: str, tol: float) -> Stage:
         steps = self._steps(model, mode)
         schedules = [schedule for _, schedule in steps]
         warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
@@ -188,7 +191,7 @@ class Parameters(BaseEstimator):
             FactorizationELBO(mode, self.E, newton=self.training_mode == "natural"),
             [optimizer for optimizer, _ in steps],
             schedules,
-            Convergence(self.tol, start=warm_up),
+            Convergence(tol, start=warm_up),
         )
 
     def _empty_model(

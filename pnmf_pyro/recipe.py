@@ -17,6 +17,7 @@ RECIPE: dict[str, Any] = {
     "training_mode": "natural",
     "loadings_mode": "multiplicative",
     "scale_pf": "auto",
+    "E": 1,
     "max_iter": 500,
     "random_state": 0,
 }

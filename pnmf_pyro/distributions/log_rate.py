@@ -39,12 +39,38 @@ def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
     Tensor of shape (n,), float64
     """
     if torch.is_grad_enabled() and (factors.requires_grad or loadings.requires_grad):
-        return _LogRate.apply(counts, factors, loadings)
+        return _LogRate.apply(counts, factors, loadings, False)
     parts = [
         block.row_sums(block.values * _rates(block, factors[rows], loadings).log())
         for rows, block in counts.blocks()
     ]
     return torch.cat(parts)
+
+
+def log_rate_and_moments(
+    counts: Counts, factors: Tensor, loadings: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return :func:`log_rate` with sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2.
+
+    With phi_ijl = W_jl exp F_il / rho_ij the share of component l in a rate, these two give the
+    curvature
+
+    .. math:: \frac{\partial^2}{\partial F_{il}^2} \sum_j X_{ij} \log \rho_{ij}
+        = \sum_j X_{ij} \phi_{ijl} (1 - \phi_{ijl}).
+
+    Parameters
+    ----------
+    counts, factors, loadings
+        As for :func:`log_rate`.
+
+    Returns
+    -------
+    values : Tensor of shape (n,), float64
+        Differentiable as those of :func:`log_rate`.
+    first, second : Tensor of shape (n, L)
+        Not differentiable.
+    """
+    return _LogRate.apply(counts, factors, loadings, True)
 
 
 def log_rate_with_gradients(
@@ -81,33 +107,16 @@ def log_rate_with_gradients(
     return torch.cat(values), gradient, loadings_gradient
 
 
-def allocation_moments(counts: Counts, factors: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2, for the curvature of the log rate.
-
-    With phi_ijl = W_jl exp F_il / rho_ij the share of component l in a rate,
-
-    .. math:: \frac{\partial^2}{\partial F_{il}^2} \sum_j X_{ij} \log \rho_{ij}
-        = \sum_j X_{ij} \phi_{ijl} (1 - \phi_{ijl}).
-
-    Parameters
-    ----------
-    counts, factors, loadings
-        As for :func:`log_rate`.
-
-    Returns
-    -------
-    first, second : Tensor of shape (n, L)
-    """
-    first, second = [], []
+def _second_moment(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """sum_j X_ij phi_ijl^2, of shape (n, L)."""
+    parts = []
+    largest = torch.finfo(factors.dtype).max ** 0.75
     squared = loadings.square()
     for rows, block in counts.blocks():
-        A = factors[rows]
-        rates = _rates(block, A, loadings)
-        ratio = block.values / rates
-        first.append(A * block.matmul(ratio, loadings))
-        steep = (ratio / rates).clamp_max_(torch.finfo(rates.dtype).max ** 0.75)
-        second.append(A.square() * block.matmul(steep, squared))
-    return torch.cat(first), torch.cat(second)
+        rates = _rates(block, factors[rows], loadings)
+        steep = (block.values / rates.square_()).clamp_max_(largest)
+        parts.append(block.matmul(steep, squared))
+    return factors.square() * torch.cat(parts)
 
 
 def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
@@ -118,18 +127,24 @@ def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
 
 class _LogRate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, counts: Counts, factors: Tensor, loadings: Tensor, with_moments: bool
+    ) -> Any:
         values, *gradients = log_rate_with_gradients(counts, factors, loadings)
         ctx.counts = counts
         ctx.save_for_backward(factors, loadings, *gradients)
-        return values
+        if not with_moments:
+            return values
+        first, second = factors * gradients[0], _second_moment(counts, factors, loadings)
+        ctx.mark_non_differentiable(first, second)
+        return values, first, second
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weights: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, weights: Tensor, *unused: Any) -> tuple[None, Tensor, Tensor, None]:
         factors, loadings, factors_gradient, loadings_gradient = ctx.saved_tensors
         weights = weights.to(factors.dtype)
         if bool((weights == weights[0]).all()):
-            return None, factors_gradient * weights[0], loadings_gradient * weights[0]
+            return None, factors_gradient * weights[0], loadings_gradient * weights[0], None
         _, *weighted = log_rate_with_gradients(ctx.counts, factors, loadings, weights)
-        return None, weighted[0], weighted[1]
+        return None, weighted[0], weighted[1], None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pnmf_pyro.counts import Counts, as_counts
-from pnmf_pyro.distributions.log_rate import allocation_moments, log_rate
+from pnmf_pyro.distributions.log_rate import log_rate, log_rate_and_moments
 from pnmf_pyro.validation import check_choice
 
 MODES = ("simple", "expanded", "lower-bound")
@@ -133,31 +133,31 @@ class PoissonFactors(TorchDistribution):
         expected = (mean + scale.square() / 2).exp()
         if mode == "lower-bound":
             return self._expectation(value, [mean.exp()], expected)
+        newton = newton and torch.is_grad_enabled()
         spread = scale.detach() if newton else scale
         draws = [(mean + spread * torch.randn_like(mean)).exp() for _ in range(n_draws)]
         if mode == "simple":
             expected = torch.stack(draws).mean(0)
-        expectation = self._expectation(value, draws, expected)
-        if newton and torch.is_grad_enabled():
-            target = self._variance_gradient(value, draws, expected.detach())
-            if mode == "expanded":  # -h / 2 comes from the expected rate already
-                target = target + self._component_rates(expected.detach()) / 2
-            rise = q.variance - q.variance.detach()
-            expectation = expectation + (target * rise.T).sum(1)
-        return expectation
+        if not newton:
+            return self._expectation(value, draws, expected)
+        counts = self._counts(value)
+        fields = [draw.T.contiguous() for draw in draws]
+        per_draw = [log_rate_and_moments(counts, field, self.loadings) for field in fields]
+        log_rate, *moments = (torch.stack(part).mean(0) for part in zip(*per_draw, strict=True))
+        target = self._variance_gradient(expected.detach(), *moments)
+        if mode == "expanded":  # -h / 2 comes from the expected rate already
+            target = target + self._component_rates(expected.detach()) / 2
+        rise = q.variance - q.variance.detach()
+        correction = (target * rise.T).sum(1)
+        return log_rate - self._total_rate(expected) + self._constant(counts) + correction
 
-    @torch.no_grad()
-    def _variance_gradient(self, value: Any, draws: Sequence[Tensor], expected: Tensor) -> Tensor:
+    def _variance_gradient(self, expected: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Half the expected second derivative in F_il, at most -1/4 sum_j X phi^2; (n, L).
 
         With h the expected rate of a component and phi its share in a rate, the derivative is
         sum_j X phi (1 - phi) - h, which can be positive far from the optimum and is
         -sum_j X phi^2 where the expected counts sum_j X phi equal h.
         """
-        counts = self._counts(value)
-        fields = [draw.T.contiguous() for draw in draws]
-        moments = [allocation_moments(counts, field, self.loadings) for field in fields]
-        first, second = (torch.stack(m).mean(0) for m in zip(*moments, strict=True))
         curvature = self._component_rates(expected) - first + second
         return -torch.maximum(curvature, second / 2) / 2
 
@@ -194,12 +194,16 @@ class PoissonFactors(TorchDistribution):
         """
         counts = self._counts(value)
         log_rates = [log_rate(counts, field.T.contiguous(), self.loadings) for field in fields]
+        return torch.stack(log_rates).mean(0), self._total_rate(expected), self._constant(counts)
+
+    def _total_rate(self, expected: Tensor) -> Tensor:
         component_totals = self.loadings.sum(0, dtype=torch.float64)
-        total_rate = component_totals @ self._scaled(expected).double()
-        constant = -counts.log_factorials
-        if self.size_factors is not None:
-            constant = constant + counts.row_totals * self.size_factors.double().log()
-        return torch.stack(log_rates).mean(0), total_rate, constant
+        return component_totals @ self._scaled(expected).double()
+
+    def _constant(self, counts: Counts) -> Tensor:
+        if self.size_factors is None:
+            return -counts.log_factorials
+        return counts.row_totals * self.size_factors.double().log() - counts.log_factorials
 
     def _counts(self, value: Any) -> Counts:
         counts = as_counts(value)
