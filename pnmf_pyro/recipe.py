@@ -9,8 +9,8 @@ from pnmf_pyro.estimator import PNMF
 
 logger = logging.getLogger("pnmf_pyro")
 
-# Steps in closed form, which have no learning rate to choose: first up a bound without noise until
-# that has settled, then up the tighter one.
+# Steps in closed form, which have no learning rate to choose: from a decomposition of the counts
+# first up a bound without noise until that has nearly settled, then up the tighter one.
 RECIPE: dict[str, Any] = {
     "mode": "expanded",
     "warm_up": True,
@@ -18,6 +18,7 @@ RECIPE: dict[str, Any] = {
     "loadings_mode": "multiplicative",
     "scale_pf": "auto",
     "E": 1,
+    "init": None,
     "max_iter": 500,
     "random_state": 0,
 }

@@ -270,20 +270,20 @@ def threads_for(batch: Batch) -> Iterator[None]:
 
 
 class _Checkpoint:
-    """A copy of the parameters for which the ELBO was last finite."""
+    """A copy of the parameters and buffers for which the ELBO was last finite."""
 
     def __init__(self, model: nn.Module):
-        self.parameters = [parameter.data for parameter in model.parameters()]
+        self.state = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
         self.saved: list[torch.Tensor] | None = None
 
     def save(self) -> None:
         if self.saved is None:
-            self.saved = [torch.empty_like(parameter) for parameter in self.parameters]
-        torch._foreach_copy_(self.saved, self.parameters)
+            self.saved = [torch.empty_like(tensor) for tensor in self.state]
+        torch._foreach_copy_(self.saved, self.state)
 
     def restore(self) -> None:
         if self.saved is not None:
-            torch._foreach_copy_(self.parameters, self.saved)
+            torch._foreach_copy_(self.state, self.saved)
 
 
 def _describe_failure(

@@ -355,7 +355,10 @@ def test_newton_gradient_is_half_the_bounded_curvature(problem, layout, mode, fi
     """Of each draw, by automatic second derivatives; at most -1/4 sum_j X_ij phi_ijl^2."""
     counts = counts_of(problem.X, layout)
     *_, gradient, _ = gradients_of(problem, counts, mode, newton=True)
+    fields.clear()
+    gradients_of(problem, counts, mode, newton=False)  # the same draws, as the values show
     draws = [field.log().numpy() for field in fields]
+    assert len(draws) == 3
     curvature = np.mean([ref.log_rate_curvature(problem.X, F, problem.W) for F in draws], 0)
     second = np.mean([ref.allocation_moments(problem.X, F, problem.W)[1] for F in draws], 0)
     moment = np.exp(problem.mean + problem.scale**2 / 2)

@@ -82,6 +82,7 @@ def test_the_last_finite_state_is_restored(problem):
         if len(seen) == 5:
             with torch.no_grad():
                 model.W.raw[2, 1] = torch.inf
+                model.prior.scale_pf.fill_(9.0)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with pytest.warns(ConvergenceWarning, match=r"iteration 6: W\._raw is the first"):
@@ -98,6 +99,7 @@ def test_the_last_finite_state_is_restored(problem):
     assert result.failure
     restored = evaluate_elbo(model, batches, objective, torch_generator(0))
     assert restored == pytest.approx(result.history[-1], rel=1e-9)
+    assert float(model.prior.scale_pf) == 1.0
 
 
 def test_elbo_of_all_data_is_the_same_in_one_batch_or_many(problem):
