@@ -104,7 +104,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     feature_names_in_ : ndarray of shape (n_features,)
         Where X had names.
     elbo_ : float
-        ELBO of the fit in nats, constants included: a lower bound on log p(X | W).
+        ELBO of the fit in nats, constants included: a lower bound on log p(X | W), estimated from
+        at least 20 draws where `mode` needs draws.
     history_ : list of float
         ELBO at each step; those of a warm-up are of its own, lower bound.
     n_iter_ : int
@@ -203,7 +204,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         self._publish(model)
         self.n_iter_ = len(self.history_)
         batches = Batches(counts, self.batch_size)
-        self.elbo_ = evaluate_elbo(model, batches, last.objective, generator)
+        self.elbo_ = evaluate_elbo(model, batches, self._final_objective(), generator)
         return (self.history_, self) if return_history else self
 
     def fit_transform(

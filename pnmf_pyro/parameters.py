@@ -38,6 +38,9 @@ from pnmf_pyro.validation import DEVICES
 # A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
 WARM_UP_TOL = 10
 
+# Draws for the ELBO of a finished fit, which is quoted and compared.
+FINAL_DRAWS = 20
+
 _POSITIVE = Interval(Real, 0, None, closed="neither")
 _COUNT = Interval(Integral, 1, None, closed="left")
 
@@ -175,6 +178,9 @@ class Parameters(BaseEstimator):
         self.scale_kl_NM = scale_kl_NM
         self.scale_pf = scale_pf
         self.warm_up = warm_up
+
+    def _final_objective(self) -> FactorizationELBO:
+        return FactorizationELBO(self.mode, max(self.E, FINAL_DRAWS))
 
     def _stages(self, model: PoissonFactorization) -> list[Stage]:
         """What to train with, one stage after another."""

@@ -15,16 +15,12 @@ import torch
 from pyro.infer import SVI
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
-from tqdm import TqdmWarning
+from tqdm.auto import tqdm
 
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.optimizers import Constant, JointOptimizer, Schedule
 from pnmf_pyro.random_state import drawing_from
-
-with warnings.catch_warnings():  # a bar of text serves where notebook widgets are not installed
-    warnings.simplefilter("ignore", TqdmWarning)
-    from tqdm.auto import tqdm
 
 logger = logging.getLogger("pnmf_pyro")
 
