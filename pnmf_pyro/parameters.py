@@ -220,8 +220,9 @@ class Parameters(BaseEstimator):
         optimiser has what they leave.
         """
         noisy_q = mode != "lower-bound" or self.y_batch_size is not None
-        noisy_W = noisy_q or self.batch_size is not None
-        for_q, for_W = (Decreasing() if noisy else Constant() for noisy in (noisy_q, noisy_W))
+        for_q = for_W = Decreasing() if noisy_q else Constant()
+        if self.batch_size is not None:  # each batch sees W anew: average over many of them
+            for_W = Decreasing(delay=100.0)
         steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":

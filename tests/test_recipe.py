@@ -1,0 +1,68 @@
+"""pnmf_pyro.fit: the recommended settings, its overrides, and what they reach."""
+
+import logging
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import pnmf_pyro
+from pnmf_pyro import PNMF
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import Batches
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.random_state import torch_generator
+from pnmf_pyro.recipe import RECIPE
+from pnmf_pyro.training import evaluate_elbo
+from tests.conftest import NATURAL, simulate
+
+
+def expanded_elbo(model, X):
+    objective = FactorizationELBO("expanded", 100)
+    return evaluate_elbo(model.model_, Batches(as_counts(X)), objective, torch_generator(0))
+
+
+def test_fit_logs_its_choices_and_takes_overrides(counts, caplog):
+    with caplog.at_level(logging.INFO, logger="pnmf_pyro"):
+        model = pnmf_pyro.fit(sp.csr_matrix(counts), n_components=2, tol=1e-3, init="k-means")
+    assert isinstance(model, PNMF)
+    chosen = {**RECIPE, "n_components": 2, "tol": 1e-3, "init": "k-means"}
+    assert {name: getattr(model, name) for name in chosen} == chosen
+    assert "init='k-means'" in caplog.text
+    assert "n_components=2" in caplog.text
+    with pytest.raises(TypeError, match="colour"):
+        pnmf_pyro.fit(counts, colour=3)
+    with pytest.raises(ValueError, match="spatial"):
+        pnmf_pyro.fit(counts, np.zeros((80, 2)))
+
+
+def test_fit_takes_size_factors(counts):
+    s = np.linspace(0.5, 2, 80)
+    model = pnmf_pyro.fit(counts, n_components=2, size_factors=s)
+    np.testing.assert_allclose(model.model_.size_factors, s, rtol=1e-6)
+
+
+def test_fit_reaches_a_higher_bound_than_adam(counts):
+    slow = PNMF(3, max_iter=1000, tol=0, learning_rate=0.05, random_state=0).fit(counts)
+    assert expanded_elbo(pnmf_pyro.fit(counts, n_components=3), counts) > expanded_elbo(
+        slow, counts
+    )
+
+
+def test_the_warm_up_comes_before_the_tighter_bound(counts):
+    model = pnmf_pyro.fit(counts, n_components=3)
+    lower = PNMF(3, **{**RECIPE, "mode": "lower-bound"}).fit(counts)
+    shared = np.flatnonzero(np.diff(model.history_) < 0)[0]
+    assert shared >= 20
+    np.testing.assert_array_equal(model.history_[:shared], lower.history_[:shared])
+    assert model.elbo_ > lower.elbo_
+
+
+@pytest.mark.parametrize("batch_size", [50, 100])
+def test_closed_form_minibatches_reach_the_full_bound(batch_size):
+    """Within 0.1%, from the same start."""
+    X = simulate(0, 300, 40, 3)[0]
+    settings = {**NATURAL, "n_components": 3, "random_state": 0, "scale_pf": "auto"}
+    full = PNMF(max_iter=400, tol=0, **settings).fit(X)
+    batched = PNMF(max_iter=1000, tol=0, batch_size=batch_size, **settings).fit(X)
+    assert batched.elbo_ > full.elbo_ - 1e-3 * abs(full.elbo_)
