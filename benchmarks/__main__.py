@@ -15,6 +15,7 @@ from benchmarks.measure import (
     in_new_process,
     interleaved,
     median,
+    memory_above,
     peak_memory_mib,
     per_iteration,
     ratios,
@@ -139,17 +140,18 @@ def adam(options: argparse.Namespace) -> None:
 
 @benchmark
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of some natural steps above what the data takes, in a process of its own."""
+    """Peak memory of some natural steps above what the process held with the data alone."""
     X = matrix(options)
     ours.iterations(tables.simulated(50, 20, 0.2), options.L, 1, **ours.NATURAL)
-    before = peak_memory_mib()
-    taken, _ = timed(lambda: ours.iterations(X, options.L, options.steps, **ours.NATURAL))
+    above, taken = memory_above(
+        lambda: ours.iterations(X, options.L, options.steps, **ours.NATURAL)
+    )
     return report(
         benchmark="memory",
         shape=X.shape,
         stored=X.nnz,
         L=options.L,
-        mib_above_data=peak_memory_mib() - before,
+        mib_above_data=above,
         mib_in_all=peak_memory_mib(),
         seconds=taken,
         steps=options.steps,

@@ -6,8 +6,10 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,29 @@ def median(values: Sequence[float]) -> float:
 def peak_memory_mib() -> float:
     """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def memory_above(call: Callable[[], Any]) -> tuple[float, float]:
+    """Highest resident memory during a call above that before it, in MiB, and its seconds."""
+    before, highest, done = resident_mib(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, resident_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    seconds, _ = timed(call)
+    done.set()
+    watcher.join()
+    return highest - before, seconds
 
 
 def in_new_process(name: str, **arguments: Any) -> dict[str, Any]:
