@@ -161,6 +161,7 @@ _POSITIVE_MAPS: dict[str, tuple[Map, Map]] = {
     "projected": (_identity, _identity),
     "multiplicative": (_identity, _identity),
 }
+POSITIVE_MODES = tuple(_POSITIVE_MAPS)
 
 
 class PositiveParameter(ConstrainedParameter):
@@ -186,7 +187,7 @@ class PositiveParameter(ConstrainedParameter):
     unit: Tensor
 
     def __init__(self, shape: Shape, mode: str = "softplus", elbo_mode: str = "expanded"):
-        check_choice("mode", mode, _POSITIVE_MAPS)
+        check_choice("mode", mode, POSITIVE_MODES)
         check_choice("elbo_mode", elbo_mode, MODES)
         super().__init__(shape, mode)
         self.elbo_mode = elbo_mode

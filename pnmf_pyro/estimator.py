@@ -305,7 +305,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             "parameters": _plain(self.get_params(deep=False)),
             "n_samples": self.model_.N,
             "elbo": self.elbo_,
-            "dtype": str(self.components_.dtype),
         }
         arrays = {f"model.{k}": v.cpu().numpy() for k, v in self.model_.state_dict().items()}
         arrays["history"] = np.asarray(self.history_, dtype=np.float64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pnmf_pyro.counts import Counts, transposed_counts
-from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.custom_modules import POSITIVE_MODES, PositiveParameter
 from pnmf_pyro.data import Batch, take
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.distributions.poisson_factors import MODES
@@ -20,7 +20,6 @@ from pnmf_pyro.priors.gaussian import like_data
 from pnmf_pyro.random_state import RandomState, torch_generator
 from pnmf_pyro.validation import check_choice
 
-LOADINGS_MODES = ("softplus", "exp", "projected", "multiplicative")
 ALL = Batch()
 
 
@@ -80,7 +79,7 @@ class PoissonFactorization(nn.Module):
         random_state: RandomState = None,
     ):
         super().__init__()
-        check_choice("loadings_mode", loadings_mode, LOADINGS_MODES)
+        check_choice("loadings_mode", loadings_mode, POSITIVE_MODES)
         check_choice("mode", mode, MODES)
         self.D, self.N = (int(size) for size in y.shape)
         if (prior.L, prior.N) != (L, self.N):

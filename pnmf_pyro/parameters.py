@@ -15,11 +15,12 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from pnmf_pyro.counts import Counts
+from pnmf_pyro.custom_modules import POSITIVE_MODES
 from pnmf_pyro.data import Batches
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.initialization import INITS
-from pnmf_pyro.models import LOADINGS_MODES, PoissonFactorization
+from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import (
     OPTIMIZERS,
     ClosedFormLoadings,
@@ -60,7 +61,7 @@ class Parameters(BaseEstimator):
 
     _parameter_constraints: ClassVar[dict] = {
         "n_components": [_COUNT],
-        "loadings_mode": [StrOptions(set(LOADINGS_MODES))],
+        "loadings_mode": [StrOptions(set(POSITIVE_MODES))],
         "mode": [StrOptions(set(MODES))],
         "training_mode": [StrOptions({"standard", "natural"})],
         "E": [_COUNT],

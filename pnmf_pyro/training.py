@@ -27,7 +27,8 @@ logger = logging.getLogger("pnmf_pyro")
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
 
-# Stored counts up to which one thread is as fast as several.
+# Stored counts up to which one thread is about as fast as two: a natural step took 8.2 ms against
+# 7.2 there, and 6.1 against 7.1 at a quarter of it.
 FEW_ENTRIES = 200_000
 
 OnStep = Callable[[float], None]

@@ -398,5 +398,6 @@ def _marginal(prior: Prior) -> Normal:
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:
-    values = values.detach()
-    return values.contiguous() if return_tensor else values.cpu().contiguous().numpy()
+    # A copy: training moves the parameters in place, and a caller may write into what it got.
+    values = values.detach().clone(memory_format=torch.contiguous_format)
+    return values if return_tensor else values.cpu().numpy()

@@ -1,5 +1,6 @@
 """PNMF: signature, attributes, reproducibility, callbacks, minibatches, use as a Pyro program."""
 
+import copy
 import inspect
 
 import numpy as np
@@ -140,7 +141,6 @@ def test_callback_sees_the_fit_as_it_stands(counts):
     seen = []
 
     def callback(model, iteration, elbo):
-        assert elbo == pytest.approx(elbo)
         seen.append((iteration, elbo, model.components_.copy(), log_factors(model).copy()))
 
     model = PNMF(3, max_iter=50, tol=0.0, random_state=0)
@@ -180,10 +180,13 @@ def test_minibatches_reach_the_same_bound(counts):
     assert batched.fit(counts).elbo_ > full.elbo_ - 5e-3 * abs(full.elbo_)
 
 
-def test_batches_without_shuffling_do_not_depend_on_their_order_of_drawing(counts):
-    model = quick(batch_size=40, shuffle=False, E=1).fit(counts)
-    again = quick(batch_size=40, shuffle=True, E=1).fit(counts)
-    assert model.history_ != again.history_
+def test_shuffle_changes_which_samples_stand_together(counts):
+    """In lower-bound mode nothing else is random: the first step sees rows 0 to 39 or others."""
+    first = {}
+    for shuffle in (True, False):
+        model = quick(mode="lower-bound", batch_size=40, shuffle=shuffle).fit(counts)
+        first[shuffle] = model.history_[0]
+    assert first[True] != pytest.approx(first[False], rel=1e-6)
 
 
 def test_size_factors_move_depth_out_of_the_factors():
@@ -227,11 +230,10 @@ def test_the_fitted_model_is_a_pyro_program(fitted, counts):
     assert np.isfinite(loss)
 
 
-def test_score_prefers_the_true_loadings(fitted, counts):
-    held_out, _, _ = simulate(0, 80, 25, 3)
-    shuffled = PNMF(3, random_state=0, max_iter=500, **NATURAL).fit(counts)
-    shuffled.components_ = shuffled.components_[:, ::-1].copy()
-    assert fitted.score(held_out) > shuffled.score(held_out) + 1
+def test_score_prefers_the_fitted_loadings(fitted, counts):
+    wrong = copy.deepcopy(fitted)
+    wrong.components_ = fitted.components_[:, ::-1].copy()
+    assert fitted.score(counts) > wrong.score(counts) + 1
 
 
 def test_score_is_close_to_the_elbo_of_the_training_data(fitted, counts):

@@ -139,3 +139,12 @@ def test_loadings_that_do_not_fit(W, message, counts):
 def test_n_components_must_agree(counts):
     with pytest.raises(ValueError, match="n_components=4"):
         T.transform_F(counts, np.ones((25, 2)), n_components=4)
+
+
+def test_what_is_returned_is_a_copy(counts):
+    """With one component the transposed mean is contiguous as it stands in the model."""
+    model = PNMF(1, tol=0.05, random_state=0).fit(counts)
+    before = T.log_factors(model).copy()
+    for tensor in (False, True):
+        T.log_factors(model, return_tensor=tensor)[:] = 9
+    np.testing.assert_array_equal(T.log_factors(model), before)
