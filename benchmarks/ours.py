@@ -45,6 +45,15 @@ def iterations(X: sp.csr_matrix, L: int, n_iter: int, **settings: Any) -> None:
     quietly(lambda: model.fit(X))
 
 
+def step_seconds(X: sp.csr_matrix, L: int, n_iter: int, **settings: Any) -> list[float]:
+    """Return the seconds of each full-data step of one setting but the first, which allocates."""
+    times: list[float] = []
+    model = PNMF(L, max_iter=1 + n_iter, tol=0, random_state=0, **settings)
+    note = lambda *_: times.append(time.perf_counter())  # noqa: E731 - a callback of three arguments
+    quietly(lambda: model.fit(X, callback=note, callback_interval=1))
+    return np.diff(times).tolist()
+
+
 def fit(X: Any, L: int) -> PNMF:
     """Run `pnmf_pyro.fit` as it comes."""
     return quietly(lambda: pnmf_pyro.fit(X, n_components=L))
@@ -75,6 +84,7 @@ class Watch:
         self.looking = 0.0
         self.best = np.nan
         self.seconds: float | None = None
+        self.total_seconds = np.nan
         self.n_iter = 0
 
     def __call__(self, model: PNMF, iteration: int, elbo: float) -> None:
@@ -95,4 +105,5 @@ def fit_until(X: Any, L: int, look: Any, reached: Any, every: int = 1, **setting
     model = PNMF(**parameters)
     with contextlib.suppress(Reached):
         quietly(lambda: model.fit(X, callback=watch, callback_interval=every))
+    watch.total_seconds = time.perf_counter() - watch.started - watch.looking
     return watch

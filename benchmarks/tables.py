@@ -15,14 +15,21 @@ DATA = Path(os.environ.get("PNMF_DATA", Path(__file__).parents[2] / "shared" / "
 def simulated(N: int, D: int, density: float, L: int = 10, seed: int = 0) -> sp.csr_matrix:
     """Counts from a Poisson factorisation, scaled so that about `density` of them are not zero."""
     random = np.random.default_rng(seed)
-    factors = np.exp(random.normal(size=(N, L))).astype(np.float32)
-    loadings = random.gamma(0.3, 1.0, size=(D, L)).astype(np.float32)
-    scale = _scale_for(density, factors[:500] @ loadings.T)
+    factors, loadings = truth(N, D, density, L, random)
     blocks = []
     for start in range(0, N, 5000):
-        rates = scale * (factors[start : start + 5000] @ loadings.T)
+        rates = factors[start : start + 5000] @ loadings.T
         blocks.append(sp.csr_matrix(random.poisson(rates).astype(np.float32)))
     return sp.vstack(blocks, format="csr")
+
+
+def truth(
+    N: int, D: int, density: float, L: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (N, L) and loadings (D, L) of the simulated counts."""
+    factors = np.exp(random.normal(size=(N, L))).astype(np.float32)
+    loadings = random.gamma(0.3, 1.0, size=(D, L)).astype(np.float32)
+    return factors, np.float32(_scale_for(density, factors[:500] @ loadings.T)) * loadings
 
 
 def _scale_for(density: float, rates: np.ndarray) -> float:
