@@ -55,13 +55,22 @@ class FactorizationELBO(ELBO):
     newton : bool
         Take gradients in variances from curvatures, for natural-gradient steps, see
         :meth:`PoissonFactors.expected_log_prob`.
+    kl_weight : float
+        Factor on the divergence; only 1 gives a bound on the likelihood.
     """
 
-    def __init__(self, mode: str = "expanded", n_draws: int = 3, newton: bool = False):
+    def __init__(
+        self,
+        mode: str = "expanded",
+        n_draws: int = 3,
+        newton: bool = False,
+        kl_weight: float = 1.0,
+    ):
         super().__init__(num_particles=n_draws)
         self.mode = check_choice("mode", mode, MODES)
         self.n_draws = n_draws
         self.newton = newton
+        self.kl_weight = kl_weight
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the two terms of the bound, differentiable, in float64.
@@ -122,7 +131,7 @@ class FactorizationELBO(ELBO):
     ) -> Tensor:
         """Return the negative ELBO as a tensor to differentiate."""
         terms = self.terms(model, guide, *args, **kwargs)
-        return terms["kl"] - terms["log_likelihood"]
+        return self.kl_weight * terms["kl"] - terms["log_likelihood"]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number."""

@@ -14,10 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
+from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.initialization import initialize_factors
+from pnmf_pyro.inducing import inducing_points
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.parameters import Parameters
+from pnmf_pyro.parameters import Parameters, Space
 from pnmf_pyro.persistence import read_archive, write_archive
+from pnmf_pyro.places import GroupCodes, Places, check_coordinates, check_extent, warn_lengthscale
 from pnmf_pyro.random_state import check_random_state, torch_generator
 from pnmf_pyro.training import evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
@@ -171,11 +174,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             If `max_iter` ended the fit while the ELBO still rose, or the ELBO ceased to be finite.
         """
         self._validate_params()
-        self._refuse_spatial(coordinates, groups)
         counts = self._check_counts(X, reset=True)
         s = check_size_factors(size_factors, counts.shape[0], counts)
         random = check_random_state(self.random_state)
-        model = self._initial_model(counts, s, random)
+        space = self._check_space(coordinates, groups, counts.shape[0], random)
+        start = self._start(counts, s, random)
+        model = self._empty_model(counts.shape[::-1], counts.dtype, s, space).to(counts.device)
+        stages = self._stages(model, counts, random)
+        stages[0].model.assign(*start)
         generator = torch_generator(random)
         self.history_: list[float] = []
 
@@ -186,10 +192,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        *warm_up, last = self._stages(model)
-        for stage in (*warm_up, last):
+        for stage in stages:
+            stage.prepare()
             train(
-                model,
+                stage.model,
                 self._batches(counts, generator),
                 stage.objective,
                 stage.optimizers,
@@ -199,8 +205,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
                 convergence=stage.convergence,
                 verbose=int(self.verbose),
                 on_step=report,
-                warn=stage is last,
+                warn=stage is stages[-1],
+                monotone=stage.monotone,
             )
+        self.groups_ = None if space is None or space.groups is None else space.groups.names
         self._publish(model)
         self.n_iter_ = len(self.history_)
         batches = Batches(counts, self.batch_size)
@@ -229,27 +237,42 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     def transform(
         self, X: Any, coordinates: Any = None, groups: Any = None, *, size_factors: Any = None
     ) -> np.ndarray:
-        """Find factors exp F for counts, given the loadings of the fit.
+        """Find factors exp F of new samples, given the fit.
 
-        They maximise the Poisson likelihood, by multiplicative updates; the prior plays no part.
-        For the posterior of a new sample see :func:`~pnmf_pyro.transforms.transform_F`.
+        Without space they maximise the Poisson likelihood given the loadings, by multiplicative
+        updates; the prior plays no part. For the posterior of a new sample see
+        :func:`~pnmf_pyro.transforms.transform_F`. A spatial model predicts E exp F at the
+        coordinates, from the field alone: X is not looked at and may be None.
 
         Parameters
         ----------
         X : array-like or sparse matrix of shape (n_samples, n_features)
-        coordinates, groups : array-like, optional
-            For spatial models; an error otherwise.
+        coordinates : array-like of shape (n_samples, p), optional
+            Needed by spatial models, an error otherwise.
+        groups : array-like of shape (n_samples,), optional
+            Needed by multi-group models, an error otherwise.
         size_factors : array-like of shape (n_samples,), optional
+            For models without space.
 
         Returns
         -------
         ndarray of shape (n_samples, n_components)
         """
         check_is_fitted(self)
-        self._refuse_spatial(coordinates, groups)
+        if self.spatial:
+            return self._predict(coordinates, groups, size_factors)
+        _refuse_places(coordinates, groups)
         counts, loadings, s = self._new_data(X, size_factors)
         factors = factors_given_loadings(counts, loadings, s, max_iter=max(self.max_iter, 200))
         return factors.cpu().numpy()
+
+    def _predict(self, coordinates: Any, groups: Any, size_factors: Any) -> np.ndarray:
+        if size_factors is not None:
+            raise ValueError(
+                "size_factors do not change what a spatial model predicts at new places, the "
+                "factors; multiply the expected counts by them instead."
+            )
+        return get_factors(self, coordinates=coordinates, groups=groups)  # type: ignore
 
     def inverse_transform(self, transformed: Any) -> np.ndarray:
         """Return expected counts for factors, the product with `components_`; no size factors.
@@ -272,16 +295,28 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             )
         return factors @ self.components_
 
-    def score(self, X: Any, y: Any = None, *, size_factors: Any = None) -> float:
-        """Return the mean log-likelihood of samples given the loadings, in nats per sample.
+    def score(
+        self,
+        X: Any,
+        y: Any = None,
+        coordinates: Any = None,
+        groups: Any = None,
+        *,
+        size_factors: Any = None,
+    ) -> float:
+        """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
-        The lower bound on log p(X | W) / n_samples in `lower-bound` mode, with the factors
-        integrated out under the prior: it does not rise merely because there are more components.
+        Without space, the lower bound on log p(X | W) / n_samples in `lower-bound` mode, with the
+        factors integrated out under the prior: it does not rise merely because there are more
+        components. A spatial model predicts the factors from the coordinates, and the score is the
+        lower bound on the log density of X under that prediction.
 
         Parameters
         ----------
         X : array-like or sparse matrix of shape (n_samples, n_features)
         y : ignored
+        coordinates, groups : array-like, optional
+            As for :meth:`transform`.
         size_factors : array-like of shape (n_samples,), optional
 
         Returns
@@ -290,7 +325,27 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         """
         check_is_fitted(self)
         counts, loadings, s = self._new_data(X, size_factors)
-        return held_out_bound(counts, loadings, s, self.model_.prior.scale_pf) / counts.shape[0]
+        if not self.spatial:
+            _refuse_places(coordinates, groups)
+            prior: Any = self.model_.prior
+            return held_out_bound(counts, loadings, s, prior.scale_pf) / counts.shape[0]
+        with torch.no_grad():
+            q = self.model_.prior.at(self._places(coordinates, groups, counts.shape[0])).marginal()
+            predicted = PoissonFactors(q.loc, loadings, s)
+            return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())
+
+    def _places(self, coordinates: Any, groups: Any, n_samples: int) -> Places:
+        """Check new places against those of the fit."""
+        prior: Any = self.model_.prior
+        if not self.spatial:
+            _refuse_places(coordinates, groups)
+        if self.groups_ is None and groups is not None:
+            raise ValueError("groups are for models with multigroup=True; leave them out.")
+        coordinates = check_coordinates(
+            coordinates, n_samples, prior.place_coordinates.shape[1] if self.spatial else None
+        )
+        codes = None if self.groups_ is None else GroupCodes(self.groups_).encode(groups, n_samples)
+        return Places(coordinates, codes)
 
     def save(self, path: str | os.PathLike) -> None:
         """Save the fitted model to one file, which :meth:`load` reads without running code.
@@ -303,6 +358,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         check_is_fitted(self)
         header = {
             "parameters": _plain(self.get_params(deep=False)),
+            "groups": self.groups_,
             "n_samples": self.model_.N,
             "elbo": self.elbo_,
         }
@@ -340,7 +396,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             if name.startswith("model.")
         }
         shape = (len(state["W._raw"]), header["n_samples"])
-        model = self._empty_model(shape, state["W._raw"].dtype, state.get("size_factors"))
+        self.groups_ = header["groups"]
+        space = _space_of(state, self.groups_)
+        model = self._empty_model(shape, state["W._raw"].dtype, state.get("size_factors"), space)
         model.load_state_dict(state)
         self.n_features_in_ = model.D
         if "feature_names" in arrays:
@@ -362,17 +420,33 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _refuse_spatial(self, coordinates: Any, groups: Any) -> None:
-        if self.spatial:
+    def _check_space(
+        self, coordinates: Any, groups: Any, n_samples: int, random: np.random.RandomState
+    ) -> Space | None:
+        """Check where the samples are; None for a model that is not spatial."""
+        if not self.spatial:
+            _refuse_places(coordinates, groups)
+            return None
+        if self.local:
             raise ValueError(
-                "spatial=True is not available in this version: spatial priors (SVGP, MGGP, LCGP) "
-                "are still to come. Use spatial=False, which ignores where the samples are."
+                "local=True is not available in this version: locally conditioned priors (LCGP) "
+                "are still to come. Use local=False, which works through inducing points."
             )
-        if coordinates is not None or groups is not None:
+        if groups is not None and not self.multigroup:
             raise ValueError(
-                "coordinates and groups are used by spatial models only, and spatial=False. "
-                "Leave them out."
+                "groups are used by models with multigroup=True, and multigroup=False. Set it, or "
+                "leave groups out to treat all samples as one group."
             )
+        codes = GroupCodes.of(groups, n_samples) if self.multigroup else None
+        places = Places(
+            check_coordinates(coordinates, n_samples),
+            None if codes is None else codes.encode(groups, n_samples),
+        )
+        check_extent(places)
+        if not self.train_lengthscale:
+            warn_lengthscale(self.lengthscale, places)
+        inducing = inducing_points(places, self.num_inducing, self.inducing_allocation, random)
+        return Space(places, inducing, codes)
 
     def _check_counts(self, X: Any, reset: bool) -> Counts:
         if isinstance(X, torch.Tensor):
@@ -393,22 +467,40 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         loadings = torch.from_numpy(self.components_.T.copy()).to(counts.values)
         return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
-    def _initial_model(
+    def _start(
         self, counts: Counts, size_factors: torch.Tensor | None, random: np.random.RandomState
-    ) -> PoissonFactorization:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loadings and factors to start from."""
         matrix = counts.numpy()
         if size_factors is not None:
             matrix = _divide_rows(matrix, size_factors.cpu().numpy())
         W, exp_F = initialize_factors(matrix, self.n_components, self.init, random)
-        model = self._empty_model(counts.shape[::-1], counts.dtype, size_factors)
-        model.assign(torch.from_numpy(W), torch.from_numpy(exp_F))
-        return model.to(counts.device)
+        return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
 
     def _publish(self, model: PoissonFactorization) -> None:
         """Make a model readable as this estimator's."""
         self.model_ = model
         self.components_ = np.ascontiguousarray(model.W.numpy().T)
         self.n_components_ = self.n_components
+
+
+def _refuse_places(coordinates: Any, groups: Any) -> None:
+    if coordinates is not None or groups is not None:
+        raise ValueError(
+            "coordinates and groups are used by spatial models only, and spatial=False. "
+            "Leave them out, or set spatial=True."
+        )
+
+
+def _space_of(state: dict[str, torch.Tensor], groups: list[Any] | None) -> Space | None:
+    """Where the samples of a saved model are."""
+    if "prior.place_coordinates" not in state:
+        return None
+    places, inducing = (
+        Places(state[f"prior.{name}_coordinates"], state.get(f"prior.{name}_groups"))
+        for name in ("place", "inducing")
+    )
+    return Space(places, inducing, None if groups is None else GroupCodes(groups))
 
 
 def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
@@ -422,6 +514,8 @@ def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
     """Turn parameters into what JSON can hold; a RandomState is only where a seed came from."""
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
+    if plain["group_distances"] is not None:
+        plain["group_distances"] = np.asarray(plain["group_distances"]).tolist()
     if not isinstance(plain["random_state"], int):
         plain["random_state"] = None
     return plain

@@ -92,9 +92,10 @@ class PoissonFactorization(nn.Module):
         self.loadings_mode = loadings_mode
         self.mode = mode
         self.W = PositiveParameter((self.D, L), loadings_mode, mode)
-        self.register_buffer("size_factors", size_factors)
         self.W.assign(torch.rand(self.D, L, generator=torch_generator(random_state)) + 0.5)
-        like_data(self, y)
+        like_data(self.W, y)
+        s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
+        self.register_buffer("size_factors", s)
 
     def model(self, batch: Batch = ALL) -> Tensor:
         """Generate counts of shape (n, d), or observe those of the batch."""
@@ -157,8 +158,8 @@ class PoissonFactorization(nn.Module):
         coordinates: Any = None,
         groups: Any = None,
         spatial: bool = False,
-    ) -> tuple[dict[str, Any], Distribution, Distribution]:
-        """Return the terms of the expected log-likelihood, q(F) and p(F).
+    ) -> tuple[Any, ...]:
+        """Return the terms of the expected log-likelihood, and the distributions of the prior.
 
         Parameters
         ----------
@@ -169,23 +170,27 @@ class PoissonFactorization(nn.Module):
         X : Tensor of shape (d, n) or Counts of shape (n, d), optional
             The counts at these features and samples. Where given, draws are worked through one
             after another and no tensor of shape (E, D, N) is made.
-        coordinates, groups, spatial
-            For spatial priors.
+        coordinates : Tensor of shape (n, p), optional
+            Places of the samples, for a spatial prior; those of the samples `idx` unless given.
+        groups : Tensor of shape (n,), optional
+            Codes of their groups.
+        spatial : bool
+            Whether the prior is spatial; coordinates or groups say so as well.
 
         Returns
         -------
         terms : dict
             See :meth:`compute_log_likelihood_terms`.
         qF, pF : Normal of shape (L, n)
+            For a prior without places.
+        qF, qU, pU
+            For a spatial prior: of the field, and of its whitened values at inducing points.
         """
-        if spatial or coordinates is not None or groups is not None:
-            raise ValueError(
-                "spatial=True, coordinates and groups need a spatial prior; this model has a "
-                f"{type(self.prior).__name__}. Leave them out."
-            )
-        qF, pF = self.prior.forward_batched(idx)  # type: ignore[operator]
+        placed = spatial or coordinates is not None or groups is not None
+        distributions = self.prior.distributions(idx, coordinates, groups, placed)
+        qF = distributions[0]
         terms = self.compute_log_likelihood_terms(qF, E, X, idx=idx, idy=idy, return_samples=True)
-        return terms, qF, pF
+        return terms, *distributions
 
     def compute_log_likelihood_terms(
         self,

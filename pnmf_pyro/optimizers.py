@@ -188,7 +188,9 @@ class JointOptimizer(PyroOptim):
     optimizers : iterable of torch.optim.Optimizer
         They step in this order.
     before_step : callable
-        Called when gradients are there and before any parameter moves.
+        Called when gradients are there and before any parameter moves; says whether to step.
+    after_step : callable
+        Called when all have stepped.
 
     Attributes
     ----------
@@ -196,20 +198,27 @@ class JointOptimizer(PyroOptim):
         What the next step is of; set by the training loop.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer], before_step: Callable[[], None]):
+    def __init__(
+        self,
+        optimizers: Iterable[Optimizer],
+        before_step: Callable[[], bool] = lambda: True,
+        after_step: Callable[[], None] = lambda: None,
+    ):
         super().__init__(torch.optim.SGD, {})
         self.optimizers = list(optimizers)
-        self.before_step = before_step
+        self.before_step, self.after_step = before_step, after_step
         self.batch = Batch()
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Take one step with every optimiser."""
-        self.before_step()
+        """Take one step with every optimiser, unless `before_step` advises against it."""
+        if not self.before_step():
+            return
         for optimizer in self.optimizers:
             if isinstance(optimizer, ClosedForm):
                 optimizer.prepare(self.batch)
         for optimizer in self.optimizers:
             optimizer.step()
+        self.after_step()
 
 
 class Schedule(Protocol):

@@ -6,10 +6,12 @@ made here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar
 
+import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -19,7 +21,10 @@ from pnmf_pyro.custom_modules import POSITIVE_MODES
 from pnmf_pyro.data import Batches
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.hyperparameters import CRITERIA, HyperparameterSearch
+from pnmf_pyro.inducing import ALLOCATIONS
 from pnmf_pyro.initialization import INITS
+from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import (
     OPTIMIZERS,
@@ -27,17 +32,21 @@ from pnmf_pyro.optimizers import (
     ClosedFormScale,
     Constant,
     Decreasing,
-    NaturalGradient,
     OneCycle,
     Plateau,
     Schedule,
 )
-from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.places import GroupCodes, Places, typical_lengthscale
+from pnmf_pyro.priors import SVGP, GaussianPrior
+from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.training import Convergence
 from pnmf_pyro.validation import DEVICES
 
 # A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
 WARM_UP_TOL = 10
+
+# When a fit has settled: an ELBO without noise can be judged sooner.
+SETTLED: dict[bool, dict[str, int]] = {True: {"window": 5, "patience": 1}, False: {}}
 
 # Draws for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
@@ -48,12 +57,35 @@ _COUNT = Interval(Integral, 1, None, closed="left")
 
 @dataclass
 class Stage:
-    """One run of the training loop: an objective and the steps that raise it."""
+    """One run of the training loop: an objective and the steps that raise it.
 
+    `prepare` is called before it.
+    """
+
+    model: PoissonFactorization
     objective: FactorizationELBO
     optimizers: list[torch.optim.Optimizer]
     schedules: list[Schedule]
     convergence: Convergence
+    monotone: bool
+    prepare: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Space:
+    """Where the samples of a spatial model are.
+
+    Attributes
+    ----------
+    places : Places of shape (N,)
+    inducing : Places of shape (M,)
+    groups : GroupCodes or None
+        Names of the groups of a multi-group model.
+    """
+
+    places: Places
+    inducing: Places
+    groups: GroupCodes | None
 
 
 class Parameters(BaseEstimator):
@@ -83,10 +115,30 @@ class Parameters(BaseEstimator):
         "y_batch_size": [_COUNT, None],
         "shuffle": ["boolean"],
         "spatial": ["boolean"],
+        "local": ["boolean"],
+        "kernel": [StrOptions(set(KERNELS))],
+        "multigroup": ["boolean"],
+        "num_inducing": [_COUNT],
+        "lengthscale": [_POSITIVE],
+        "sigma": [_POSITIVE],
+        "group_diff_param": [Interval(Real, 0, None, closed="left")],
+        "jitter": [_POSITIVE],
+        "train_lengthscale": ["boolean"],
+        "cholesky_mode": [StrOptions(set(CHOLESKY_MODES))],
+        "diagonal_only": ["boolean"],
+        "inducing_allocation": [StrOptions(set(ALLOCATIONS))],
+        "K": [_COUNT],
+        "precompute_knn": ["boolean"],
+        "neighbors": [StrOptions({"knn", "probabilistic"})],
         "scale_ll_D": ["boolean"],
         "scale_kl_NM": ["boolean"],
         "scale_pf": [_POSITIVE, StrOptions({"auto"})],
         "warm_up": ["boolean"],
+        "kl_weight": [_POSITIVE],
+        "train_sigma": ["boolean"],
+        "train_group_diff_param": ["boolean"],
+        "criterion": [StrOptions(set(CRITERIA))],
+        "group_distances": ["array-like", None],
     }
 
     def __init__(
@@ -135,6 +187,11 @@ class Parameters(BaseEstimator):
         *,
         scale_pf=1.0,
         warm_up=False,
+        kl_weight=1.0,
+        train_sigma=False,
+        train_group_diff_param=False,
+        criterion="leave-one-out",
+        group_distances=None,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -179,37 +236,104 @@ class Parameters(BaseEstimator):
         self.scale_kl_NM = scale_kl_NM
         self.scale_pf = scale_pf
         self.warm_up = warm_up
+        self.kl_weight = kl_weight
+        self.train_sigma = train_sigma
+        self.train_group_diff_param = train_group_diff_param
+        self.criterion = criterion
+        self.group_distances = group_distances
 
     def _final_objective(self) -> FactorizationELBO:
         return FactorizationELBO(self.mode, max(self.E, FINAL_DRAWS))
 
-    def _stages(self, model: PoissonFactorization) -> list[Stage]:
+    def _stages(
+        self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
+    ) -> list[Stage]:
         """What to train with, one stage after another."""
-        stages = [self._stage(model, self.mode, self.tol)]
+        last = self._stage(model, self.mode, self.tol)
+        learned = self._learned_hyperparameters()
+        if self.spatial and (self.warm_up or learned):
+            source = self._independent(model) if self.warm_up else model
+            search = HyperparameterSearch(model, counts, learned, self.criterion, random)
+            last.prepare = lambda: search.learn_from(source)
+            return [self._stage(source, "lower-bound", WARM_UP_TOL * self.tol), last]
         if self.warm_up and self.mode != "lower-bound":
-            stages.insert(0, self._stage(model, "lower-bound", WARM_UP_TOL * self.tol))
-        return stages
+            return [self._stage(model, "lower-bound", WARM_UP_TOL * self.tol), last]
+        return [last]
+
+    def _independent(self, model: PoissonFactorization) -> PoissonFactorization:
+        """The same factorisation, of the same loadings, with factors that know no space."""
+        y = torch.empty((model.D, model.N), dtype=model.W.dtype, device="meta")
+        prior = GaussianPrior(y, model.L, use_natural_gradients=self.training_mode == "natural")
+        independent = PoissonFactorization(
+            prior, y, model.L, self.loadings_mode, self.mode, size_factors=model.size_factors
+        )
+        independent.W = model.W
+        return independent.to(model.W.device)
+
+    def _learned_hyperparameters(self) -> list[str]:
+        """Names of the kernel's hyperparameters that are to be learned."""
+        wanted = {
+            "lengthscale": self.train_lengthscale,
+            "sigma": self.train_sigma,
+            "group_diff_param": self.train_group_diff_param and self.multigroup,
+        }
+        return [name for name, learned in wanted.items() if learned and self.spatial]
 
     def _stage(self, model: PoissonFactorization, mode: str, tol: float) -> Stage:
         steps = self._steps(model, mode)
         schedules = [schedule for _, schedule in steps]
         warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
+        natural = self.training_mode == "natural"
+        batched = self.batch_size is not None or self.y_batch_size is not None
+        monotone = natural and mode == "lower-bound" and not batched
         return Stage(
-            FactorizationELBO(mode, self.E, newton=self.training_mode == "natural"),
+            model,
+            FactorizationELBO(mode, self.E, natural, self.kl_weight),
             [optimizer for optimizer, _ in steps],
             schedules,
-            Convergence(tol, start=warm_up),
+            Convergence(tol, start=warm_up, **SETTLED[monotone]),
+            monotone,
         )
 
     def _empty_model(
-        self, shape: tuple[int, int], dtype: torch.dtype, size_factors: torch.Tensor | None
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        size_factors: torch.Tensor | None,
+        space: Space | None,
     ) -> PoissonFactorization:
         y = torch.empty(shape, dtype=dtype, device="meta")
-        natural = self.training_mode == "natural"
-        scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
-        prior = GaussianPrior(y, self.n_components, scale, natural)
+        prior = self._gaussian_prior(y) if space is None else self._spatial_prior(space, dtype)
         return PoissonFactorization(
             prior, y, self.n_components, self.loadings_mode, self.mode, size_factors=size_factors
+        )
+
+    def _gaussian_prior(self, y: torch.Tensor) -> GaussianPrior:
+        scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
+        return GaussianPrior(y, self.n_components, scale, self.training_mode == "natural")
+
+    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> SVGP:
+        return SVGP(
+            self._kernel(space),
+            space.places,
+            space.inducing,
+            self.n_components,
+            jitter=self.jitter,
+            cholesky_mode=self.cholesky_mode,
+            diagonal_only=self.diagonal_only,
+            use_natural_gradients=self.training_mode == "natural",
+            dtype=dtype,
+        )
+
+    def _kernel(self, space: Space) -> SpatialKernel:
+        start = typical_lengthscale(space.places) if self.train_lengthscale else self.lengthscale
+        n_sets = self.n_components if self._learned_hyperparameters() else 1
+        common = (self.kernel, start, self.sigma, n_sets)
+        if space.groups is None:
+            return SpatialKernel(*common)
+        distances = check_group_distances(self.group_distances, len(space.groups.names))
+        return MultiGroupKernel(
+            *common, group_diff_param=self.group_diff_param, group_distances=distances
         )
 
     def _steps(
@@ -227,15 +351,14 @@ class Parameters(BaseEstimator):
         steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
-            natural = NaturalGradient(model.prior.natural_parameters())  # type: ignore[operator]
-            steps.append((natural, for_q))
+            steps.append((model.prior.natural_optimizer(1 / self.kl_weight), for_q))
         else:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":
             steps.append((ClosedFormLoadings(model.W, model.expected_totals), for_W))
         else:
             by_gradient.append(model.W.raw)
-        if self.scale_pf == "auto":
+        if self.scale_pf == "auto" and isinstance(model.prior, GaussianPrior):
             steps.append((ClosedFormScale(model.prior), for_W))
         if by_gradient:
             optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)

@@ -2,5 +2,6 @@
 
 from pnmf_pyro.priors.base import Prior
 from pnmf_pyro.priors.gaussian import GaussianPrior
+from pnmf_pyro.priors.svgp import SVGP
 
-__all__ = ["GaussianPrior", "Prior"]
+__all__ = ["SVGP", "GaussianPrior", "Prior"]

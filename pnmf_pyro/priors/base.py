@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.data import Batch
+from pnmf_pyro.places import Places
+
+
+Draws = Callable[[Tensor | None], Tensor]
+
+
+class Field(Protocol):
+    """q(F) at L components and N samples or places.
+
+    Attributes
+    ----------
+    L, N : int
+    """
+
+    L: int
+    N: int
+
+    def marginal(self, index: Tensor | None = None) -> Normal:
+        """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
+
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws there, (n_draws, L, n).
+
+        Calls for different samples belong to the same draws.
+        """
 
 
 class Prior(nn.Module, ABC):
-    """A prior over log-factors F of shape (L, N), with its variational family.
+    """A prior over log-factors F of shape (L, N), with its variational family: a field.
 
     Attributes
     ----------
@@ -46,8 +73,41 @@ class Prior(nn.Module, ABC):
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
 
     @abstractmethod
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
+
+    @abstractmethod
+    def at(self, places: Places) -> Field:
+        """Return q(F) at other places.
+
+        Raises
+        ------
+        ValueError
+            If the prior knows nothing of places.
+        """
+
+    @abstractmethod
+    def distributions(
+        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
+    ) -> tuple[Any, ...]:
+        """Return q(F) at samples or places, and the other distributions of the prior.
+
+        Parameters
+        ----------
+        index : Tensor of int64, or None for all samples
+        coordinates, groups : Tensor, optional
+            Places instead of samples.
+        placed : bool
+            Whether the caller takes the prior for a spatial one.
+        """
+
+    @abstractmethod
+    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
+        """Return the optimiser that takes natural-gradient steps on q, of size `lr`."""
+
+    @abstractmethod
     def assign(self, mean: Tensor, scale: Tensor) -> None:
-        """Start q(F) from the marginals with this mean and scale, of shape (L, N)."""
+        """Start q(F) from what is known of each F_il: N(mean_il, scale_il^2), of shape (L, N)."""
 
     @contextmanager
     def local_sites(self, batch: Batch, samples: pyro.plate) -> Iterator[None]:

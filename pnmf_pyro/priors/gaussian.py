@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, take
-from pnmf_pyro.priors.base import Prior
+from pnmf_pyro.optimizers import NaturalGradient
+from pnmf_pyro.places import Places
+from pnmf_pyro.priors.base import Draws, Field, Prior
 from pnmf_pyro.validation import check_positive
 
 
@@ -158,6 +160,28 @@ class GaussianPrior(Prior):
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
         return self.q.normal(index)
 
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
+        return lambda index: self.marginal(index).rsample(torch.Size([n_draws]))
+
+    def at(self, places: Places) -> Field:
+        """Raise a ValueError: independent factors say nothing of other places."""
+        raise ValueError(
+            "coordinates and groups are for spatial models; this model has independent factors "
+            "and is not spatial. Leave them out, or fit with spatial=True."
+        )
+
+    def distributions(
+        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
+    ) -> tuple[Normal, Normal]:
+        """Return q(F) and p(F) of samples."""
+        if placed:
+            raise ValueError(
+                "spatial=True, coordinates and groups need a spatial prior; this model has a "
+                "GaussianPrior. Leave them out."
+            )
+        return self.forward_batched(index)
+
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from the prior, shape (L, n)."""
         with self.local_sites(batch, samples):
@@ -172,6 +196,10 @@ class GaussianPrior(Prior):
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q to N(mean, scale^2), each of shape (L, N)."""
         self.q.assign(mean, scale)
+
+    def natural_optimizer(self, lr: float = 1.0) -> NaturalGradient:
+        """Return the optimiser that takes natural-gradient steps on q."""
+        return NaturalGradient(self.natural_parameters(), lr=lr)
 
     def natural_parameters(self) -> list[nn.Parameter]:
         """Return theta1 and theta2 as parameters, for :class:`NaturalGradient`.

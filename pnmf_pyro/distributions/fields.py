@@ -1,0 +1,228 @@
+r"""Distributions of a Gaussian field: its values at inducing points, and its marginals elsewhere.
+
+Everything is whitened: the field at inducing points is L_z u with L_z the Cholesky factor of their
+covariance and u ~ N(0, I) under the prior. At other places it is A^T u plus an independent rest,
+with A = L_z^{-1} K_{zx}.
+
+For training by natural gradients q(u) = N(m, S) is held in theta1 = S^{-1} m and
+theta2 = -S^{-1} / 2. The natural gradient in theta is the gradient in the expectation parameters
+m and S + m m^T, so that is what backward passes here hand to theta1 and theta2 (Hensman, Fusi and
+Lawrence 2013, section 3.2; Salimbeni, Eleftheriadis and Hensman 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import Independent, MultivariateNormal, Normal, TorchDistribution
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions import constraints, register_kl
+
+
+class FieldMarginals(Normal):
+    """Marginals of a field whose draws are joint.
+
+    Parameters
+    ----------
+    loc, scale : Tensor of shape (L, n)
+        Of the marginals, which are all that a likelihood needs.
+    draw : callable
+        Returns one joint draw of shape (L, n), or `n_draws` of them, (n_draws, L, n).
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, draw: Callable[[int], Tensor]):
+        self.draw = draw
+        super().__init__(loc, scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FieldMarginals:
+        """Return self: a field has the shape that it has."""
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise ValueError(f"a field of shape {tuple(self.batch_shape)} cannot be expanded.")
+        return self
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw jointly; differentiable in loc and scale as a draw from each marginal."""
+        shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            joint = self.draw(shape.numel()).reshape(*shape, *self.batch_shape)
+            standard = (joint.to(self.loc.dtype) - self.loc) / self.scale
+        return self.loc + self.scale * standard
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw jointly."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+@register_kl(FieldMarginals, Normal)
+def _kl_of_a_field(q: FieldMarginals, p: Normal) -> Tensor:
+    """Zero: given u, field and prior agree, and the divergence of u is counted at u."""
+    return q.loc.new_zeros(q.batch_shape)
+
+
+class NaturalNormal(TorchDistribution):
+    """N(m, S) in natural parameters theta1 = S^{-1} m and theta2 = -S^{-1} / 2.
+
+    Parameters
+    ----------
+    theta1 : Tensor of shape (L, M)
+    theta2 : Tensor of shape (L, M, M)
+        Negative definite.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 - torch's own interface
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = False
+
+    def __init__(self, theta1: Tensor, theta2: Tensor):
+        self.theta1, self.theta2 = theta1, theta2
+        with torch.no_grad():
+            self.precision_tril = torch.linalg.cholesky(-2 * theta2)
+            self._mean = torch.cholesky_solve(theta1[..., None], self.precision_tril)[..., 0]
+        self._moments: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        super().__init__(torch.Size(), theta1.shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean m, of shape (L, M); a value without gradient."""
+        return self._mean
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance S, of shape (L, M, M); a value without gradient."""
+        return torch.cholesky_inverse(self.precision_tril)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NaturalNormal:
+        """Return self: only its own batch shape is possible."""
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise ValueError(f"a batch of shape {tuple(self.batch_shape)} cannot be expanded.")
+        return self
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw u, of shape sample_shape + (L, M)."""
+        noise = torch.randn(*torch.Size(sample_shape), *self.theta1.shape).to(self.theta1)
+        return self._mean + _solve_upper(self.precision_tril, noise[..., None])[..., 0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of u; a value without gradient."""
+        precision = -2 * self.theta2.detach()
+        normal = MultivariateNormal(self._mean, precision_matrix=precision, validate_args=False)
+        return normal.log_prob(value).sum(-1)
+
+    def marginals(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of A^T u, each of shape (L, n).
+
+        Parameters
+        ----------
+        A : Tensor of shape (L or 1, M, n)
+        """
+        return _NaturalMarginals.apply(self.theta1, self.theta2, A, self)
+
+    @torch.no_grad()
+    def moments(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`marginals` does, as values without gradient; kept for the same A."""
+        if self._moments is None or self._moments[0] is not A:
+            mean = (A.mT @ self._mean[..., None])[..., 0]
+            roots = (
+                torch.linalg.solve_triangular(tril, a, upper=False)
+                for tril, a in zip(self.precision_tril, _each(A, len(mean)), strict=True)
+            )
+            self._moments = A, (mean, torch.stack([root.square_().sum(0) for root in roots]))
+        return self._moments[1]
+
+
+class WhitenedPrior(Independent):
+    """N(0, I) over u, of event shape (L, M)."""
+
+    def __init__(self, L: int, M: int):
+        zero = torch.zeros(L, M, dtype=torch.float64)
+        super().__init__(Normal(zero, 1.0, validate_args=False), 2, validate_args=False)
+
+
+@register_kl(NaturalNormal, WhitenedPrior)
+def _kl_natural(q: NaturalNormal, p: WhitenedPrior) -> Tensor:
+    return _NaturalDivergence.apply(q.theta1, q.theta2, q)
+
+
+@register_kl(Independent, WhitenedPrior)
+def _kl_whitened(q: Independent, p: WhitenedPrior) -> Tensor:
+    """KL(N(m, S) || N(0, I)) = (tr S + |m|^2 - M - log |S|) / 2, summed over components."""
+    base = q.base_dist
+    scale = base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
+    return ((q.variance + q.mean.square() - 1) / 2 - scale.log()).sum()
+
+
+def marginals_of(q: Independent, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of A^T u for u in covariance form, each (L, n).
+
+    Parameters
+    ----------
+    q : Independent of MultivariateNormal or Normal, of event shape (L, M)
+    A : Tensor of shape (L or 1, M, n)
+    """
+    mean = (A.mT @ q.mean[..., None])[..., 0]
+    if hasattr(q.base_dist, "scale_tril"):
+        return mean, (q.base_dist.scale_tril.mT @ A).square().sum(-2)
+    return mean, (q.variance[..., None] * A.square()).sum(-2)
+
+
+class _NaturalMarginals(torch.autograd.Function):
+    """Marginals of A^T u; backward hands over natural gradients.
+
+    With dmu and dv the gradients in mean and variance of A^T u, those in the expectation
+    parameters are A (dmu - 2 dv A^T m) and A diag(dv) A^T. dv is kept at the sign at which it
+    raises the precision, so that a step cannot make it negative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta1: Tensor, theta2: Tensor, A: Tensor, q: NaturalNormal) -> Any:
+        mean, variance = q.moments(A)
+        ctx.save_for_backward(A, mean)
+        return mean.clone(), variance.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor) -> Any:
+        A, mean = ctx.saved_tensors
+        d_variance = d_variance.clamp_min(0)  # of a loss
+        first = (A @ (d_mean - 2 * d_variance * mean)[..., None])[..., 0]
+        second = torch.stack([
+            (a * weight) @ a.T for a, weight in zip(_each(A, len(mean)), d_variance, strict=True)
+        ])
+        return first, second, None, None
+
+
+class _NaturalDivergence(torch.autograd.Function):
+    """KL(N(m, S) || N(0, I)), summed over components; its natural gradient is theta minus that of the prior."""
+
+    @staticmethod
+    def forward(ctx: Any, theta1: Tensor, theta2: Tensor, q: NaturalNormal) -> Tensor:
+        ctx.save_for_backward(theta1, theta2)
+        identity = torch.eye(theta1.shape[-1]).to(theta1)
+        trace = torch.stack([
+            torch.linalg.solve_triangular(tril, identity, upper=False).square().sum()
+            for tril in q.precision_tril
+        ])
+        log_det = 2 * q.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (trace + q.mean.square().sum(-1) - theta1.shape[-1] + log_det).sum() / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> Any:
+        theta1, theta2 = ctx.saved_tensors
+        second = theta2.clone()
+        second.diagonal(dim1=-2, dim2=-1).add_(0.5)
+        return weight * theta1, weight * second, None
+
+
+def _solve_upper(tril: Tensor, right: Tensor) -> Tensor:
+    """Solve tril^T x = right."""
+    return torch.linalg.solve_triangular(tril.mT, right, upper=True)
+
+
+def _each(A: Tensor, L: int) -> Any:
+    """The A of each of L components, where they may share one."""
+    return A if len(A) == L else A.expand(L, *A.shape[1:])

@@ -1,0 +1,187 @@
+r"""Covariance of a field between two places: kernels of `pyro.contrib.gp`, alone or over groups.
+
+With r = |x - x'|, the kernels are sigma^2 kappa(r / lengthscale). Between the groups g and g' of
+a multi-group field they are
+
+.. math:: \sigma^2 v^{p/2} \kappa(\sqrt{v} r / \mathrm{lengthscale}), \qquad
+    v = 1 / (1 + a d_{gg'}^2)
+
+in p dimensions, a Gneiting construction (Li, Jones, Banerjee and Engelhardt 2021, Multi-group
+Gaussian processes): a = 0 is one field for all groups, a large one independent fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.contrib.gp import kernels
+from torch import Tensor, nn
+
+from pnmf_pyro.places import Places
+from pnmf_pyro.validation import check_choice, check_positive
+
+KERNELS: dict[str, Any] = {
+    "Matern12": kernels.Exponential,
+    "Matern32": kernels.Matern32,
+    "Matern52": kernels.Matern52,
+    "RBF": kernels.RBF,
+}
+
+
+def correlation(name: str, distance: Tensor) -> Tensor:
+    """Return kappa at distances of any shape, in units of the lengthscale.
+
+    The one place that calls a kernel of Pyro. It does so where neither the parameter store nor a
+    trace of the caller can see the kernel's own parameters.
+    """
+    with poutine.block(), pyro.get_param_store().scope():
+        kernel = KERNELS[name](input_dim=1).requires_grad_(False)
+        value = kernel(distance.new_zeros(1, 1), distance.reshape(-1, 1))
+    return value.reshape(distance.shape)
+
+
+class SpatialKernel(nn.Module):
+    """sigma^2 kappa(|x - x'| / lengthscale), for one set of hyperparameters or one a component.
+
+    Parameters
+    ----------
+    name : {'Matern12', 'Matern32', 'Matern52', 'RBF'}
+    lengthscale, sigma : float
+        In the unit of the coordinates, and of log-factors.
+    n_sets : int
+        C, how many sets of hyperparameters: 1 for one that all components share, or L.
+
+    Attributes
+    ----------
+    lengthscale, sigma : Tensor of shape (C,), float64
+    """
+
+    lengthscale: Tensor
+    sigma: Tensor
+
+    def __init__(
+        self,
+        name: str = "Matern32",
+        lengthscale: float = 1.0,
+        sigma: float = 1.0,
+        n_sets: int = 1,
+    ):
+        super().__init__()
+        self.name = check_choice("kernel", name, KERNELS)
+        for word, value in (("lengthscale", lengthscale), ("sigma", sigma)):
+            check_positive(word, value)
+            self.register_buffer(word, torch.full((n_sets,), float(value), dtype=torch.float64))
+
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """What may be learned, by name; each positive, of shape (C,)."""
+        return {"lengthscale": self.lengthscale, "sigma": self.sigma}
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the field at any place, of shape (C,)."""
+        return self.sigma.square()
+
+    def forward(self, a: Places, b: Places) -> Tensor:
+        """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
+        distance = torch.cdist(
+            a.coordinates, b.coordinates, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        closeness = self._closeness(a, b)
+        dimensions = a.coordinates.shape[-1]
+        scaled = closeness.sqrt() * distance / _before(self.lengthscale, distance)
+        height = _before(self.variance, distance) * closeness ** (dimensions / 2)
+        return height * correlation(self.name, scaled)
+
+    def _closeness(self, a: Places, b: Places) -> Tensor:
+        """Factor v of the groups of two places, broadcastable to (C, ..., n, m)."""
+        return a.coordinates.new_ones(())
+
+
+class MultiGroupKernel(SpatialKernel):
+    """Kernel over places in groups, see the head of this module.
+
+    Parameters
+    ----------
+    name, lengthscale, sigma, n_sets
+        As for :class:`SpatialKernel`.
+    group_diff_param : float
+        a; the larger, the less groups share.
+    group_distances : array-like of shape (G, G)
+        Distances d between groups.
+
+    Attributes
+    ----------
+    group_diff_param : Tensor of shape (C,), float64
+    """
+
+    group_diff_param: Tensor
+    group_distances: Tensor
+
+    def __init__(
+        self,
+        name: str = "Matern32",
+        lengthscale: float = 1.0,
+        sigma: float = 1.0,
+        n_sets: int = 1,
+        *,
+        group_diff_param: float = 10.0,
+        group_distances: Any,
+    ):
+        super().__init__(name, lengthscale, sigma, n_sets)
+        a = torch.full((n_sets,), float(group_diff_param), dtype=torch.float64)
+        self.register_buffer("group_diff_param", a)
+        distances = torch.as_tensor(np.asarray(group_distances, dtype=np.float64))
+        self.register_buffer("group_distances", distances)
+
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """What may be learned, by name; each positive, of shape (C,)."""
+        return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
+
+    def _closeness(self, a: Places, b: Places) -> Tensor:
+        assert a.groups is not None and b.groups is not None
+        d = self.group_distances[a.groups[..., :, None], b.groups[..., None, :]]
+        return 1 / (1 + _before(self.group_diff_param, d) * d.square())
+
+
+def check_group_distances(group_distances: Any, n_groups: int) -> np.ndarray:
+    """Check distances between groups; 1 between any two different ones where None.
+
+    Raises
+    ------
+    ValueError
+        For a matrix of another shape, or one that is not symmetric with a zero diagonal, or not
+        the distances between points of some Euclidean space: the kernel would not be a covariance.
+    """
+    if group_distances is None:
+        return 1.0 - np.eye(n_groups)
+    distances = np.asarray(group_distances, dtype=np.float64)
+    if distances.shape != (n_groups, n_groups):
+        raise ValueError(
+            f"group_distances must have shape ({n_groups}, {n_groups}), a row and a column for "
+            f"each group in sorted order; got {distances.shape}."
+        )
+    valid = np.isfinite(distances).all() and (distances >= 0).all()
+    if not valid or not np.allclose(distances, distances.T) or np.diag(distances).any():
+        raise ValueError(
+            "group_distances must be finite, not negative, symmetric and zero on the diagonal."
+        )
+    centre = np.eye(n_groups) - 1 / n_groups
+    lowest = np.linalg.eigvalsh(-centre @ np.square(distances) @ centre)[0]
+    if lowest < -1e-8 * max(np.square(distances).max(), 1):
+        raise ValueError(
+            "group_distances must be distances between points of a Euclidean space, or the "
+            "kernel is no covariance. Place the groups at points (for example by classical "
+            "scaling) and pass the distances between these."
+        )
+    return distances
+
+
+def _before(values: Tensor, like: Tensor) -> Tensor:
+    """Values of shape (C,) as (C, 1, ..., 1), to broadcast in front of the shape of `like`."""
+    return values.reshape(-1, *[1] * like.ndim)

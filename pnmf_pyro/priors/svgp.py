@@ -1,0 +1,326 @@
+"""Gaussian-process fields through inducing points (SVGP), over one or several groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import MultivariateNormal, Normal
+from torch import Tensor, nn
+
+from pnmf_pyro.cholesky import jittered_cholesky
+from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.data import Batch, take
+from pnmf_pyro.distributions.fields import (
+    FieldMarginals,
+    NaturalNormal,
+    WhitenedPrior,
+    marginals_of,
+)
+from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.places import Places
+from pnmf_pyro.priors.base import Draws, Prior
+
+CHOLESKY_MODES = ("exp", "softplus")
+
+
+class NaturalInducing(nn.Module):
+    """q(u) in natural parameters theta1 (L, M) and theta2 (L, M, M)."""
+
+    def __init__(self, L: int, M: int):
+        super().__init__()
+        self.theta1 = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
+        self.theta2 = nn.Parameter(-torch.eye(M, dtype=torch.float64).repeat(L, 1, 1) / 2)
+
+    def distribution(self) -> NaturalNormal:
+        return NaturalNormal(self.theta1, self.theta2)
+
+    def marginals(self, q: NaturalNormal, A: Tensor) -> tuple[Tensor, Tensor]:
+        return q.marginals(A)
+
+    def assign(self, theta1: Tensor, precision: Tensor) -> None:
+        with torch.no_grad():
+            self.theta1.copy_(theta1)
+            self.theta2.copy_(-precision / 2)
+
+
+class CholeskyInducing(nn.Module):
+    """q(u) in mean (L, M) and Cholesky factor of the covariance (L, M, M)."""
+
+    def __init__(self, L: int, M: int, cholesky_mode: str):
+        super().__init__()
+        self.u_loc = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
+        self.u_below = nn.Parameter(torch.zeros(L, M, M, dtype=torch.float64))
+        self.u_scale = PositiveParameter((L, M), cholesky_mode).double()
+
+    def distribution(self) -> Any:
+        tril = self.u_below.tril(-1) + torch.diag_embed(self.u_scale.data)
+        return MultivariateNormal(self.u_loc, scale_tril=tril, validate_args=False).to_event(1)
+
+    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
+        return marginals_of(q, A)
+
+    def assign(self, theta1: Tensor, precision: Tensor) -> None:
+        tril = torch.linalg.cholesky(precision)
+        with torch.no_grad():
+            self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
+            scale = torch.linalg.cholesky(torch.cholesky_inverse(tril))
+            self.u_below.copy_(scale)
+        self.u_scale.assign(scale.diagonal(dim1=-2, dim2=-1))
+
+
+class DiagonalInducing(nn.Module):
+    """q(u) of independent normals, in means and standard deviations (L, M)."""
+
+    def __init__(self, L: int, M: int, cholesky_mode: str):
+        super().__init__()
+        self.u_loc = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
+        self.u_scale = PositiveParameter((L, M), cholesky_mode).double()
+
+    def distribution(self) -> Any:
+        return Normal(self.u_loc, self.u_scale.data, validate_args=False).to_event(2)
+
+    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
+        return marginals_of(q, A)
+
+    def assign(self, theta1: Tensor, precision: Tensor) -> None:
+        tril = torch.linalg.cholesky(precision)
+        with torch.no_grad():
+            self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
+        self.u_scale.assign(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+
+
+class SVGP(Prior):
+    r"""F_.l = mean_l + a Gaussian process, summarised by its values at M inducing points.
+
+    With L_z the Cholesky factor of the covariance at the inducing points z, the field there is
+    L_z u, with u ~ N(0, I) under the prior. At a place x, with A = L_z^{-1} K_{zx},
+
+    .. math:: F | u \sim N(\mathrm{mean} + A^T u, \; k_{xx} - A^T A)
+
+    independently over places, and q(F) follows from q(u) = N(m, S) in closed form (Titsias 2009;
+    Hensman, Fusi and Lawrence 2013; whitened as in `pyro.contrib.gp.models.VariationalSparseGP`,
+    to which it is equal for one component). With an inducing point at each place nothing is
+    approximated.
+
+    Parameters
+    ----------
+    kernel : SpatialKernel
+        For one set of hyperparameters, or one for each component.
+    places : Places of shape (N,)
+        Of the samples.
+    inducing : Places of shape (M,)
+        Distinct.
+    L : int
+        Number of components.
+    jitter : float
+        Added to the diagonal of the covariance at the inducing points, relative to the variance;
+        it grows, with a warning, where the factorisation fails.
+    cholesky_mode : {'exp', 'softplus'}
+        How the diagonal of the Cholesky factor of S stays positive.
+    diagonal_only : bool
+        Take S diagonal, in the whitened variable.
+    use_natural_gradients : bool
+        Hold q(u) in natural parameters.
+    dtype : torch.dtype
+        Of F; everything inside is float64.
+
+    Attributes
+    ----------
+    mean : Tensor of shape (L,)
+        Level of each component.
+    """
+
+    place_coordinates: Tensor
+    place_groups: Tensor | None
+    inducing_coordinates: Tensor
+    inducing_groups: Tensor | None
+    mean: Tensor
+
+    def __init__(
+        self,
+        kernel: SpatialKernel,
+        places: Places,
+        inducing: Places,
+        L: int,
+        *,
+        jitter: float = 1e-5,
+        cholesky_mode: str = "exp",
+        diagonal_only: bool = False,
+        use_natural_gradients: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.L, self.N, self.M = L, len(places), len(inducing)
+        self.kernel, self.jitter, self.dtype = kernel, jitter, dtype
+        self.register_buffer("place_coordinates", places.coordinates)
+        self.register_buffer("place_groups", places.groups)
+        self.register_buffer("inducing_coordinates", inducing.coordinates)
+        self.register_buffer("inducing_groups", inducing.groups)
+        self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
+        self.q = _family(L, self.M, cholesky_mode, diagonal_only, use_natural_gradients)
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def places(self) -> Places:
+        """Places of the samples."""
+        return Places(self.place_coordinates, self.place_groups)
+
+    @property
+    def inducing(self) -> Places:
+        """Inducing points."""
+        return Places(self.inducing_coordinates, self.inducing_groups)
+
+    def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw u and F from the prior; return F of the batch, shape (L, n)."""
+        u = pyro.sample("u", WhitenedPrior(self.L, self.M))
+        A, rest = self._design(batch.samples)
+        loc = self._level(u, A).to(self.dtype)
+        with self.local_sites(batch, samples):
+            scale = rest.sqrt().to(self.dtype).expand_as(loc)
+            return pyro.sample("F", Normal(loc, scale, validate_args=False))
+
+    def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw u from q(u) and F from what follows; return F of the batch, shape (L, n)."""
+        q = self._posterior()
+        u = pyro.sample("u", q)
+        design = self._design(batch.samples)
+        field = self._marginals(q, design, lambda n_draws: self._given(u, design))
+        with self.local_sites(batch, samples):
+            return pyro.sample("F", field)
+
+    def marginal(self, index: Tensor | None = None) -> FieldMarginals:
+        """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
+        q, design = self._posterior(), self._design(index)
+        return self._marginals(q, design, lambda n: self._given(q.sample((n,)), design))
+
+    @torch.no_grad()
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
+        u = self._posterior().sample((n_draws,))
+        return lambda index: self._given(u, self._design(index)).to(self.dtype)
+
+    def at(self, places: Places) -> FieldAt:
+        """Return q(F) at other places."""
+        return FieldAt(self, places.to(self.place_coordinates.device))
+
+    def distributions(
+        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
+    ) -> tuple[Any, ...]:
+        """Return q(F), of shape (L, n), and q(u) and p(u), of event shape (L, M)."""
+        if coordinates is None:
+            field = self.marginal(index)
+        else:
+            field = self.at(Places(coordinates.double(), groups)).marginal()
+        return field, self._posterior(), WhitenedPrior(self.L, self.M)
+
+    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
+        """Return the optimiser that takes natural-gradient steps on q(u).
+
+        Plain gradient descent: what backward gives to theta1 and theta2 are natural gradients.
+        """
+        if not isinstance(self.q, NaturalInducing):
+            raise ValueError(
+                "natural gradients need SVGP(..., use_natural_gradients=True) and a full "
+                "covariance (diagonal_only=False)."
+            )
+        return torch.optim.SGD(self.q.parameters(), lr=lr)
+
+    @torch.no_grad()
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        """Set q(u) to the posterior from observations `mean` of F with noise `scale`, (L, N)."""
+        A, _ = self._design(None)
+        weights = scale.double().square().reciprocal()
+        residual = weights * (mean.double() - self.mean[:, None])
+        theta1 = (A @ residual[..., None])[..., 0]
+        each = A.expand(self.L, *A.shape[1:])
+        precision = torch.stack([(a * w) @ a.T for a, w in zip(each, weights, strict=True)])
+        precision.diagonal(dim1=-2, dim2=-1).add_(1)
+        self.q.assign(theta1, precision)
+
+    def _posterior(self) -> Any:
+        """q(u), made once for each state of its parameters."""
+        if not isinstance(self.q, NaturalInducing):  # its graph is consumed by a step
+            return self.q.distribution()
+        return self._once("posterior", _state(self.q.parameters()), self.q.distribution)
+
+    def _design(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A (C, M, n) and the variance that u leaves (C, n), at samples; made once."""
+        state = _state(self.kernel.buffers())
+        A, rest = self._once("design", state, lambda: self._design_at(self.places))
+        return take(A, index), take(rest, index)
+
+    @torch.no_grad()
+    def _design_at(self, places: Places) -> tuple[Tensor, Tensor]:
+        Lz = self._once("factor", _state(self.kernel.buffers()), self._factor)
+        A = torch.linalg.solve_triangular(Lz, self.kernel(self.inducing, places), upper=False)
+        rest = self.kernel.variance[:, None] - A.square().sum(-2)
+        return A, rest.clamp_min(self.jitter * self.kernel.variance[:, None])
+
+    def _factor(self) -> Tensor:
+        return jittered_cholesky(self.kernel(self.inducing, self.inducing), self.jitter)
+
+    def _once(self, what: str, state: Any, make: Callable[[], Any]) -> Any:
+        known = self._known.get(what)
+        if known is None or known[0] != state:
+            self._known[what] = known = (state, make())
+        return known[1]
+
+    def _level(self, u: Tensor, A: Tensor) -> Tensor:
+        """Mean of F given u (..., L, M), of shape (..., L, n)."""
+        return self.mean[:, None] + (A.mT @ u[..., None])[..., 0]
+
+    def _given(self, u: Tensor, design: tuple[Tensor, Tensor]) -> Tensor:
+        A, rest = design
+        level = self._level(u, A)
+        return level + rest.sqrt() * torch.randn_like(level)
+
+    def _marginals(
+        self, q: Any, design: tuple[Tensor, Tensor], draw: Callable[[int], Tensor]
+    ) -> FieldMarginals:
+        A, rest = design
+        loc, variance = self.q.marginals(q, A)
+        loc = (self.mean[:, None] + loc).to(self.dtype)
+        return FieldMarginals(loc, (variance + rest).sqrt().to(self.dtype), draw)
+
+
+class FieldAt:
+    """q(F) of a prior at other places than those of its samples.
+
+    Parameters
+    ----------
+    prior : SVGP
+    places : Places of shape (N,)
+    """
+
+    def __init__(self, prior: SVGP, places: Places):
+        self.prior, self.places = prior, places
+        self.L, self.N = prior.L, len(places)
+
+    def marginal(self, index: Tensor | None = None) -> FieldMarginals:
+        """Return q(F_il) at the places `index` (all if None), with loc and scale (L, n)."""
+        prior, design = self.prior, self.prior._design_at(self.places.take(index))
+        q = prior._posterior()
+        return prior._marginals(q, design, lambda n: prior._given(q.sample((n,)), design))
+
+    @torch.no_grad()
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of places to draws of q(F), (n_draws, L, n)."""
+        prior = self.prior
+        u = prior._posterior().sample((n_draws,))
+        return lambda index: prior._given(u, prior._design_at(self.places.take(index))).to(
+            prior.dtype
+        )
+
+
+def _family(L: int, M: int, cholesky_mode: str, diagonal_only: bool, natural: bool) -> Any:
+    if diagonal_only:
+        return DiagonalInducing(L, M, cholesky_mode)
+    return NaturalInducing(L, M) if natural else CholeskyInducing(L, M, cholesky_mode)
+
+
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Something that changes whenever one of the tensors does."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
