@@ -11,7 +11,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.random_state import RandomState, check_random_state
-from pnmf_pyro.validation import check_choice, check_positive
+from pnmf_pyro.validation import check_choice, check_count, check_positive
 
 Matrix = Any  # an ndarray or a CSR matrix
 Factors = tuple[np.ndarray, np.ndarray]
@@ -70,6 +70,7 @@ def initialize_factors(
     ((50, 5), (100, 5))
     """
     check_choice("init", init, (*INITS, None))
+    check_count("n_components", n_components)
     check_positive("target_std", target_std)
     matrix = as_counts(X).numpy()
     if init is None:

@@ -11,19 +11,20 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from pnmf_pyro.conditional import (
-    conditional_model,
+    check_fixed,
     least_squares_loadings,
     loadings_given_factors,
+    model_near_posterior,
 )
-from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import OPTIMIZERS
 from pnmf_pyro.priors import GaussianPrior, Prior
 from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.streaming import by_samples
 from pnmf_pyro.training import Convergence, progress_bar, train
-from pnmf_pyro.validation import check_choice, check_device
+from pnmf_pyro.validation import check_choice, check_count, check_device, check_training
 
 Array = np.ndarray | Tensor
 
@@ -145,10 +146,15 @@ def factor_samples(
     -------
     ndarray or Tensor of shape (n_samples, n_data_samples, n_components)
     """
-    q = _posterior(model, coordinates, groups).marginal()
-    with torch.no_grad(), drawing_from(torch_generator(random_state), q.loc.device):
-        draws = q.rsample(torch.Size([n_samples])).mT
-    return _output(draws.exp() if return_exp else draws, return_tensor)
+    check_count("n_samples", n_samples)
+    prior = _posterior(model, coordinates, groups)
+
+    def draw(q: Normal) -> Tensor:
+        draws = q.rsample(torch.Size([n_samples]))
+        return draws.exp_() if return_exp else draws
+
+    with drawing_from(torch_generator(random_state), _device(prior)):
+        return by_samples(prior, draw, return_tensor, (n_samples,))
 
 
 def get_loadings(model: Any, return_tensor: bool = False) -> Array:
@@ -192,7 +198,7 @@ def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    return _output(_marginal(prior).loc.T, return_tensor)
+    return by_samples(prior, lambda q: q.loc, return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
@@ -206,9 +212,8 @@ def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool =
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    q = _marginal(prior)
-    log = q.loc + q.variance / 2 if use_mgf else q.loc
-    return _output(log.exp().T, return_tensor)
+    half = 0.5 if use_mgf else 0.0
+    return by_samples(prior, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
 
 
 def uncertainty_from_prior(
@@ -224,8 +229,7 @@ def uncertainty_from_prior(
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    q = _marginal(prior)
-    return _output((q.variance if return_variance else q.scale).T, return_tensor)
+    return by_samples(prior, lambda q: q.variance if return_variance else q.scale, return_tensor)
 
 
 def transform_F(
@@ -242,12 +246,13 @@ def transform_F(
     return_prior: bool = False,
     *,
     size_factors: Any = None,
+    scale_pf: float = 1.0,
     random_state: RandomState = 0,
 ) -> Array | GaussianPrior:
     """Infer q(F) for data, given loadings.
 
-    Starts from the maximum-likelihood factors with the scales that belong to them, and trains by
-    Adam.
+    A few natural-gradient steps, first in `lower-bound` mode and then in `mode`, bring q near its
+    optimum; Adam goes on from there.
 
     Parameters
     ----------
@@ -271,6 +276,9 @@ def transform_F(
     return_prior : bool
         Return the prior with the fitted q rather than the factors.
     size_factors : array-like of shape (n_samples,), optional
+    scale_pf : float
+        Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
+        loadings of a model that was fitted with another than 1, or that learned it.
     random_state : int, RandomState, Generator or None
 
     Returns
@@ -278,17 +286,19 @@ def transform_F(
     ndarray of shape (n_samples, n_components), or GaussianPrior
         E exp F, or the prior.
     """
+    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate)
     counts = check_counts(X).to(check_device(device))
-    loadings = _fixed(W, counts, counts.shape[1], n_components, "W", "features")
+    loadings = check_fixed(W, counts, counts.shape[1], n_components, "W", "features")
     s = check_size_factors(size_factors, counts.shape[0], counts)
-    model = conditional_model(counts, loadings, mode, s)
+    generator = torch_generator(random_state)
+    model = model_near_posterior(counts, loadings, mode, E, s, scale_pf, generator)
     optimizer = OPTIMIZERS["Adam"](model.prior.parameters(), lr=learning_rate)
     train(
         model,
         Batches(counts),
         FactorizationELBO(mode, E),
         [optimizer],
-        torch_generator(random_state),
+        generator,
         max_iter=max_iter,
         convergence=Convergence(tol),
         verbose=int(verbose),
@@ -339,37 +349,19 @@ def transform_W(
     ndarray of shape (n_features, n_components)
     """
     check_choice("loss", loss, ("poisson", "frobenius"))
+    check_training(max_iter=max_iter, tol=tol)
     counts = check_counts(X).to(check_device(device))
-    factors = _fixed(F, counts, counts.shape[0], n_components, "F", "samples")
+    factors = check_fixed(F, counts, counts.shape[0], n_components, "F", "samples")
     s = check_size_factors(size_factors, counts.shape[0], counts)
     if s is not None:
         factors = factors * s[:, None]
     start = None
     if W_init is not None:
-        start = _fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
+        start = check_fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
     with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
     return _output(W, False)  # type: ignore[return-value]
-
-
-def _fixed(
-    values: Any, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
-) -> Tensor:
-    """Check the side of the factorisation that is given, and return it like the counts."""
-    matrix = np.asarray(values, dtype=np.float64)
-    if matrix.ndim != 2 or len(matrix) != n_rows:
-        raise ValueError(
-            f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
-            f"each component; got shape {matrix.shape}."
-        )
-    if n_components is not None and matrix.shape[1] != n_components:
-        raise ValueError(
-            f"{name} must have n_components={n_components} columns; it has {matrix.shape[1]}."
-        )
-    if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
-        raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
-    return torch.from_numpy(matrix).to(counts.device, counts.dtype)
 
 
 def _module(model: Any) -> PoissonFactorization:
@@ -392,9 +384,8 @@ def _posterior(model: Any, coordinates: Any, groups: Any) -> Prior:
     return prior
 
 
-def _marginal(prior: Prior) -> Normal:
-    with torch.no_grad():
-        return prior.marginal()
+def _device(prior: Prior) -> torch.device:
+    return next(prior.parameters()).device
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:

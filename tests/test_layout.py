@@ -32,6 +32,7 @@ ORDER = (
     "models",
     "training",
     "conditional",
+    "streaming",
     "transforms",
     "parameters",
     "estimator",

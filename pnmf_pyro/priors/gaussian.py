@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, take
 from pnmf_pyro.priors.base import Prior
-from pnmf_pyro.validation import check_positive
+from pnmf_pyro.validation import check_count, check_positive
 
 
 class _MeanScale(nn.Module):
@@ -110,7 +110,7 @@ class GaussianPrior(Prior):
         self, y: Any, L: int = 10, scale_pf: float = 1.0, use_natural_gradients: bool = False
     ):
         super().__init__()
-        self.L = L
+        self.L = check_count("L", L)
         self.N = int(y.shape[1])
         self.use_natural_gradients = use_natural_gradients
         check_positive("scale_pf", scale_pf)
