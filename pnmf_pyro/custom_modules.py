@@ -113,9 +113,9 @@ class ConstrainedParameter(nn.Module, ABC):
         """Train this parameter again."""
         self._raw.requires_grad_(True)
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, idx: Any) -> Tensor:
         """Index into the constrained value."""
-        return self.data[index]
+        return self.data[idx]
 
     def dim(self) -> int:
         """Return the number of dimensions."""

@@ -1,7 +1,7 @@
 """The table of the reference's names, and the page that shows it.
 
-`docs/api_parity.json` holds one row for each name of the reference: classes, functions, parameters with
-their defaults, attributes, modes and examples. After a change of it write the page anew:
+`docs/api_parity.json` holds one row for each name of the reference: classes, functions, parameters
+with their defaults, attributes, modes and examples. After a change of it write the page anew:
 
     python -m tests.parity
 """
@@ -20,12 +20,14 @@ COLUMNS = ("reference", "kind", "value", "ours", "tests", "status", "why")
 HEAD = """\
 # Parity with the API of PNMF
 
-Every name of the `PNMF` reference: where it lives here, which test holds it, and where we differ. Value
-is the signature, the default, the type or, for an example, its first line. *Same* means that it takes
-and gives what the reference says; *extended*, that and more; *different*, something else, with the
-reason, of which [Differences from PNMF](differences.md) says more; *planned*, still to come.
+Every name of the `PNMF` reference: where it lives here, which test holds it, and where we differ.
+Value is the signature, the default, the type or, for an example, its first line. *Same* means that
+it takes and gives what the reference says; *extended*, that and more; *different*, something else,
+with the reason, of which [Differences from PNMF](differences.md) says more; *planned*, still to
+come.
 
-Written from `docs/api_parity.json` by `python -m tests.parity`; tests compare both with the package.
+Written from `docs/api_parity.json` by `python -m tests.parity`; tests compare both with the
+package.
 """
 
 
