@@ -66,8 +66,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     scheduler : {'one_cycle', 'plateau', None}
         Schedule of the learning rate.
     scheduler_patience, scheduler_factor, min_lr : int, float, float
-        Of `plateau`: after `scheduler_patience` steps without a rise of the ELBO multiply the
-        learning rate by `scheduler_factor`, down to `min_lr`.
+        Of `plateau`: after more than `scheduler_patience` steps in which the ELBO did not rise by
+        one part in 10^4 multiply the learning rate by `scheduler_factor`, down to `min_lr`.
     scheduler_pct_start, scheduler_div_factor, scheduler_final_div_factor : float
         Of `one_cycle`: fraction of `max_iter` in which the learning rate rises from
         `learning_rate / scheduler_div_factor`; it then falls to that divided by
