@@ -18,6 +18,7 @@ from pnmf_pyro.optimizers import Constant, Decreasing, NaturalGradient
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import Convergence, evaluate_elbo, tqdm, train
+from pnmf_pyro.validation import check_array, check_count
 
 # Natural-gradient steps to a place from which a fit in another way goes on; ten or so come near.
 START_STEPS = 30
@@ -45,13 +46,13 @@ def check_fixed(
     ValueError
         For another shape, and for entries that are negative or not finite.
     """
-    matrix = np.asarray(values, dtype=np.float64)
+    matrix = check_array(name, values)
     if matrix.ndim != 2 or len(matrix) != n_rows:
         raise ValueError(
             f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
             f"each component; got shape {matrix.shape}."
         )
-    if n_components is not None and matrix.shape[1] != n_components:
+    if n_components is not None and matrix.shape[1] != check_count("n_components", n_components):
         raise ValueError(
             f"{name} must have n_components={n_components} columns; it has {matrix.shape[1]}."
         )

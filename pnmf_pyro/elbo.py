@@ -31,7 +31,7 @@ from torch.distributions import (
 
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.distributions.poisson_factors import MODES
-from pnmf_pyro.validation import check_choice
+from pnmf_pyro.validation import check_choice, check_count
 
 NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
@@ -60,7 +60,7 @@ class FactorizationELBO(ELBO):
     def __init__(self, mode: str = "expanded", n_draws: int = 3, newton: bool = False):
         super().__init__(num_particles=n_draws)
         self.mode = check_choice("mode", mode, MODES)
-        self.n_draws = n_draws
+        self.n_draws = check_count("n_draws", n_draws)
         self.newton = newton
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

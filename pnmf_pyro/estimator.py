@@ -21,7 +21,7 @@ from pnmf_pyro.persistence import read_archive, write_archive
 from pnmf_pyro.random_state import check_random_state, torch_generator
 from pnmf_pyro.training import evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
-from pnmf_pyro.validation import check_device
+from pnmf_pyro.validation import check_array, check_callback, check_device
 
 Callback = Callable[["PNMF", int, float], None]
 
@@ -171,6 +171,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             If `max_iter` ended the fit while the ELBO still rose, or the ELBO ceased to be finite.
         """
         self._validate_params()
+        check_callback(callback, callback_interval)
         self._refuse_spatial(coordinates, groups)
         counts = self._check_counts(X, reset=True)
         s = check_size_factors(size_factors, counts.shape[0], counts)
@@ -264,7 +265,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ndarray of shape (n_samples, n_features)
         """
         check_is_fitted(self)
-        factors = np.asarray(transformed)
+        factors = check_array("transformed", transformed)
         if factors.ndim != 2 or factors.shape[1] != self.n_components_:
             raise ValueError(
                 f"transformed must have shape (n_samples, {self.n_components_}); got "

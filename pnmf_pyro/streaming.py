@@ -39,6 +39,11 @@ def by_samples(
     ndarray or Tensor of shape (\*leading, N, L)
         In memory of its own, of the prior's floating-point type.
     """
+    if not isinstance(prior, Prior):
+        raise ValueError(
+            f"prior must be a Prior such as a GaussianPrior; got {type(prior).__name__}. "
+            "For that of a fitted model use get_prior(model)."
+        )
     like = next(prior.parameters())
     device = like.device if return_tensor else torch.device("cpu")
     output = torch.empty(*leading, prior.N, prior.L, dtype=like.dtype, device=device)

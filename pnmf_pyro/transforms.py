@@ -367,6 +367,11 @@ def transform_W(
 def _module(model: Any) -> PoissonFactorization:
     if isinstance(model, PoissonFactorization):
         return model
+    if not hasattr(model, "fit"):
+        raise ValueError(
+            f"model must be a PNMF or a PoissonFactorization; got {type(model).__name__}. For a "
+            "prior use log_factors_from_prior and the functions beside it."
+        )
     if not hasattr(model, "model_"):
         raise NotFittedError(
             f"This {type(model).__name__} is not fitted yet. Call fit before asking for factors."

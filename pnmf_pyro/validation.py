@@ -6,6 +6,7 @@ from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 DEVICES = ("cpu", "cuda", "mps", "auto")
@@ -31,6 +32,35 @@ def check_count(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
     return int(value)
+
+
+def check_array(name: str, values: Any) -> np.ndarray:
+    """Return numbers as an array on the CPU; raise a ValueError naming `name` for anything else.
+
+    Parameters
+    ----------
+    name : str
+    values : array-like, Tensor, sparse matrix or DataFrame
+        Real numbers; float32 stays float32, and everything else becomes float64.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().to_dense()
+    elif hasattr(values, "toarray"):
+        values = values.toarray()
+    try:
+        array = np.asarray(values)
+        return array if array.dtype == np.float32 else array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}.") from error
+
+
+def check_callback(callback: Any, interval: Any) -> None:
+    """Raise a ValueError unless the callback can be called every `interval` steps."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"callback must be a function of (model, iteration, elbo), or None; got {callback!r}."
+        )
+    check_count("callback_interval", interval)
 
 
 def check_training(*, max_iter: int, tol: float, E: int = 1, learning_rate: float = 1.0) -> None:

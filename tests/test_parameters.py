@@ -526,7 +526,28 @@ def test_tol_of_transform_W(conditional):
         (lambda m: T.transform_W(np.eye(3), np.ones((3, 2)), loss="l1"), "loss must be one of"),
         (lambda m: initialize_factors(np.eye(3), 0), "n_components must be a whole number"),
         (lambda m: initialize_factors(np.eye(3), "two"), "n_components must be .*got 'two'"),
+        (lambda m: initialize_factors(-np.eye(3), 2), "Negative values"),
+        (lambda m: initialize_factors(np.eye(3) * np.nan, 2), "X must be finite"),
+        (lambda m: initialize_factors([["a"]], 1), "X must hold numbers"),
         (lambda m: GaussianPrior(torch.ones(3, 4), 0), "L must be a whole number"),
+        (lambda m: GaussianPrior(np.ones((3, 4)), 2), r"y must be a tensor .*got ndarray of shape"),
+        (lambda m: GaussianPrior(torch.ones(3), 2), r"y must be a tensor .*shape \(3,\)"),
+        (lambda m: model_like(torch.ones(3, 4))(E=0), "E must be a whole number"),
+        (lambda m: FactorizationELBO("simple", 0), "n_draws must be a whole number"),
+        (
+            lambda m: m.inverse_transform([["a", "b", "c"]]),
+            "transformed must be an array",
+        ),
+        (lambda m: T.transform_F(np.eye(3), [["a"]] * 3), "W must be an array of numbers"),
+        (lambda m: T.transform_W(np.eye(3), np.ones((3, 2)), n_components="2"), "got '2'"),
+        (lambda m: T.log_factors(np.eye(3)), r"model must be .*got ndarray"),
+        (lambda m: T.log_factors_from_prior(m), r"prior must be .*get_prior"),
+        (lambda m: still().fit(np.eye(4), callback=3), "callback must be a function"),
+        (lambda m: still().fit(np.eye(4), callback_interval=0), "callback_interval must be"),
+        (
+            lambda m: PositiveParameter((2, 3)).multiplicative_update(torch.ones(2, 4), {}),
+            r"terms must have \['exp_F_samples', 'exp_mu', 'exp_mu_sigma'\] for elbo_mode='exp",
+        ),
     ],
 )
 def test_bad_values_are_named(call, message, fitted):
@@ -654,6 +675,41 @@ def test_elbo_mode_changes_the_update(X):
     ratio = updated["simple"] / updated["expanded"]
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-6)
     assert np.abs(ratio - 1).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "index", [[3, 0], (3, 0), np.array([3, 0]), torch.tensor([3, 0], dtype=torch.int32)]
+)
+def test_samples_and_features_are_selected_by_any_index(index, X):
+    y = torch.from_numpy(X.T)
+    model = model_like(y)
+    terms, qF, _ = model(idx=index, idy=index, X=y[[3, 0]][:, [3, 0]], E=1)
+    assert terms["log_likelihood"].shape == (2,)
+    assert qF.batch_shape == (2, 2)
+    draws = torch.zeros(1, 2, 5, dtype=y.dtype)
+    torch.testing.assert_close(model.get_rate(draws, index), model.get_rate(draws)[:, [3, 0]])
+
+
+def test_slices_and_masks_select_as_well(X):
+    prior = model_like(torch.from_numpy(X.T)).prior
+    mask = np.arange(80) < 10
+    for index in (slice(0, 10), mask, torch.from_numpy(mask)):
+        q, _ = prior.forward_batched(index)
+        torch.testing.assert_close(q.loc, prior.mean[:, :10])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [torch.tensor, sp.csr_matrix, lambda a: torch.tensor(a, requires_grad=True), np.ndarray.tolist],
+)
+def test_factors_and_loadings_are_taken_in_any_form(form, fitted, counts):
+    factors, W = T.get_factors(fitted), T.get_loadings(fitted)
+    expected = fitted.inverse_transform(factors)
+    np.testing.assert_allclose(fitted.inverse_transform(form(factors)), expected, rtol=1e-5)
+    settings = {"mode": "lower-bound", "tol": 1.0}
+    found = T.transform_F(counts, form(W), **settings)
+    np.testing.assert_allclose(found, T.transform_F(counts, W, **settings), rtol=1e-4)
+    assert found.dtype == np.float32
 
 
 def test_attributes_of_a_model(X):
