@@ -170,8 +170,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ConvergenceWarning
             If `max_iter` ended the fit while the ELBO still rose, or the ELBO ceased to be finite.
         """
-        self._validate_params()
         check_callback(callback, callback_interval)
+        self._validate_params()
         self._refuse_spatial(coordinates, groups)
         counts = self._check_counts(X, reset=True)
         s = check_size_factors(size_factors, counts.shape[0], counts)
