@@ -36,7 +36,17 @@ myst_heading_anchors = 3
 html_theme = "pydata_sphinx_theme"
 html_title = f"pnmf_pyro {release}"
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
-html_sidebars = {"index": [], "model": [], "architecture": [], "changelog": []}
+_PAGES = (
+    "index",
+    "model",
+    "differences",
+    "api_parity",
+    "reference_examples",
+    "performance",
+    "architecture",
+    "changelog",
+)
+html_sidebars: dict[str, list[str]] = {page: [] for page in _PAGES}
 
 
 def _skip(app, what, name, obj, skip, options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,51 @@ from pnmf_pyro.data import Batches
 from pnmf_pyro.distributions.log_rate import log_rate_with_gradients
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import NaturalGradient
+from pnmf_pyro.optimizers import Constant, Decreasing, NaturalGradient
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import Convergence, evaluate_elbo, tqdm, train
+from pnmf_pyro.validation import check_array, check_count
+
+# Natural-gradient steps to a place from which a fit in another way goes on; ten or so come near.
+START_STEPS = 30
+
+
+def check_fixed(
+    values: Any, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
+) -> Tensor:
+    """Check the side of the factorisation that is given, and return it like the counts.
+
+    Parameters
+    ----------
+    values : array-like or Tensor of shape (n_rows, L)
+        In exp-space.
+    counts : Counts
+        Whose device and floating-point type to take.
+    n_rows : int
+    n_components : int, optional
+        L, where it is to be checked.
+    name, rows : str
+        What to call the values and their rows in an error.
+
+    Raises
+    ------
+    ValueError
+        For another shape, and for entries that are negative or not finite.
+    """
+    matrix = check_array(name, values)
+    if matrix.ndim != 2 or len(matrix) != n_rows:
+        raise ValueError(
+            f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
+            f"each component; got shape {matrix.shape}."
+        )
+    if n_components is not None and matrix.shape[1] != check_count("n_components", n_components):
+        raise ValueError(
+            f"{name} must have n_components={n_components} columns; it has {matrix.shape[1]}."
+        )
+    if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
+        raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
+    return torch.from_numpy(matrix).to(counts.device, counts.dtype)
 
 
 def factors_given_loadings(
@@ -155,11 +197,11 @@ def _positive(values: Tensor) -> Tensor:
 def conditional_model(
     counts: Counts,
     loadings: Tensor,
-    mode: str = "lower-bound",
+    mode: str,
     size_factors: Tensor | None = None,
     **prior_parameters: Any,
 ) -> PoissonFactorization:
-    """Make a model with fixed loadings whose q(F) starts near its optimum.
+    """Make a model with fixed loadings, whose q(F) is still to be set.
 
     Parameters
     ----------
@@ -183,22 +225,43 @@ def conditional_model(
     model.to(counts.device)
     model.W.assign(loadings)
     model.W.freeze()
-    factors = factors_given_loadings(counts, loadings, size_factors, max_iter=20)
-    rates = factors * loadings.sum(0)
-    if size_factors is not None:
-        rates = rates * size_factors[:, None]
-    scale = (1 / prior.scale_pf.square() + rates).rsqrt()
-    prior.assign(factors.clamp_min(1e-2).log().T, scale.T)
     return model
 
 
-def held_out_bound(
-    counts: Counts, loadings: Tensor, size_factors: Tensor | None = None, scale_pf: Any = 1.0
-) -> float:
-    """Return a lower bound on log p(X | W) for data that were not fitted, in nats.
+def posterior_given_loadings(
+    counts: Counts,
+    loadings: Tensor,
+    size_factors: Tensor | None = None,
+    scale_pf: Any = 1.0,
+    *,
+    max_iter: int = 500,
+    tol: float = 1e-6,
+    warn: bool = True,
+) -> PoissonFactorization:
+    """Find the q(F) that maximises the bound of `lower-bound` mode, by natural-gradient steps.
 
-    The bound in `lower-bound` mode, raised by natural-gradient steps on q(F); a number without
-    randomness.
+    Parameters
+    ----------
+    counts : Counts of shape (n, d)
+    loadings : Tensor of shape (d, L)
+    size_factors : Tensor of shape (n,), optional
+    scale_pf : float
+        Standard deviation of the prior.
+    max_iter : int
+    tol : float
+        Relative rise of the bound over five steps below which to stop.
+    warn : bool
+        Warn if the bound still rises at the end.
+
+    Returns
+    -------
+    PoissonFactorization
+        Its prior holds q(F) in natural parameters.
+
+    Notes
+    -----
+    Nothing is random. The start is near: at the maximum-likelihood factors, with the precisions
+    1 / scale_pf^2 + rates that belong to them.
     """
     model = conditional_model(
         counts,
@@ -210,15 +273,87 @@ def held_out_bound(
     )
     prior = model.prior
     assert isinstance(prior, GaussianPrior)
-    objective, batches = FactorizationELBO("lower-bound"), Batches(counts)
-    generator = torch_generator(0)
+    factors = factors_given_loadings(counts, loadings, size_factors, max_iter=20)
+    rates = factors * loadings.sum(0)
+    if size_factors is not None:
+        rates = rates * size_factors[:, None]
+    scale = (1 / prior.scale_pf.square() + rates).rsqrt()
+    prior.assign(factors.clamp_min(1e-2).log().T, scale.T)
+    objective = FactorizationELBO("lower-bound")
+    settled = Convergence(tol, window=5, patience=1)
+    natural_steps(model, counts, objective, torch_generator(0), max_iter, settled, warn=warn)
+    return model
+
+
+def model_near_posterior(
+    counts: Counts,
+    loadings: Tensor,
+    mode: str,
+    n_draws: int,
+    size_factors: Tensor | None,
+    scale_pf: float,
+    generator: torch.Generator,
+) -> PoissonFactorization:
+    """Make a model with fixed loadings whose q(F) is near its optimum in `mode`.
+
+    The natural-gradient steps of `lower-bound` mode give means and, where components share counts,
+    standard deviations that are too small; those of `mode` mend the latter.
+    """
+    model = conditional_model(counts, loadings, mode, size_factors, scale_pf=scale_pf)
+    start = posterior_given_loadings(
+        counts, loadings, size_factors, scale_pf, max_iter=START_STEPS, warn=False
+    )
+    if mode != "lower-bound":
+        objective = FactorizationELBO(mode, n_draws, newton=True)
+        natural_steps(start, counts, objective, generator, START_STEPS)
+    with torch.no_grad():
+        q = start.prior.marginal()
+    model.prior.assign(q.loc, q.scale)
+    return model
+
+
+def natural_steps(
+    model: PoissonFactorization,
+    counts: Counts,
+    objective: FactorizationELBO,
+    generator: torch.Generator,
+    max_iter: int,
+    convergence: Convergence | None = None,
+    *,
+    warn: bool = False,
+) -> None:
+    """Move q(F) by natural-gradient steps, of a size that falls where the objective is noisy.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        With a :class:`GaussianPrior` in natural parameters.
+    counts : Counts of shape (n, d)
+    objective, generator, max_iter, convergence, warn
+        As for :func:`~pnmf_pyro.training.train`.
+    """
+    prior = model.prior
+    assert isinstance(prior, GaussianPrior)
     train(
         model,
-        batches,
+        Batches(counts),
         objective,
         [NaturalGradient(prior.natural_parameters())],
         generator,
-        max_iter=500,
-        convergence=Convergence(1e-6, window=5, patience=1),
+        max_iter=max_iter,
+        schedules=[Constant() if objective.mode == "lower-bound" else Decreasing()],
+        convergence=convergence,
+        warn=warn,
     )
-    return evaluate_elbo(model, batches, objective, generator)
+
+
+def held_out_bound(
+    counts: Counts, loadings: Tensor, size_factors: Tensor | None = None, scale_pf: Any = 1.0
+) -> float:
+    """Return a lower bound on log p(X | W) for data that were not fitted, in nats.
+
+    The bound in `lower-bound` mode at its optimum in q(F); a number without randomness.
+    """
+    model = posterior_given_loadings(counts, loadings, size_factors, scale_pf)
+    objective = FactorizationELBO("lower-bound")
+    return evaluate_elbo(model, Batches(counts), objective, torch_generator(0))

@@ -113,9 +113,9 @@ class ConstrainedParameter(nn.Module, ABC):
         """Train this parameter again."""
         self._raw.requires_grad_(True)
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, idx: Any) -> Tensor:
         """Index into the constrained value."""
-        return self.data[index]
+        return self.data[idx]
 
     def dim(self) -> int:
         """Return the number of dimensions."""
@@ -269,6 +269,14 @@ class PositiveParameter(ConstrainedParameter):
         self, counts: Counts, W: Tensor, terms: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Numerator (D, L) and denominator (L,) of the multiplicative update."""
+        needed = {"exp_mu", "exp_mu_sigma"}
+        if self.elbo_mode != "lower-bound":
+            needed.add("exp_F_samples")
+        if needed - terms.keys():
+            raise ValueError(
+                f"terms must have {sorted(needed)} for elbo_mode={self.elbo_mode!r}; they have "
+                f"{sorted(terms)}. Take those that forward of a model of this mode returns."
+            )
         fields = [terms["exp_mu"]] if self.elbo_mode == "lower-bound" else terms["exp_F_samples"]
         expected = terms["exp_mu_sigma"]
         if self.elbo_mode == "simple":

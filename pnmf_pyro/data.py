@@ -48,9 +48,19 @@ class Batch:
         return pyro.plate("samples", n_samples, subsample=subsample, dim=-1)
 
 
-def take(values: MaybeTensor, index: Tensor | None, dim: int = -1) -> MaybeTensor:
-    """Select `index` along `dim`; all of it if the index is None, None if there are no values."""
-    return values if index is None or values is None else values.index_select(dim, index)
+def take(values: MaybeTensor, index: Any, dim: int = -1) -> MaybeTensor:
+    """Select `index` along `dim`; all of it if the index is None, None if there are no values.
+
+    The index is a tensor of whole numbers, or anything else that selects from one dimension, such
+    as a list, an array, a slice or a mask.
+    """
+    if index is None or values is None:
+        return values
+    if isinstance(index, tuple):
+        index = list(index)
+    if not isinstance(index, Tensor) or index.dtype == torch.bool:
+        index = torch.arange(values.shape[dim], device=values.device)[index]
+    return values.index_select(dim, index)
 
 
 @dataclass
@@ -155,9 +165,15 @@ def check_counts(X: Any) -> Counts:
     UserWarning
         For entries that are not whole numbers.
     """
+    counts = check_matrix(X)
+    _warn_not_whole(counts.values)
+    return counts
+
+
+def check_matrix(X: Any) -> Counts:
+    """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
     counts = as_counts(_numeric_matrix(X))
     _check_entries(counts.values)
-    _warn_not_whole(counts.values)
     return counts
 
 

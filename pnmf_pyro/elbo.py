@@ -31,7 +31,7 @@ from torch.distributions import (
 
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.distributions.poisson_factors import MODES
-from pnmf_pyro.validation import check_choice
+from pnmf_pyro.validation import check_choice, check_count
 
 NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
@@ -68,7 +68,7 @@ class FactorizationELBO(ELBO):
     ):
         super().__init__(num_particles=n_draws)
         self.mode = check_choice("mode", mode, MODES)
-        self.n_draws = n_draws
+        self.n_draws = check_count("n_draws", n_draws)
         self.newton = newton
         self.kl_weight = kl_weight
 

@@ -15,8 +15,8 @@ from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
 from pnmf_pyro.distributions import PoissonFactors
-from pnmf_pyro.initialization import initialize_factors
 from pnmf_pyro.inducing import inducing_points
+from pnmf_pyro.initialization import initialize_factors
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.parameters import Parameters, Space
 from pnmf_pyro.persistence import read_archive, write_archive
@@ -24,7 +24,7 @@ from pnmf_pyro.places import GroupCodes, Places, check_coordinates, check_extent
 from pnmf_pyro.random_state import check_random_state, torch_generator
 from pnmf_pyro.training import evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
-from pnmf_pyro.validation import check_device
+from pnmf_pyro.validation import check_array, check_callback, check_device
 
 Callback = Callable[["PNMF", int, float], None]
 
@@ -69,8 +69,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     scheduler : {'one_cycle', 'plateau', None}
         Schedule of the learning rate.
     scheduler_patience, scheduler_factor, min_lr : int, float, float
-        Of `plateau`: after `scheduler_patience` steps without a rise of the ELBO multiply the
-        learning rate by `scheduler_factor`, down to `min_lr`.
+        Of `plateau`: after more than `scheduler_patience` steps in which the ELBO did not rise by
+        one part in 10^4 multiply the learning rate by `scheduler_factor`, down to `min_lr`.
     scheduler_pct_start, scheduler_div_factor, scheduler_final_div_factor : float
         Of `one_cycle`: fraction of `max_iter` in which the learning rate rises from
         `learning_rate / scheduler_div_factor`; it then falls to that divided by
@@ -173,6 +173,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ConvergenceWarning
             If `max_iter` ended the fit while the ELBO still rose, or the ELBO ceased to be finite.
         """
+        check_callback(callback, callback_interval)
         self._validate_params()
         counts = self._check_counts(X, reset=True)
         s = check_size_factors(size_factors, counts.shape[0], counts)
@@ -287,7 +288,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ndarray of shape (n_samples, n_features)
         """
         check_is_fitted(self)
-        factors = np.asarray(transformed)
+        factors = check_array("transformed", transformed)
         if factors.ndim != 2 or factors.shape[1] != self.n_components_:
             raise ValueError(
                 f"transformed must have shape (n_samples, {self.n_components_}); got "
@@ -330,12 +331,26 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             prior: Any = self.model_.prior
             return held_out_bound(counts, loadings, s, prior.scale_pf) / counts.shape[0]
         with torch.no_grad():
-            q = self.model_.prior.at(self._places(coordinates, groups, counts.shape[0])).marginal()
+            q = self.model_.prior.at(
+                self.encode_places(coordinates, groups, counts.shape[0])
+            ).marginal()
             predicted = PoissonFactors(q.loc, loadings, s)
             return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())
 
-    def _places(self, coordinates: Any, groups: Any, n_samples: int) -> Places:
-        """Check new places against those of the fit."""
+    def encode_places(self, coordinates: Any, groups: Any, n_samples: int) -> Places:
+        """Check new places against those of the fit, and give their groups the codes of it.
+
+        Parameters
+        ----------
+        coordinates : array-like of shape (n_samples, p)
+        groups : array-like of shape (n_samples,), optional
+        n_samples : int
+
+        Raises
+        ------
+        ValueError
+            For a model that is not spatial, and for places that do not fit it.
+        """
         prior: Any = self.model_.prior
         if not self.spatial:
             _refuse_places(coordinates, groups)

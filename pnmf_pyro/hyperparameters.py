@@ -48,7 +48,7 @@ GRID_SIGMAS = (0.5, 1.0, 2.0)
 GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
 
 # Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
-SIGMA_BOUNDS = (0.05, float(__import__("os").environ.get("SM","4")))
+SIGMA_BOUNDS = (0.05, float(__import__("os").environ.get("SM", "4")))
 GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 
 # Largest rise, in units of F, by which a site may stand above the mean of q.
@@ -91,7 +91,11 @@ def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
     codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
     chosen = judged.cpu().numpy()
     found = np.empty((len(chosen), 0), dtype=np.int64)
-    shares = [(True, NEAREST)] if places.groups is None else [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
+    shares = (
+        [(True, NEAREST)]
+        if places.groups is None
+        else [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
+    )
     for same, K in shares:
         part = np.repeat(chosen[:, None], K, 1)
         for code in np.unique(codes[chosen]):
@@ -280,9 +284,7 @@ class HyperparameterSearch:
                 values = (values, *tried)[int(np.nanargmin(losses))]
         return values, mean
 
-    def _descend(
-        self, values: dict[str, Tensor], mean: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Improve each component's own hyperparameters by L-BFGS-B in their logarithms."""
         limits = {
             "lengthscale": self._lengthscale_bounds(),

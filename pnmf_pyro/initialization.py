@@ -9,9 +9,9 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
 
-from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import check_matrix
 from pnmf_pyro.random_state import RandomState, check_random_state
-from pnmf_pyro.validation import check_choice, check_positive
+from pnmf_pyro.validation import check_choice, check_count, check_positive
 
 Matrix = Any  # an ndarray or a CSR matrix
 Factors = tuple[np.ndarray, np.ndarray]
@@ -32,8 +32,8 @@ def initialize_factors(
 
     Parameters
     ----------
-    X : ndarray, Tensor, scipy sparse matrix or Counts of shape (n_samples, n_features)
-        Non-negative. Sparse input is never made dense.
+    X : array-like, Tensor, sparse matrix or Counts of shape (n_samples, n_features)
+        Finite and non-negative. Sparse input is never made dense.
     n_components : int
     init : {None, 'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'k-means'}
         `random`: absolute values of normals times sqrt(X.mean() / n_components).
@@ -58,7 +58,8 @@ def initialize_factors(
     Raises
     ------
     ValueError
-        For an unknown `init`, and for one that needs no more components than samples or features.
+        For an unknown `init`, for one that needs no more components than samples or features, and
+        for entries of X that are negative or not finite.
 
     Examples
     --------
@@ -70,8 +71,9 @@ def initialize_factors(
     ((50, 5), (100, 5))
     """
     check_choice("init", init, (*INITS, None))
+    check_count("n_components", n_components)
     check_positive("target_std", target_std)
-    matrix = as_counts(X).numpy()
+    matrix = check_matrix(X).numpy()
     if init is None:
         init = "nndsvda" if n_components <= min(matrix.shape) else "random"
     make, limit = INITS[init]

@@ -16,9 +16,9 @@ from pnmf_pyro.data import Batch, take
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.priors import Prior
-from pnmf_pyro.priors.gaussian import like_data
+from pnmf_pyro.priors.gaussian import check_data, like_data
 from pnmf_pyro.random_state import RandomState, torch_generator
-from pnmf_pyro.validation import check_choice
+from pnmf_pyro.validation import check_choice, check_count
 
 ALL = Batch()
 
@@ -81,6 +81,7 @@ class PoissonFactorization(nn.Module):
         super().__init__()
         check_choice("loadings_mode", loadings_mode, POSITIVE_MODES)
         check_choice("mode", mode, MODES)
+        check_data(y)
         self.D, self.N = (int(size) for size in y.shape)
         if (prior.L, prior.N) != (L, self.N):
             raise ValueError(
@@ -133,14 +134,14 @@ class PoissonFactorization(nn.Module):
         """Clamp the loadings at zero in `projected` mode."""
         self.W.project()
 
-    def get_rate(self, prior_samples: Tensor, idy: Tensor | None = None) -> Tensor:
+    def get_rate(self, prior_samples: Tensor, idy: Any = None) -> Tensor:
         """Return the Poisson rate of draws of F, without size factors.
 
         Parameters
         ----------
         prior_samples : Tensor of shape (E, L, n)
             Draws of F.
-        idy : Tensor of int64, optional
+        idy : Tensor of int64, list, array or slice, optional
             Features; all unless given.
 
         Returns
@@ -151,8 +152,8 @@ class PoissonFactorization(nn.Module):
 
     def forward(
         self,
-        idx: Tensor | None = None,
-        idy: Tensor | None = None,
+        idx: Any = None,
+        idy: Any = None,
         E: int = 10,
         X: Any = None,
         coordinates: Any = None,
@@ -163,7 +164,7 @@ class PoissonFactorization(nn.Module):
 
         Parameters
         ----------
-        idx, idy : Tensor of int64, optional
+        idx, idy : Tensor of int64, list, array or slice, optional
             Samples and features; all unless given.
         E : int
             Draws from q, not used in `lower-bound` mode.
@@ -198,8 +199,8 @@ class PoissonFactorization(nn.Module):
         E: int = 10,
         X: Any = None,
         *,
-        idx: Tensor | None = None,
-        idy: Tensor | None = None,
+        idx: Any = None,
+        idy: Any = None,
         return_samples: bool = False,
     ) -> dict[str, Any]:
         """Return what the expected log-likelihood under q(F) is made of.
@@ -240,6 +241,7 @@ class PoissonFactorization(nn.Module):
     def _moments(self, qF: Distribution, n_draws: int) -> dict[str, Any]:
         terms = {"exp_mu": qF.mean.exp(), "exp_mu_sigma": (qF.mean + qF.variance / 2).exp()}
         if self.mode != "lower-bound":
+            check_count("E", n_draws)
             terms["exp_F_samples"] = qF.rsample(torch.Size([n_draws])).exp()
         return terms
 

@@ -313,7 +313,7 @@ class Plateau:
     Parameters
     ----------
     patience : int
-        Steps without a rise to wait for.
+        Steps without a rise, of one part in 10^4 at least, to wait for.
     factor : float
         The learning rate is multiplied by this.
     min_lr : float

@@ -23,6 +23,19 @@ RECIPE: dict[str, Any] = {
     "random_state": 0,
 }
 
+# In space: first without it, then hyperparameters by prediction, then the fields.
+SPATIAL: dict[str, Any] = {
+    **RECIPE,
+    "mode": "lower-bound",
+    "spatial": True,
+    "train_lengthscale": True,
+    "train_sigma": True,
+}
+
+# Up to so many samples each place is an inducing point; beyond, there are this many.
+ALL_INDUCING = 1500
+INDUCING = 1000
+
 
 def fit(
     X: Any,
@@ -39,8 +52,10 @@ def fit(
     ----------
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
         Counts.
-    coords, groups : array-like, optional
-        For spatial models, which this version does not have yet: an error.
+    coords : array-like of shape (n_samples, p), optional
+        Where the samples are, in any unit: the factors are then smooth in space.
+    groups : array-like of shape (n_samples,), optional
+        Slices or batches that share less than their places say: what they share is learned.
     n_components : int
     size_factors : array-like of shape (n_samples,), optional
         Positive factor on all rates of a sample.
@@ -61,8 +76,17 @@ def fit(
     >>> model.components_.shape
     (2, 20)
     """
-    chosen = {**RECIPE, **parameters}
+    chosen = {**(RECIPE if coords is None else _spatial(X.shape[0], groups)), **parameters}
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)
     return model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
+
+
+def _spatial(n_samples: int, groups: Any) -> dict[str, Any]:
+    """The recipe in space, by size and groups."""
+    num_inducing = n_samples if n_samples <= ALL_INDUCING else INDUCING
+    chosen = {**SPATIAL, "num_inducing": num_inducing}
+    if groups is not None:
+        chosen |= {"multigroup": True, "train_group_diff_param": True}
+    return chosen

@@ -6,24 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Normal
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from pnmf_pyro.conditional import (
-    conditional_model,
+    check_fixed,
     least_squares_loadings,
     loadings_given_factors,
+    model_near_posterior,
 )
-from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import OPTIMIZERS
+from pnmf_pyro.places import Places, check_coordinates
 from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.priors.base import Field
 from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.streaming import by_samples, marginals
 from pnmf_pyro.training import Convergence, progress_bar, train
-from pnmf_pyro.validation import check_choice, check_device
+from pnmf_pyro.validation import check_choice, check_count, check_device, check_training
 
 Array = np.ndarray | Tensor
 
@@ -38,7 +40,7 @@ def log_factors(
     model : PNMF or PoissonFactorization
         Fitted.
     coordinates, groups : array-like, optional
-        For spatial models.
+        Other places than those of the fit, for spatial models.
     return_tensor : bool
         Return a tensor rather than an array.
 
@@ -56,7 +58,7 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return log_factors_from_prior(_posterior(model, coordinates, groups), return_tensor)
+    return marginals(_field(model, coordinates, groups), lambda q: q.loc, return_tensor)
 
 
 def factor_uncertainty(
@@ -75,7 +77,7 @@ def factor_uncertainty(
     return_variance : bool
         Return variances rather than standard deviations.
     coordinates, groups : array-like, optional
-        For spatial models.
+        Other places than those of the fit, for spatial models.
     return_tensor : bool
         Return a tensor rather than an array.
 
@@ -83,8 +85,8 @@ def factor_uncertainty(
     -------
     ndarray or Tensor of shape (n_samples, n_components)
     """
-    prior = _posterior(model, coordinates, groups)
-    return uncertainty_from_prior(prior, return_variance, return_tensor)
+    field = _field(model, coordinates, groups)
+    return marginals(field, lambda q: q.variance if return_variance else q.scale, return_tensor)
 
 
 def get_factors(
@@ -103,7 +105,7 @@ def get_factors(
     use_mgf : bool
         Return the expectation; if false, exp(mu).
     coordinates, groups : array-like, optional
-        For spatial models.
+        Other places than those of the fit, for spatial models.
     return_tensor : bool
         Return a tensor rather than an array.
 
@@ -111,7 +113,9 @@ def get_factors(
     -------
     ndarray or Tensor of shape (n_samples, n_components)
     """
-    return factors_from_prior(_posterior(model, coordinates, groups), use_mgf, return_tensor)
+    half = 0.5 if use_mgf else 0.0
+    field = _field(model, coordinates, groups)
+    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
 
 
 def factor_samples(
@@ -135,7 +139,7 @@ def factor_samples(
     return_exp : bool
         Return exp F rather than F.
     coordinates, groups : array-like, optional
-        For spatial models.
+        Other places than those of the fit, for spatial models.
     return_tensor : bool
         Return a tensor rather than an array.
     random_state : int, RandomState, Generator or None
@@ -145,10 +149,12 @@ def factor_samples(
     -------
     ndarray or Tensor of shape (n_samples, n_data_samples, n_components)
     """
-    q = _posterior(model, coordinates, groups).marginal()
-    with torch.no_grad(), drawing_from(torch_generator(random_state), q.loc.device):
-        draws = q.rsample(torch.Size([n_samples])).mT
-    return _output(draws.exp() if return_exp else draws, return_tensor)
+    check_count("n_samples", n_samples)
+    module, field = _module(model), _field(model, coordinates, groups)
+    with torch.no_grad(), drawing_from(torch_generator(random_state), module.W.device):
+        draws = field.draws(n_samples)
+        drawn = (lambda index: draws(index).exp()) if return_exp else draws
+        return by_samples(field, drawn, return_tensor, (n_samples,))
 
 
 def get_loadings(model: Any, return_tensor: bool = False) -> Array:
@@ -192,7 +198,7 @@ def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    return _output(_marginal(prior).loc.T, return_tensor)
+    return marginals(check_prior(prior), lambda q: q.loc, return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
@@ -206,9 +212,8 @@ def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool =
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    q = _marginal(prior)
-    log = q.loc + q.variance / 2 if use_mgf else q.loc
-    return _output(log.exp().T, return_tensor)
+    half = 0.5 if use_mgf else 0.0
+    return marginals(check_prior(prior), lambda q: (q.loc + half * q.variance).exp(), return_tensor)
 
 
 def uncertainty_from_prior(
@@ -224,8 +229,9 @@ def uncertainty_from_prior(
     return_tensor : bool
         Return a tensor rather than an array.
     """
-    q = _marginal(prior)
-    return _output((q.variance if return_variance else q.scale).T, return_tensor)
+    return marginals(
+        check_prior(prior), lambda q: q.variance if return_variance else q.scale, return_tensor
+    )
 
 
 def transform_F(
@@ -242,12 +248,13 @@ def transform_F(
     return_prior: bool = False,
     *,
     size_factors: Any = None,
+    scale_pf: float = 1.0,
     random_state: RandomState = 0,
 ) -> Array | GaussianPrior:
     """Infer q(F) for data, given loadings.
 
-    Starts from the maximum-likelihood factors with the scales that belong to them, and trains by
-    Adam.
+    A few natural-gradient steps, first in `lower-bound` mode and then in `mode`, bring q near its
+    optimum; Adam goes on from there.
 
     Parameters
     ----------
@@ -271,6 +278,9 @@ def transform_F(
     return_prior : bool
         Return the prior with the fitted q rather than the factors.
     size_factors : array-like of shape (n_samples,), optional
+    scale_pf : float
+        Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
+        loadings of a model that was fitted with another than 1, or that learned it.
     random_state : int, RandomState, Generator or None
 
     Returns
@@ -278,17 +288,19 @@ def transform_F(
     ndarray of shape (n_samples, n_components), or GaussianPrior
         E exp F, or the prior.
     """
+    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate)
     counts = check_counts(X).to(check_device(device))
-    loadings = _fixed(W, counts, counts.shape[1], n_components, "W", "features")
+    loadings = check_fixed(W, counts, counts.shape[1], n_components, "W", "features")
     s = check_size_factors(size_factors, counts.shape[0], counts)
-    model = conditional_model(counts, loadings, mode, s)
+    generator = torch_generator(random_state)
+    model = model_near_posterior(counts, loadings, mode, E, s, scale_pf, generator)
     optimizer = OPTIMIZERS["Adam"](model.prior.parameters(), lr=learning_rate)
     train(
         model,
         Batches(counts),
         FactorizationELBO(mode, E),
         [optimizer],
-        torch_generator(random_state),
+        generator,
         max_iter=max_iter,
         convergence=Convergence(tol),
         verbose=int(verbose),
@@ -339,42 +351,29 @@ def transform_W(
     ndarray of shape (n_features, n_components)
     """
     check_choice("loss", loss, ("poisson", "frobenius"))
+    check_training(max_iter=max_iter, tol=tol)
     counts = check_counts(X).to(check_device(device))
-    factors = _fixed(F, counts, counts.shape[0], n_components, "F", "samples")
+    factors = check_fixed(F, counts, counts.shape[0], n_components, "F", "samples")
     s = check_size_factors(size_factors, counts.shape[0], counts)
     if s is not None:
         factors = factors * s[:, None]
     start = None
     if W_init is not None:
-        start = _fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
+        start = check_fixed(W_init, counts, counts.shape[1], factors.shape[1], "W_init", "features")
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
     with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
     return _output(W, False)  # type: ignore[return-value]
 
 
-def _fixed(
-    values: Any, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
-) -> Tensor:
-    """Check the side of the factorisation that is given, and return it like the counts."""
-    matrix = np.asarray(values, dtype=np.float64)
-    if matrix.ndim != 2 or len(matrix) != n_rows:
-        raise ValueError(
-            f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
-            f"each component; got shape {matrix.shape}."
-        )
-    if n_components is not None and matrix.shape[1] != n_components:
-        raise ValueError(
-            f"{name} must have n_components={n_components} columns; it has {matrix.shape[1]}."
-        )
-    if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
-        raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
-    return torch.from_numpy(matrix).to(counts.device, counts.dtype)
-
-
 def _module(model: Any) -> PoissonFactorization:
     if isinstance(model, PoissonFactorization):
         return model
+    if not hasattr(model, "fit"):
+        raise ValueError(
+            f"model must be a PNMF or a PoissonFactorization; got {type(model).__name__}. For a "
+            "prior use log_factors_from_prior and the functions beside it."
+        )
     if not hasattr(model, "model_"):
         raise NotFittedError(
             f"This {type(model).__name__} is not fitted yet. Call fit before asking for factors."
@@ -382,19 +381,28 @@ def _module(model: Any) -> PoissonFactorization:
     return model.model_
 
 
-def _posterior(model: Any, coordinates: Any, groups: Any) -> Prior:
+def _field(model: Any, coordinates: Any, groups: Any) -> Field:
+    """q(F) of a fitted model, at its samples or at the places that are given."""
     prior = _module(model).prior
-    if coordinates is not None or groups is not None:
+    if coordinates is None and groups is None:
+        return prior
+    if coordinates is None:
+        raise ValueError("coordinates must be given beside groups; got None.")
+    n = len(coordinates)
+    if hasattr(model, "encode_places"):
+        return prior.at(model.encode_places(coordinates, groups, n))
+    codes = None if groups is None else torch.as_tensor(groups, dtype=torch.int64)
+    return prior.at(Places(check_coordinates(coordinates, n), codes))
+
+
+def check_prior(prior: Any) -> Prior:
+    """Return `prior` if it is one; raise a ValueError otherwise."""
+    if not isinstance(prior, Prior):
         raise ValueError(
-            "coordinates and groups are for spatial models; this model is not spatial. "
-            "Leave them out."
+            f"prior must be a Prior such as a GaussianPrior; got {type(prior).__name__}. "
+            "For that of a fitted model use get_prior(model)."
         )
     return prior
-
-
-def _marginal(prior: Prior) -> Normal:
-    with torch.no_grad():
-        return prior.marginal()
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:

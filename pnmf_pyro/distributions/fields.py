@@ -151,7 +151,9 @@ def _kl_natural(q: NaturalNormal, p: WhitenedPrior) -> Tensor:
 def _kl_whitened(q: Independent, p: WhitenedPrior) -> Tensor:
     """KL(N(m, S) || N(0, I)) = (tr S + |m|^2 - M - log |S|) / 2, summed over components."""
     base = q.base_dist
-    scale = base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
+    scale = (
+        base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
+    )
     return ((q.variance + q.mean.square() - 1) / 2 - scale.log()).sum()
 
 
@@ -189,9 +191,9 @@ class _NaturalMarginals(torch.autograd.Function):
         A, mean = ctx.saved_tensors
         d_variance = d_variance.clamp_min(0)  # of a loss
         first = (A @ (d_mean - 2 * d_variance * mean)[..., None])[..., 0]
-        second = torch.stack([
-            (a * weight) @ a.T for a, weight in zip(_each(A, len(mean)), d_variance, strict=True)
-        ])
+        second = torch.stack(
+            [(a * weight) @ a.T for a, weight in zip(_each(A, len(mean)), d_variance, strict=True)]
+        )
         return first, second, None, None
 
 
@@ -202,10 +204,12 @@ class _NaturalDivergence(torch.autograd.Function):
     def forward(ctx: Any, theta1: Tensor, theta2: Tensor, q: NaturalNormal) -> Tensor:
         ctx.save_for_backward(theta1, theta2)
         identity = torch.eye(theta1.shape[-1]).to(theta1)
-        trace = torch.stack([
-            torch.linalg.solve_triangular(tril, identity, upper=False).square().sum()
-            for tril in q.precision_tril
-        ])
+        trace = torch.stack(
+            [
+                torch.linalg.solve_triangular(tril, identity, upper=False).square().sum()
+                for tril in q.precision_tril
+            ]
+        )
         log_det = 2 * q.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return (trace + q.mean.square().sum(-1) - theta1.shape[-1] + log_det).sum() / 2
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pnmf_pyro.data import Batch
 from pnmf_pyro.places import Places
 
-
 Draws = Callable[[Tensor | None], Tensor]
 
 

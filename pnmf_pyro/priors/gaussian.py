@@ -14,7 +14,7 @@ from pnmf_pyro.data import Batch, take
 from pnmf_pyro.optimizers import NaturalGradient
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Field, Prior
-from pnmf_pyro.validation import check_positive
+from pnmf_pyro.validation import check_count, check_positive
 
 
 class _MeanScale(nn.Module):
@@ -112,7 +112,8 @@ class GaussianPrior(Prior):
         self, y: Any, L: int = 10, scale_pf: float = 1.0, use_natural_gradients: bool = False
     ):
         super().__init__()
-        self.L = L
+        check_data(y)
+        self.L = check_count("L", L)
         self.N = int(y.shape[1])
         self.use_natural_gradients = use_natural_gradients
         check_positive("scale_pf", scale_pf)
@@ -146,12 +147,12 @@ class GaussianPrior(Prior):
         """Return q(F) and p(F), each of shape (L, N)."""
         return self.forward_batched(None)
 
-    def forward_batched(self, idx: Tensor | None) -> tuple[Normal, Normal]:
+    def forward_batched(self, idx: Any) -> tuple[Normal, Normal]:
         """Return q(F) and p(F) of the samples `idx`, each of shape (L, n).
 
         Parameters
         ----------
-        idx : Tensor of int64, or None for all samples
+        idx : Tensor of int64, or anything that selects samples; None for all
         """
         q = self.marginal(idx)
         return q, Normal(torch.zeros_like(q.loc), self.scale_pf, validate_args=False)
@@ -215,6 +216,16 @@ class GaussianPrior(Prior):
                 "prior is trained in mean and scale."
             )
         return [self.q.theta1, self.q.theta2]
+
+
+def check_data(y: Any) -> None:
+    """Raise a ValueError unless `y` is a tensor of shape (D, N)."""
+    if not isinstance(y, Tensor) or y.ndim != 2:
+        shape = f" of shape {tuple(y.shape)}" if hasattr(y, "shape") else ""
+        raise ValueError(
+            f"y must be a tensor of shape (D, N), features by samples; got {type(y).__name__}"
+            f"{shape}. torch.as_tensor(X.T) makes one of an array of samples by features."
+        )
 
 
 def like_data(module: nn.Module, y: Any) -> nn.Module:

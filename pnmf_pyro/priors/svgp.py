@@ -26,7 +26,7 @@ from pnmf_pyro.priors.base import Draws, Prior
 CHOLESKY_MODES = ("exp", "softplus")
 
 
-class NaturalInducing(nn.Module):
+class _NaturalInducing(nn.Module):
     """q(u) in natural parameters theta1 (L, M) and theta2 (L, M, M)."""
 
     def __init__(self, L: int, M: int):
@@ -46,7 +46,7 @@ class NaturalInducing(nn.Module):
             self.theta2.copy_(-precision / 2)
 
 
-class CholeskyInducing(nn.Module):
+class _CholeskyInducing(nn.Module):
     """q(u) in mean (L, M) and Cholesky factor of the covariance (L, M, M)."""
 
     def __init__(self, L: int, M: int, cholesky_mode: str):
@@ -71,7 +71,7 @@ class CholeskyInducing(nn.Module):
         self.u_scale.assign(scale.diagonal(dim1=-2, dim2=-1))
 
 
-class DiagonalInducing(nn.Module):
+class _DiagonalInducing(nn.Module):
     """q(u) of independent normals, in means and standard deviations (L, M)."""
 
     def __init__(self, L: int, M: int, cholesky_mode: str):
@@ -221,7 +221,7 @@ class SVGP(Prior):
 
         Plain gradient descent: what backward gives to theta1 and theta2 are natural gradients.
         """
-        if not isinstance(self.q, NaturalInducing):
+        if not isinstance(self.q, _NaturalInducing):
             raise ValueError(
                 "natural gradients need SVGP(..., use_natural_gradients=True) and a full "
                 "covariance (diagonal_only=False)."
@@ -242,7 +242,7 @@ class SVGP(Prior):
 
     def _posterior(self) -> Any:
         """q(u), made once for each state of its parameters."""
-        if not isinstance(self.q, NaturalInducing):  # its graph is consumed by a step
+        if not isinstance(self.q, _NaturalInducing):  # its graph is consumed by a step
             return self.q.distribution()
         return self._once("posterior", _state(self.q.parameters()), self.q.distribution)
 
@@ -317,8 +317,8 @@ class FieldAt:
 
 def _family(L: int, M: int, cholesky_mode: str, diagonal_only: bool, natural: bool) -> Any:
     if diagonal_only:
-        return DiagonalInducing(L, M, cholesky_mode)
-    return NaturalInducing(L, M) if natural else CholeskyInducing(L, M, cholesky_mode)
+        return _DiagonalInducing(L, M, cholesky_mode)
+    return _NaturalInducing(L, M) if natural else _CholeskyInducing(L, M, cholesky_mode)
 
 
 def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

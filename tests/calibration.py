@@ -1,0 +1,44 @@
+"""How often intervals of q(F) hold the F that made the counts; `python -m tests.calibration`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pnmf_pyro.transforms import log_factors_from_prior, transform_F, uncertainty_from_prior
+
+MODES = ("expanded", "simple", "lower-bound")
+
+
+def separated_loadings(
+    D: int, L: int, overlap: float, mean: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Each feature belongs to one component, but for a share `overlap` spread over all."""
+    W = (1 - overlap) * np.eye(L)[np.arange(D) % L] + overlap * rng.dirichlet(np.ones(L), D)
+    W *= rng.gamma(5, 1 / 5, (D, 1))
+    return W * mean / (W.sum(1).mean() * np.exp(0.5))
+
+
+def coverage(mode: str, overlap: float, mean: float, seed: int = 7, N: int = 1000) -> float:
+    """Share of F in the central 90% intervals that `transform_F` gives, W being known.
+
+    N samples of 60 features and three components; `mean` is that of the counts.
+    """
+    rng = np.random.default_rng(seed)
+    W = separated_loadings(60, 3, overlap, mean, rng)
+    F = rng.normal(size=(N, 3))
+    prior = transform_F(rng.poisson(np.exp(F) @ W.T), W, mode=mode, return_prior=True)
+    z = (F - log_factors_from_prior(prior)) / uncertainty_from_prior(prior)
+    return float((np.abs(z) < 1.6449).mean())
+
+
+def main() -> None:
+    print("| mean count | overlap | " + " | ".join(f"`{mode}`" for mode in MODES) + " |")
+    print("| --- | --- |" + " --- |" * len(MODES))
+    for mean in (0.2, 1.0, 5.0):
+        for overlap in (0.0, 0.05, 0.2, 0.5, 0.8):
+            found = [f"{coverage(mode, overlap, mean):.3f}" for mode in MODES]
+            print(f"| {mean:g} | {overlap:g} | " + " | ".join(found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
