@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks import ours, peers, tables
+from benchmarks import spatial as places
 from benchmarks.measure import (
     in_new_process,
     interleaved,
@@ -162,6 +163,43 @@ def overtake(X: Any, L: int, target: float, every: int) -> tuple[float, float, f
 
 
 @benchmark
+def spatial(options: argparse.Namespace) -> None:
+    """Deviance at held-out places of `fit(X, coords)`, and of other ways to predict there."""
+    rows = [["data", "method", "mean deviance", "standard deviation over splits", "splits"]]
+    settings = dict(one.split("=") for one in options.set)
+    for name in options.data.split(","):
+        whole = places.task(name)
+        found: dict[str, list[float]] = {}
+        for train, test in list(places.splits(name, whole))[: options.repeats]:
+            seconds, (deviance, model) = timed(
+                lambda train=train, test=test: places.spatial(train, test, **settings)
+            )
+            line = {"fit(X, coords)": deviance}
+            line["neighbour average"] = places.neighbour_average(train, test)
+            if train.groups is not None:
+                line["groups pooled"] = places.pooled(train, test, **settings)
+                line["groups apart"] = places.separately(train, test, **settings)
+            prior = model.model_.prior
+            learned = {k: v.tolist() for k, v in prior.kernel.hyperparameters.items()}
+            report(
+                benchmark="spatial",
+                data=name,
+                seconds=seconds,
+                mib=peak_memory_mib(),
+                elbo=model.elbo_,
+                iterations=model.n_iter_,
+                learned=learned,
+                **line,
+            )
+            for method, value in line.items():
+                found.setdefault(method, []).append(value)
+        for method, values in found.items():
+            spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            rows.append([name, method, f"{np.mean(values):.4f}", spread, f"{len(values)}"])
+    sys.stdout.write(table(rows))
+
+
+@benchmark
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of some natural steps above what the process held with the data alone."""
     X = matrix(options)
@@ -235,6 +273,7 @@ def main() -> None:
     parser.add_argument("--judge", choices=("training", "held-out"), default="training")
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE for `fit`")
     parser.add_argument("--data", default="digits,st_mob_rep11,simulated")
     options = parser.parse_args()
     BENCHMARKS[options.name](options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -45,8 +46,16 @@ def real(name: str) -> sp.csr_matrix:
     """One of the files of real counts, or scikit-learn's digits; CSR, float32."""
     if name == "digits":
         return sp.csr_matrix(load_digits().data.astype(np.float32))
+    return counts_of(adata(name))
+
+
+def adata(name: str) -> Any:
+    """One of the files of real counts."""
     import anndata
 
-    adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
-    X = adata.layers.get("counts", adata.X)
-    return sp.csr_matrix(X, dtype=np.float32)
+    return anndata.read_h5ad(DATA / f"{name}.h5ad")
+
+
+def counts_of(adata: Any) -> sp.csr_matrix:
+    """Its counts, CSR, float32."""
+    return sp.csr_matrix(adata.layers.get("counts", adata.X), dtype=np.float32)

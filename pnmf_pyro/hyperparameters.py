@@ -30,6 +30,7 @@ from torch.func import functional_call
 from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import take
 from pnmf_pyro.distributions import PoissonFactors
+from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.places import Places, extent, spacing
 
@@ -188,7 +189,9 @@ class HyperparameterSearch:
     random: np.random.RandomState
 
     def __post_init__(self) -> None:
-        self.kernel, self.places = self.model.prior.kernel, self.model.prior.places
+        self.prior: Any = self.model.prior
+        self.kernel: SpatialKernel = self.prior.kernel
+        self.places: Places = self.prior.places
         N = len(self.places)
         chosen = np.sort(self.random.permutation(N)[:JUDGED])
         self.judged = torch.from_numpy(chosen).to(self.counts.device)
@@ -209,8 +212,8 @@ class HyperparameterSearch:
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
-            self.model.prior.mean.copy_(mean)
-        self.model.prior.assign(self.y, self.noise.sqrt())
+            self.prior.mean.copy_(mean)
+        self.prior.assign(self.y, self.noise.sqrt())
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
@@ -245,7 +248,7 @@ class HyperparameterSearch:
         ndarray of shape (n,)
             Negative log-likelihood in nats per sample.
         """
-        mean = self.model.prior.mean
+        mean = self.prior.mean
         values = dict(self.kernel.hyperparameters)
         found = []
         for lengthscale in lengthscales:

@@ -99,7 +99,8 @@ def _derived(
         return found
     shares = np.ceil(missing * n / len(points)).astype(int)
     more = _within_groups(points, groups, np.minimum(shares, missing), random)
-    assert found.groups is not None and more.groups is not None
+    assert found.groups is not None
+    assert more.groups is not None
     return Places(
         torch.cat([found.coordinates, more.coordinates]), torch.cat([found.groups, more.groups])
     )

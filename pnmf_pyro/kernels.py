@@ -144,7 +144,8 @@ class MultiGroupKernel(SpatialKernel):
         return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
 
     def _closeness(self, a: Places, b: Places) -> Tensor:
-        assert a.groups is not None and b.groups is not None
+        assert a.groups is not None
+        assert b.groups is not None
         d = self.group_distances[a.groups[..., :, None], b.groups[..., None, :]]
         return 1 / (1 + _before(self.group_diff_param, d) * d.square())
 

@@ -296,7 +296,7 @@ class _Checkpoint:
 
     @torch.no_grad()
     def accept(self) -> bool:
-        """Save the parameters, of which `loss` is the loss; or shorten the step that led to them."""
+        """Save the parameters, of which `loss` is the loss; or shorten the step to them."""
         if self.monotone and self.loss > self.accepted + ROUNDING * abs(self.accepted):
             self.fraction /= 2
             self._shorten(0.5)

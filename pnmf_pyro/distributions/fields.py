@@ -198,7 +198,10 @@ class _NaturalMarginals(torch.autograd.Function):
 
 
 class _NaturalDivergence(torch.autograd.Function):
-    """KL(N(m, S) || N(0, I)), summed over components; its natural gradient is theta minus that of the prior."""
+    """KL(N(m, S) || N(0, I)), summed over components.
+
+    Its natural gradient is theta minus that of the prior.
+    """
 
     @staticmethod
     def forward(ctx: Any, theta1: Tensor, theta2: Tensor, q: NaturalNormal) -> Tensor:

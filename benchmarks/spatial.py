@@ -1,0 +1,164 @@
+"""Prediction at places that were held out: one protocol for every data set and method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.spatial import cKDTree
+
+import pnmf_pyro
+from benchmarks import ours, tables
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import library_size_factors
+from pnmf_pyro.distributions import mean_deviance
+from pnmf_pyro.transforms import get_factors
+
+# Numbers of neighbours over which the factors of a model without space are averaged.
+NEIGHBOURS = (4, 8, 16)
+
+
+@dataclass
+class Task:
+    """Counts at places, and what is done with them.
+
+    Attributes
+    ----------
+    X : CSR matrix of shape (N, D)
+    coordinates : ndarray of shape (N, p)
+    groups : ndarray of shape (N,) or None
+    size_factors : ndarray of shape (N,)
+        Library sizes over their mean where depth varies by design, else 1.
+    L : int
+    splits : int
+        How many random splits of 10%.
+    """
+
+    X: sp.csr_matrix
+    coordinates: np.ndarray
+    groups: np.ndarray | None
+    size_factors: np.ndarray
+    L: int = 10
+    splits: int = 5
+
+    def rows(self, index: np.ndarray) -> Task:
+        """Return the task of some of the samples."""
+        groups = None if self.groups is None else self.groups[index]
+        return Task(
+            self.X[index], self.coordinates[index], groups, self.size_factors[index], self.L
+        )
+
+
+def task(name: str) -> Task:
+    """One of the spatial data sets, as the performance page describes it."""
+    file, _, part = name.partition(":")
+    adata = tables.adata(file)
+    if part:
+        adata = adata[adata.obs["section"].astype(str) == part]
+    X = tables.counts_of(adata)
+    if X.shape[1] > 1_000:
+        X = X[:, np.sort(np.argsort(-np.asarray(X.sum(0)).ravel(), kind="stable")[:1_000])]
+    raw = file in ("sim_nsf_S1", "eco_mite")
+    s = np.ones(X.shape[0]) if raw else library_size_factors(as_counts(X))
+    grouped = file == "st_breast_4sections" and not part
+    groups = adata.obs["section"].astype(str).to_numpy() if grouped else None
+    few = X.shape[0] < 100
+    return Task(
+        X,
+        np.asarray(adata.obsm["spatial"], dtype=float),
+        groups,
+        s,
+        4 if file == "sim_nsf_S1" else 3 if few else 10,
+        20 if few else 5,
+    )
+
+
+def splits(name: str, whole: Task) -> Iterator[tuple[Task, Task]]:
+    """Training and held-out samples: at random, or the given ones of the simulation."""
+    N = whole.X.shape[0]
+    for seed in range(1 if name == "sim_nsf_S1" else whole.splits):
+        order = np.random.default_rng(seed).permutation(N)
+        share = int(0.95 * N) if name == "sim_nsf_S1" else N - round(0.1 * N)
+        if name == "sim_nsf_S1":
+            order = np.arange(N)
+        train, test = whole.rows(order[:share]), whole.rows(order[share:])
+        seen = seen_features(train)
+        yield replace(train, X=train.X[:, seen]), replace(test, X=test.X[:, seen])
+
+
+def seen_features(train: Task) -> np.ndarray:
+    """Features with counts in each group, which separate fits can learn of."""
+    codes = np.zeros(train.X.shape[0]) if train.groups is None else train.groups
+    parts = [train.X[codes == code] for code in np.unique(codes)]
+    return np.all([np.asarray(part.sum(0)).ravel() > 0 for part in parts], axis=0)
+
+
+def held_out_deviance(test: Task, factors: np.ndarray, components: np.ndarray) -> float:
+    """Mean Poisson deviance over all entries of held-out samples."""
+    means = torch.from_numpy(factors * test.size_factors[:, None]).float()
+    return mean_deviance(test.X, means, torch.from_numpy(components.T.copy()).float())
+
+
+def spatial(train: Task, test: Task, **settings: Any) -> tuple[float, Any]:
+    """Deviance of `pnmf_pyro.fit(X, coords)` at the held-out places, and the fit."""
+    model = ours.quietly(
+        lambda: pnmf_pyro.fit(
+            train.X,
+            train.coordinates,
+            train.groups,
+            n_components=train.L,
+            size_factors=train.size_factors,
+            **settings,
+        )
+    )
+    predicted = model.transform(None, test.coordinates, test.groups)
+    return held_out_deviance(test, predicted, model.components_), model
+
+
+def neighbour_average(train: Task, test: Task, neighbours: tuple[int, ...] = NEIGHBOURS) -> float:
+    """The same from factors without space, averaged over the nearest places of the group."""
+    model = ours.quietly(
+        lambda: pnmf_pyro.fit(train.X, n_components=train.L, size_factors=train.size_factors)
+    )
+    factors = np.asarray(get_factors(model))
+    found = []
+    for K in neighbours:
+        means = _near(train, test, K, lambda rows: factors[rows].mean(1))
+        found.append(held_out_deviance(test, means, model.components_))
+    return min(found)
+
+
+def _near(
+    train: Task, test: Task, K: int, average: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    codes, new = (
+        np.zeros(len(one.coordinates)) if one.groups is None else one.groups
+        for one in (train, test)
+    )
+    result = np.empty((len(test.coordinates), train.L))
+    for code in np.unique(new):
+        pool = np.flatnonzero(codes == code)
+        rows = new == code
+        nearest = cKDTree(train.coordinates[pool]).query(test.coordinates[rows], k=K)[1]
+        result[rows] = average(pool[nearest])
+    return result
+
+
+def separately(train: Task, test: Task, **settings: Any) -> float:
+    """Deviance of one spatial fit for each group."""
+    total = 0.0
+    for group in np.unique(train.groups):
+        parts = [one.rows(np.flatnonzero(one.groups == group)) for one in (train, test)]
+        for part in parts:
+            part.groups = None
+        total += spatial(parts[0], parts[1], **settings)[0] * parts[1].X.shape[0]
+    return total / test.X.shape[0]
+
+
+def pooled(train: Task, test: Task, **settings: Any) -> float:
+    """Deviance of one spatial fit that knows nothing of groups."""
+    return spatial(replace(train, groups=None), replace(test, groups=None), **settings)[0]

@@ -1,0 +1,420 @@
+"""Kernels, inducing-point fields and their natural gradients against dense matrices."""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.contrib.gp import kernels as pyro_kernels
+from pyro.contrib.gp.models import VariationalSparseGP
+
+from pnmf_pyro.cholesky import jittered_cholesky
+from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data import Batch, Batches
+from pnmf_pyro.distributions.fields import NaturalNormal, WhitenedPrior
+from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.inducing import inducing_points
+from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing
+from pnmf_pyro.places import Places
+from pnmf_pyro.priors import SVGP
+from pnmf_pyro.random_state import torch_generator
+from pnmf_pyro.training import evaluate_elbo, train
+from tests import dense_fields
+
+TIGHT = {"rtol": 1e-8, "atol": 1e-9}
+
+
+def scattered(n, p=2, seed=0, groups=None):
+    random = np.random.default_rng(seed)
+    codes = None if groups is None else torch.from_numpy(random.integers(groups, size=n))
+    return Places(torch.from_numpy(random.uniform(size=(n, p)) * 3), codes)
+
+
+def as_numpy(places):
+    return places.coordinates.numpy(), None if places.groups is None else places.groups.numpy()
+
+
+def make_prior(N=12, M=None, L=2, natural=True, dtype=torch.float64, places=None, **settings):
+    places = scattered(N) if places is None else places
+    inducing = places if M is None else places[torch.arange(M)]
+    kernel = SpatialKernel("Matern32", 0.8, 1.3, n_sets=L)
+    with torch.no_grad():
+        kernel.lengthscale.copy_(torch.linspace(0.5, 1.2, L))
+    settings = {"jitter": 1e-10, **settings}
+    prior = SVGP(
+        kernel, places, inducing, L, use_natural_gradients=natural, dtype=dtype, **settings
+    )
+    prior.mean.copy_(torch.linspace(-0.3, 0.4, L))
+    return prior
+
+
+def observations(prior, seed=1):
+    random = np.random.default_rng(seed)
+    shape = (prior.L, prior.N)
+    return random.normal(size=shape), random.uniform(0.2, 1.5, size=shape)
+
+
+def assigned(**settings):
+    prior = make_prior(**settings)
+    y, scale = observations(prior)
+    prior.assign(torch.from_numpy(y), torch.from_numpy(scale))
+    return prior
+
+
+def dense_prior(prior, component, x, z):
+    lengthscale, sigma = float(prior.kernel.lengthscale[component]), float(prior.kernel.sigma[0])
+    return dense_fields.covariance("Matern32", x, z, lengthscale, sigma)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_kernel_is_its_formula(name, p):
+    a, b = scattered(5, p), scattered(4, p, seed=1)
+    found = SpatialKernel(name, 0.7, 1.5)(a, b)
+    expected = dense_fields.covariance(name, as_numpy(a)[0], as_numpy(b)[0], 0.7, 1.5)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_multi_group_kernel_is_its_formula_and_a_covariance(name):
+    places = scattered(14, groups=3)
+    d = np.array([[0, 1, 2.0], [1, 0, 1.5], [2, 1.5, 0]])
+    kernel = MultiGroupKernel(name, 0.7, 1.5, group_diff_param=2.5, group_distances=d)
+    x, g = as_numpy(places)
+    expected = dense_fields.covariance(name, x, x, 0.7, 1.5, g, g, 2.5, d)
+    found = kernel(places, places)[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.linalg.eigvalsh(found)[0] > -1e-8
+
+
+def test_limits_of_the_group_difference():
+    places = scattered(10, groups=2)
+    plain = SpatialKernel("Matern52", 0.7, 1.5)(places, places)[0]
+    same = places.groups[:, None] == places.groups
+    for a, expected in ((0.0, plain), (1e12, plain * same)):
+        kernel = MultiGroupKernel(
+            "Matern52", 0.7, 1.5, group_diff_param=a, group_distances=1 - np.eye(2)
+        )
+        np.testing.assert_allclose(kernel(places, places)[0], expected, atol=1e-6)
+    one = Places(places.coordinates, torch.zeros(10, dtype=torch.int64))
+    kernel = MultiGroupKernel("Matern52", 0.7, 1.5, group_distances=np.zeros((1, 1)))
+    np.testing.assert_allclose(kernel(one, one)[0], plain, **TIGHT)
+
+
+def test_kernels_leave_the_parameter_store_alone():
+    store = pyro.get_param_store()
+    before = dict(store.items())
+    with pyro.poutine.trace() as trace:
+        SpatialKernel()(scattered(3), scattered(3))
+    assert dict(store.items()) == before
+    assert not trace.trace.nodes
+
+
+@pytest.mark.parametrize(
+    ("distances", "message"),
+    [
+        (np.zeros((3, 3)), "shape"),
+        (np.array([[0, 1.0], [2, 0]]), "symmetric"),
+        (np.array([[0, np.nan], [np.nan, 0]]), "finite"),
+    ],
+)
+def test_group_distances_are_checked(distances, message):
+    with pytest.raises(ValueError, match=f"group_distances.*{message}"):
+        check_group_distances(distances, 2)
+
+
+def test_group_distances_must_be_euclidean():
+    with pytest.raises(ValueError, match="Euclidean"):
+        check_group_distances([[0, 1, 5.0], [1, 0, 1], [5.0, 1, 0]], 3)
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_all_inducing_is_the_exact_gp(natural):
+    prior = assigned(natural=natural)
+    y, scale = observations(prior)
+    new = scattered(6, seed=3)
+    with torch.no_grad():
+        at_samples, at_new = prior.marginal(), prior.at(new).marginal()
+    x, z = as_numpy(prior.places)[0], as_numpy(new)[0]
+    for l in range(prior.L):
+        K, K_star, K_new = (dense_prior(prior, l, *pair) for pair in ((x, x), (x, z), (z, z)))
+        level = float(prior.mean[l])
+        for q, args in ((at_samples, (K, K, K)), (at_new, (K, K_star, K_new))):
+            mean, cov = dense_fields.regression(*args, level, y[l], scale[l] ** 2)
+            np.testing.assert_allclose(q.loc[l], mean, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(q.variance[l], np.diag(cov), rtol=1e-5, atol=1e-6)
+
+
+def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
+    """`VariationalSparseGP`, whitened, with the same q(u)."""
+    prior = assigned(M=5, jitter=1e-6)
+    q = prior.distributions(None, None, None, True)[1]
+    new = scattered(6, seed=3)
+    with torch.no_grad():
+        found = prior.at(new).marginal()
+    for l in range(prior.L):
+        with pyro.get_param_store().scope():
+            kernel = pyro_kernels.Matern32(2).double()
+            kernel.lengthscale = prior.kernel.lengthscale[l].clone()
+            kernel.variance = prior.kernel.variance[l].clone()
+            gp = VariationalSparseGP(
+                prior.places.coordinates,
+                torch.zeros(prior.N, dtype=torch.float64),
+                kernel,
+                prior.inducing.coordinates.clone(),
+                pyro.contrib.gp.likelihoods.Gaussian(),
+                whiten=True,
+                jitter=1e-6 * float(prior.kernel.variance[l]),
+            )
+            gp.u_loc = torch.nn.Parameter(q.mean[l].clone())
+            gp.u_scale_tril = torch.linalg.cholesky(q.covariance_matrix[l])
+            with torch.no_grad():
+                loc, variance = gp(new.coordinates)
+        np.testing.assert_allclose(found.loc[l], loc + prior.mean[l], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(found.variance[l], variance, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [{"natural": True}, {"natural": False}, {"diagonal_only": True}])
+@pytest.mark.parametrize("cholesky_mode", ["exp", "softplus"])
+def test_divergence_of_each_family(family, cholesky_mode):
+    prior = assigned(M=5, cholesky_mode=cholesky_mode, **family)
+    q, p = prior.distributions(None, None, None, True)[1:]
+    with torch.no_grad():
+        found = float(torch.distributions.kl_divergence(q, p))
+    expected = 0.0
+    for l in range(prior.L):
+        if isinstance(q, NaturalNormal):
+            m, S = q.mean[l], q.covariance_matrix[l]
+        elif prior.q.__class__.__name__ == "_DiagonalInducing":
+            m, S = q.mean[l], torch.diag(q.variance[l])
+        else:
+            m, S = q.mean[l], q.base_dist.covariance_matrix[l]
+        m, S = m.detach().numpy(), S.detach().numpy()
+        expected += dense_fields.kl_normal(m, S, np.eye(len(m)))
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_natural_gradients_are_those_in_expectation_parameters():
+    """Against autograd in (m, S): d/dm1 = d/dm - 2 (d/dS) m and d/dm2 = d/dS."""
+    generator = torch.Generator().manual_seed(0)
+    L, M, n = 2, 4, 7
+    A = torch.randn(L, M, n, dtype=torch.float64, generator=generator)
+    root = torch.randn(L, M, M, dtype=torch.float64, generator=generator)
+    precision = root @ root.mT + 2 * torch.eye(M, dtype=torch.float64)
+    theta1 = torch.randn(L, M, dtype=torch.float64, generator=generator).requires_grad_()
+    theta2 = (-precision / 2).requires_grad_()
+
+    def loss(mean, variance):
+        return (mean.exp() * variance + 0.3 * variance.square() - 2 * mean).sum()
+
+    q = NaturalNormal(theta1, theta2)
+    value = loss(*q.marginals(A)) + torch.distributions.kl_divergence(q, WhitenedPrior(L, M))
+    value.backward()
+
+    S = torch.linalg.inv(precision).requires_grad_()
+    m = (S.detach() @ theta1.detach()[..., None])[..., 0].requires_grad_()
+    mean = (A.mT @ m[..., None])[..., 0]
+    variance = torch.einsum("lmn,lmk,lkn->ln", A, S, A)
+    trace = S.diagonal(dim1=-2, dim2=-1).sum()
+    dense_kl = (trace + m.square().sum() - L * M - torch.linalg.slogdet(S)[1].sum()) / 2
+    dense = loss(mean, variance) + dense_kl
+    dm, dS = torch.autograd.grad(dense, (m, S))
+    torch.testing.assert_close(value.detach(), dense.detach())
+    torch.testing.assert_close(theta1.grad, dm - 2 * (dS @ m[..., None])[..., 0].detach())
+    torch.testing.assert_close(theta2.grad, dS)
+
+
+def factorization(prior, D=15, seed=0, **settings):
+    random = np.random.default_rng(seed)
+    X = random.poisson(4.0, size=(prior.N, D)).astype(np.float64)
+    y = torch.empty(D, prior.N, dtype=torch.float64, device="meta")
+    settings = {"loadings_mode": "multiplicative", "mode": "lower-bound", **settings}
+    model = PoissonFactorization(prior, y, prior.L, random_state=0, **settings)
+    return model, as_counts(X)
+
+
+def trained(model, counts, objective, optimizers, max_iter, monotone=False):
+    schedules = None if monotone else [Decreasing()] * len(optimizers)
+    generator = torch_generator(0)
+    return train(
+        model,
+        Batches(counts),
+        objective,
+        optimizers,
+        generator,
+        max_iter=max_iter,
+        monotone=monotone,
+        schedules=schedules if objective.newton else None,
+        warn=False,
+    )
+
+
+def test_a_natural_step_of_size_one_is_the_closed_form():
+    """precision_u = I + A diag(h) A^T, h = s (sum_j W_jl) E exp F."""
+    prior = assigned(N=10, M=6)
+    model, counts = factorization(prior)
+    with torch.no_grad():
+        q = prior.marginal()
+    h = (q.loc + q.variance / 2).exp() * model.W.data.sum(0)[:, None]
+    A, _ = prior._design(None)
+    expected = torch.eye(6, dtype=torch.float64) + (A * h[:, None].detach()) @ A.mT
+    batches, objective = Batches(counts), FactorizationELBO("lower-bound")
+    train(
+        model,
+        batches,
+        objective,
+        [prior.natural_optimizer()],
+        torch_generator(0),
+        max_iter=1,
+        warn=False,
+    )
+    torch.testing.assert_close(-2 * prior.q.theta2.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("M", [4, None])
+def test_elbo_never_falls_in_monotone_training(M):
+    prior = assigned(N=20, M=M)
+    model, counts = factorization(prior)
+    optimizers = [prior.natural_optimizer(), ClosedFormLoadings(model.W, model.expected_totals)]
+    objective = FactorizationELBO("lower-bound")
+    result = trained(model, counts, objective, optimizers, 40, monotone=True)
+    rises = np.diff(result.history)
+    assert (rises >= -1e-7 * abs(result.history[-1])).all()
+    assert result.history[-1] > result.history[0] + 1
+    assert rises[-5:].max() < 0.01 * (result.history[-1] - result.history[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"diagonal_only": True}, {"cholesky_mode": "softplus"}])
+def test_standard_training_comes_near_natural_training(settings):
+    objective = FactorizationELBO("lower-bound")
+    best, counts = factorization(assigned(N=12, M=4))
+    best.W.freeze()
+    trained(best, counts, objective, [best.prior.natural_optimizer()], 200, monotone=True)
+    model, _ = factorization(assigned(N=12, M=4, natural=False, **settings))
+    model.W.assign(best.W.data.detach())
+    model.W.freeze()
+    adam = torch.optim.Adam(model.prior.parameters(), lr=0.05)
+    trained(model, counts, objective, [adam], 200)
+    reached, optimum = (
+        evaluate_elbo(one, Batches(counts), objective, torch_generator(0)) for one in (model, best)
+    )
+    assert reached < optimum + 1e-6
+    assert reached > optimum - (6.0 if settings.get("diagonal_only") else 1.0)
+
+
+@pytest.mark.parametrize("mode", ["simple", "expanded"])
+def test_natural_steps_raise_the_bound_of_noisy_modes(mode):
+    """Above what the optimum of `lower-bound` mode reaches in that mode, which is near."""
+    final = FactorizationELBO(mode, 500)
+    reached = {}
+    for name in ("lower-bound", mode):
+        model, counts = factorization(assigned(N=12, M=4), mode=name)
+        model.W.freeze()
+        objective = FactorizationELBO(name, 5, newton=True)
+        steps = [model.prior.natural_optimizer()]
+        trained(model, counts, objective, steps, 150, monotone=name == "lower-bound")
+        reached[name] = evaluate_elbo(model, Batches(counts), final, torch_generator(0))
+    assert reached[mode] > reached["lower-bound"] + 0.5
+
+
+def test_batches_add_up_to_the_whole():
+    prior = assigned(N=12, M=5)
+    model, counts = factorization(prior)
+    objective = FactorizationELBO("lower-bound")
+    with torch.no_grad():
+        whole = objective.terms(model.model, model.guide, Batch(counts))
+        parts = [
+            objective.terms(model.model, model.guide, batch)
+            for batch in Batches(counts, 3).one_pass()
+        ]
+    for name, value in whole.items():
+        average = torch.stack([part[name] for part in parts]).mean()
+        torch.testing.assert_close(average, value)
+
+
+def test_draws_are_joint():
+    """Covariance of draws at samples is that of the exact posterior."""
+    prior = assigned(N=6, L=1)
+    y, scale = observations(prior)
+    x = as_numpy(prior.places)[0]
+    K = dense_prior(prior, 0, x, x)
+    _, expected = dense_fields.regression(K, K, K, float(prior.mean[0]), y[0], scale[0] ** 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = prior.draws(40_000)(None)[:, 0]
+        from_marginal = prior.marginal().rsample(torch.Size([40_000]))[:, 0].detach()
+        elsewhere = prior.at(prior.places).draws(40_000)(None)[:, 0]
+    for one in (draws, from_marginal, elsewhere):
+        # standard error of a covariance: at most 2 var / sqrt(n), so 5 of them
+        np.testing.assert_allclose(np.cov(one.numpy().T), expected, atol=10 * expected.max() / 200)
+
+
+def test_prior_draws_have_the_kernels_covariance():
+    prior = make_prior(N=5, L=1)
+    model, _ = factorization(prior, D=2)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        draws = torch.stack(
+            [
+                pyro.poutine.trace(model.model).get_trace().nodes["F"]["value"][0]
+                for _ in range(3_000)
+            ]
+        )
+    x = as_numpy(prior.places)[0]
+    expected = dense_prior(prior, 0, x, x)
+    np.testing.assert_allclose(np.cov(draws.numpy().T), expected, atol=10 * expected.max() / 54)
+
+
+def test_float32_fields_are_near_float64_ones():
+    exact, single = assigned(), assigned(dtype=torch.float32)
+    with torch.no_grad():
+        a, b = exact.marginal(), single.marginal()
+    assert b.loc.dtype == torch.float32
+    torch.testing.assert_close(b.loc.double(), a.loc, rtol=1e-5, atol=1e-5)
+
+
+def test_jitter_grows_with_a_warning_and_gives_up_with_an_error():
+    singular = torch.ones(3, 3, dtype=torch.float64) - 1e-7 * torch.eye(3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="jitter was raised"):
+        tril = jittered_cholesky(singular, 1e-9)
+    assert torch.isfinite(tril).all()
+    with pytest.raises(ValueError, match="jitter"):
+        jittered_cholesky(-torch.eye(2, dtype=torch.float64), 1e-9)
+
+
+def test_inducing_points_are_all_distinct_places_where_these_are_few():
+    places = Places(torch.tensor([[0.0, 0], [1, 0], [0, 0], [2, 2]], dtype=torch.float64))
+    chosen = inducing_points(places, 10, "proportional", np.random.RandomState(0))
+    np.testing.assert_array_equal(chosen.coordinates, [[0, 0], [1, 0], [2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"), [("proportional", [32, 8]), ("equal", [20, 20])]
+)
+def test_allocation_of_inducing_points(allocation, expected):
+    random = np.random.default_rng(0)
+    codes = np.repeat([0, 1], [400, 100])
+    places = Places(torch.from_numpy(random.uniform(size=(500, 2))), torch.from_numpy(codes))
+    chosen = inducing_points(places, 40, allocation, np.random.RandomState(0))
+    np.testing.assert_array_equal(np.bincount(chosen.groups), expected)
+
+
+def test_derived_allocation_follows_space_and_forgets_no_group():
+    random = np.random.default_rng(0)
+    far = random.uniform(size=(300, 2)) + np.repeat([[0, 0], [10, 0]], [200, 100], axis=0)
+    hidden = random.uniform(size=(5, 2))  # amid the first group, of which each centre is
+    coordinates = torch.from_numpy(np.concatenate([far, hidden]))
+    codes = torch.from_numpy(np.repeat([0, 1, 2], [200, 100, 5]))
+    chosen = inducing_points(Places(coordinates, codes), 30, "derived", np.random.RandomState(0))
+    right = chosen.coordinates[:, 0] > 5
+    assert (chosen.groups[right] == 1).all()
+    assert set(chosen.groups.tolist()) == {0, 1, 2}
+
+
+def test_allocation_never_exceeds_a_groups_places():
+    codes = np.repeat([0, 1], [3, 200])
+    coordinates = torch.from_numpy(np.random.default_rng(0).uniform(size=(203, 2)))
+    places = Places(coordinates, torch.from_numpy(codes))
+    chosen = inducing_points(places, 20, "equal", np.random.RandomState(0))
+    np.testing.assert_array_equal(np.bincount(chosen.groups), [3, 17])
