@@ -49,8 +49,12 @@ GRID_SIGMAS = (0.5, 1.0, 2.0)
 GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
 
 # Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
-SIGMA_BOUNDS = (0.05, float(__import__("os").environ.get("SM", "4")))
+SIGMA_BOUNDS = (0.05, 4.0)
 GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
+
+# Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
+# the values that all components share.
+SPREAD = 0.5
 
 # Largest rise, in units of F, by which a site may stand above the mean of q.
 HIGHEST_SITE = 5.0
@@ -257,6 +261,17 @@ class HyperparameterSearch:
                 found.append(float(self.loss(values, mean)))
         return np.array(found)
 
+    @torch.no_grad()
+    def _dispersion(self, values: dict[str, Tensor], mean: Tensor) -> float:
+        """Mean deviance of the predicted counts, by which they vary more than a Poisson."""
+        if self.criterion == "elbo":
+            return 1.0
+        entries = self.seen.values.double()
+        saturated = (torch.xlogy(entries, entries) - entries - (entries + 1).lgamma()).sum()
+        n, D = self.seen.shape
+        deviance = 2 * (float(saturated) / n + float(self.loss(values, mean))) / D
+        return max(1.0, deviance)
+
     def _start(self) -> Tensor:
         """Mean of the sites by their precision."""
         weights = 1 / self.noise
@@ -288,7 +303,12 @@ class HyperparameterSearch:
         return values, mean
 
     def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Improve each component's own hyperparameters by L-BFGS-B in their logarithms."""
+        """Give each component hyperparameters of its own, by L-BFGS-B in their logarithms.
+
+        What is maximised is a quasi-likelihood, for counts that vary more than a Poisson
+        (Wedderburn 1974), times a normal prior around the values that all components share: where
+        there are few samples, components stay near one another.
+        """
         limits = {
             "lengthscale": self._lengthscale_bounds(),
             "sigma": SIGMA_BOUNDS,
@@ -301,13 +321,16 @@ class HyperparameterSearch:
             learned = {name: log.exp() for name, log in zip(self.names, logs, strict=True)}
             return {**values, **learned}, level
 
+        weight = len(self.judged) / self._dispersion(values, mean)
+
         def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
             point = torch.from_numpy(x).to(mean).requires_grad_()
-            loss = self.loss(*unpack(point))
+            away = (point - origin).square().sum() / (2 * SPREAD**2)
+            loss = weight * self.loss(*unpack(point)) + away
             (gradient,) = torch.autograd.grad(loss, point)
             return float(loss.detach()), gradient.cpu().numpy()
 
-        start = torch.cat([*(values[name].log() for name in self.names), mean]).cpu().numpy()
+        origin = torch.cat([*(values[name].log() for name in self.names), mean])
         bounds = [
             tuple(np.log(limits[name]))
             for name, size in zip(self.names, sizes, strict=True)
@@ -315,7 +338,12 @@ class HyperparameterSearch:
         ]
         bounds += [(level - 5, level + 5) for level in mean.tolist()]
         found = minimize(
-            fun, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 20}
+            fun,
+            origin.cpu().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": 20},
         )
         with torch.no_grad():
             return unpack(torch.from_numpy(found.x).to(mean))
