@@ -406,12 +406,16 @@ def test_transform_F_of_sparse_single_and_empty_samples(conditional):
 
 
 def test_mode_and_E_of_transform_F(conditional):
-    """Without draws the seed does not matter; more draws make it matter less."""
+    """Without draws the seed does not matter; with nine times as many a third as much.
+
+    Adam moves by its learning rate whatever the noise; a small one leaves that of the draws.
+    """
     X, W = conditional[0][:15], conditional[1]
+    settings = {"learning_rate": 1e-4, "tol": 1e9}
 
     def spread(**parameters) -> float:
-        found = [np.log(T.transform_F(X, W, random_state=seed, **parameters)) for seed in range(4)]
-        return float(np.std(found, axis=0).mean())
+        found = [T.transform_F(X, W, random_state=s, **settings, **parameters) for s in (0, 1)]
+        return float(np.abs(np.log(found[0] / found[1])).mean())
 
     assert spread(mode="lower-bound") == 0
     for mode in ("simple", "expanded"):
@@ -560,8 +564,8 @@ def test_bad_values_are_named(call, message, fitted):
 
 @pytest.mark.parametrize("mean", [0.2, 2.0])
 def test_intervals_cover_as_often_as_they_say(mean):
-    """3000 intervals: the standard error of the share is 0.006, and it is between 0.88 and 0.90 in
-    all of ten seeds tried, so that 0.85 fails in less than one of 10^4.
+    """3000 intervals: the share has a standard error of 0.006, and is 0.876 to 0.904 in ten seeds,
+    so that another seed would fall below 0.85 once in 10^4 times at most. This one is fixed.
     """
     found = coverage("expanded", 0.05, mean)
     assert 0.85 < found < 0.95
@@ -570,8 +574,11 @@ def test_intervals_cover_as_often_as_they_say(mean):
 
 def test_overlapping_loadings_bring_coverage_down():
     """A factorised posterior leaves out that what one component gains the others lose."""
-    assert coverage("expanded", 0.8, 2.0) < 0.85
-    assert coverage("lower-bound", 0.8, 2.0) < coverage("expanded", 0.8, 2.0) - 0.05
+    expanded, lower_bound = (
+        coverage(mode, 0.8, 2.0, N=400) for mode in ("expanded", "lower-bound")
+    )
+    assert expanded < 0.85
+    assert lower_bound < expanded - 0.05
 
 
 # --- parameters with constraints, and the modules that hold them
