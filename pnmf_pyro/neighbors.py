@@ -241,7 +241,7 @@ def _fill(
     counts: np.ndarray,
     K: int,
 ) -> None:
-    """Write the K nearest that come early enough into `nearest`, asking for more until there are K."""
+    """Write the K nearest that come early enough; ask for more until there are K."""
     asked = K if counts[todo].min() == tree.n else int(1.6 * K) + 2
     while todo.size:
         asked = min(asked, tree.n)
