@@ -121,8 +121,8 @@ def _cholesky(joint: Tensor, variance: float, names: np.ndarray) -> Tensor:
         factor = factor.index_copy(0, poor, _factor(raised))
     poor = _is_poor(factor, variance)
     hint = (
-        f"even with {JITTERS[-1]} of the variance on its diagonal. Check that the kernel is positive "
-        "definite, or use a shorter lengthscale or a smaller K."
+        f"even with {JITTERS[-1]} of the variance on its diagonal. Check that the kernel is "
+        "positive definite, or use a shorter lengthscale or a smaller K."
     )
     _raise_named(names[poor.numpy()], "is not positive definite", hint)
     return factor
@@ -188,6 +188,9 @@ class VecchiaFactor:
         _raise_named(graph.order[bad], "gives no positive variance", "Check the kernel.")
         self.variances = variances[:, graph.position]
         self.matrices = _residual_matrices(graph.predecessors, weights)
+        self._into: Any = graph.order
+        self._back: Any = graph.position
+        self._solvers: list[Any] = []  # filled when first needed, shared with copies
 
     @classmethod
     def from_kernels(
@@ -236,12 +239,12 @@ class VecchiaFactor:
         """Return the factor of the same spots numbered by their position in the ordering."""
         view = self._copy()
         view.graph = NeighborGraph(np.arange(self.N), self.graph.predecessors)
-        view.variances = self.variances[:, self.graph.order]
+        view.variances = self.variances[:, self._into]
+        view._into = view._back = slice(None)
         return view
 
     def _copy(self) -> VecchiaFactor:
         """Share the matrices and their solvers, and nothing that depends on variances."""
-        _ = self._triangular
         other = copy.copy(self)
         for cached in ("log_determinant", "precision_diagonal"):
             other.__dict__.pop(cached, None)
@@ -257,14 +260,16 @@ class VecchiaFactor:
         """Q_ii = 1 / v_i + sum_j B_ji^2 / v_j, (L, N)."""
         return self._each(lambda A, x: A.power(2).T @ x, self.matrices, 1 / self.variances)
 
-    @cached_property
+    @property
     def _triangular(self) -> list[Any]:
         """Each I - B, ready to be solved.
 
         SuperLU in natural order neither pivots nor fills in here: its factor is the matrix itself.
         """
         options = {"permc_spec": "NATURAL", "diag_pivot_thresh": 0.0}
-        return [splu(A.tocsc(), **options) for A in self.matrices]
+        if not self._solvers:
+            self._solvers.extend(splu(A.tocsc(), **options) for A in self.matrices)
+        return self._solvers
 
     def multiply(self, x: Any) -> np.ndarray:
         """Return (I - B) x, what each spot deviates from what its neighbours predict."""
@@ -293,8 +298,8 @@ class VecchiaFactor:
         return [A[self.graph.position[np.asarray(spots)]] for A in self.matrices]
 
     def _each(self, operation: Operation, matrices: Sequence[Any], x: Any) -> np.ndarray:
-        x = np.asarray(x, dtype=np.float64)[:, self.graph.order]
-        return on_components(operation, matrices, x)[:, self.graph.position]
+        x = np.asarray(x, dtype=np.float64)[:, self._into]
+        return on_components(operation, matrices, x)[:, self._back]
 
 
 def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) -> np.ndarray:
@@ -313,13 +318,21 @@ def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) 
 
 
 def _residual_matrices(neighbors: np.ndarray, weights: np.ndarray) -> list[Any]:
-    """I - B as CSR matrices that share their structure: each row its neighbours, then its 1."""
+    """I - B as CSR matrices that share their structure.
+
+    Columns are in order, as scipy would put them, in place, for one matrix and break the others.
+    """
     N = len(neighbors)
-    kept = np.concatenate([neighbors >= 0, np.ones((N, 1), bool)], 1)
-    columns = np.concatenate([neighbors, np.arange(N)[:, None]], 1)[kept]
+    columns = np.concatenate([neighbors, np.arange(N, dtype=np.int32)[:, None]], 1)
+    order = columns.argsort(1)
+    columns = np.take_along_axis(columns, order, 1)
+    kept = columns >= 0
     starts = np.r_[0, kept.sum(1).cumsum()]
     index = np.int32 if starts[-1] < np.iinfo(np.int32).max else np.int64
-    columns, starts = columns.astype(index), starts.astype(index)
-    ones = np.ones((N, 1))
-    values = (np.concatenate([-one, ones], 1)[kept] for one in weights)
-    return [sp.csr_matrix((value, columns, starts), shape=(N, N)) for value in values]
+    columns, starts = columns[kept].astype(index), starts.astype(index)
+    matrices = []
+    for one in weights:
+        values = np.take_along_axis(np.concatenate([-one, np.ones((N, 1))], 1), order, 1)[kept]
+        matrices.append(sp.csr_matrix((values, columns, starts), shape=(N, N)))
+        matrices[-1].has_sorted_indices = True
+    return matrices

@@ -17,6 +17,7 @@ ORDER = (
     "ordering",
     "neighbors",
     "vecchia_factor",
+    "vecchia_posterior",
     "distributions.log_rate",
     "distributions.poisson_factors",
     "distributions.vecchia",

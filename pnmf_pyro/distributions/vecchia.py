@@ -130,7 +130,7 @@ class VecchiaNormal(TorchDistribution):
         """Mean, (L, N)."""
         return self.loc
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw loc + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + (L, N)."""
         noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=torch.float64)
         scaled = noise.reshape(-1, *noise.shape[-2:]) * np.sqrt(self.factor.variances)
@@ -189,7 +189,7 @@ def kl_terms(
 
 
 def _capacitance_log_determinant(low_rank: Tensor, diagonal: Tensor) -> Tensor:
-    """log det(I + V^T diag(1 / d) V), (L,)."""
+    """Return log det(I + V^T diag(1 / d) V), (L,)."""
     scaled = low_rank.double() / diagonal.double().sqrt()[..., None]
     capacitance = scaled.mT @ scaled + torch.eye(low_rank.shape[-1], device=scaled.device)
     factor = torch.linalg.cholesky(capacitance)
