@@ -1,4 +1,4 @@
-r"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from its posterior.
+r"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
 
 Where an observation of each spot has curvature h_i >= 0, the posterior mean, draws and variances of
 the field need solves with

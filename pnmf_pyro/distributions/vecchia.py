@@ -132,10 +132,11 @@ class VecchiaNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw loc + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + (L, N)."""
-        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=torch.float64)
-        scaled = noise.reshape(-1, *noise.shape[-2:]) * np.sqrt(self.factor.variances)
-        fields = self.factor.solve(np.moveaxis(scaled.numpy(), 0, -1))
-        draws = _from_numpy(np.moveaxis(fields, -1, 0), self.loc.device)
+        shape, device = self._extended_shape(torch.Size(sample_shape)), self.loc.device
+        noise = torch.randn(shape, dtype=torch.float64, device=device)
+        scaled = noise.reshape(-1, *self.loc.shape) * self.conditional_variance.sqrt()
+        fields = _from_numpy(self.factor.solve(_numpy(scaled.movedim(0, -1))), device)
+        draws = fields.movedim(-1, 0)
         return self.loc + draws.reshape(noise.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
