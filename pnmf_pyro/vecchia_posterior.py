@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg import eigh
 
 from pnmf_pyro.random_state import RandomState, check_random_state
 from pnmf_pyro.vecchia_factor import VecchiaFactor, on_components
@@ -162,6 +163,70 @@ class VecchiaPosterior:
         """Return 1 / (Q_ii + h_i), (L, N), given all other spots: the best d of a diagonal q."""
         return 1 / (self.factor.precision_diagonal + self._checked("curvature", curvature))
 
+    def smooth_part(
+        self,
+        curvature: Any,
+        rank: int,
+        random_state: RandomState = None,
+        *,
+        tolerance: float = 0.1,
+    ) -> np.ndarray:
+        """Return V with E V V^T + diag(d) close to A^-1, d the :meth:`conditional_variances`.
+
+        With `rank` posterior draws f the columns of V are (I - diag(d) A / 2) f / sqrt(rank): their
+        part at a wavelength where the field is uncertain stays, and what d holds already, the
+        deviation of a spot from what all others predict, goes. Where lambda is an eigenvalue of
+        diag(d)^1/2 A diag(d)^1/2, variances of V V^T relative to d are (1 - lambda / 2)^2 / lambda,
+        which with the 1 of d is 1 / lambda + lambda / 4. So draws from N(m, V V^T + diag(d)) are
+        as smooth as the posterior and vary as much, in the mean over draws of V.
+
+        Returns
+        -------
+        ndarray of shape (L, N, rank)
+        """
+        h = self._checked("curvature", curvature)
+        draws = self.sample(h, rank, random_state, tolerance=tolerance)
+        product = self.factor.precision(draws) + h[..., None] * draws
+        filtered = draws - 0.5 * self.conditional_variances(h)[..., None] * product
+        return filtered / np.sqrt(rank)
+
+    def best_part(
+        self, curvature: Any, rank: int, random_state: RandomState = None, *, sweeps: int = 2
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the V that raises the bound most, d being the :meth:`conditional_variances`.
+
+        The bound has its maximum over V at V = d^1/2 U (1 / lambda - 1)^1/2, (lambda, U) the
+        smallest eigenvalues, all below 1, and eigenvectors of d^1/2 A d^1/2; a direction is worth
+        (lambda - 1 - log lambda) / 2 nats (Tipping and Bishop 1999 have the same argument). They
+        are found by inverse iteration from posterior draws, which point there already.
+
+        Parameters
+        ----------
+        curvature : ndarray or Tensor of shape (L, N)
+        rank : int
+        random_state : int, RandomState, Generator or None
+        sweeps : int
+            Inverse iterations, each a solve from the last.
+
+        Returns
+        -------
+        V : ndarray of shape (L, N, rank)
+        gain : ndarray of shape (L, rank)
+            What each column adds to the bound, in nats.
+        """
+        h = self._checked("curvature", curvature)
+        d = self.conditional_variances(h)[..., None]
+        basis = self.sample(h, rank, random_state)
+        for sweep in range(sweeps + 1):
+            product = self.factor.precision(basis) + h[..., None] * basis
+            values, vectors = _ritz(basis, product, d)
+            basis = basis @ vectors
+            if sweep < sweeps:
+                start = basis / values[:, None]
+                basis = self.solve(h, basis / d, start, tolerance=0.01, max_iterations=5).x
+        values = np.minimum(values, 1.0)
+        return basis * np.sqrt(1 / values - 1)[:, None], (values - 1 - np.log(values)) / 2
+
     def _checked_curvature(self, curvature: Any) -> np.ndarray:
         h = self._checked("curvature", curvature)
         if (h < 0).any():
@@ -222,6 +287,14 @@ class _Preconditioner:
                 lambda A, x: A @ x, matrices, coarse * _like(inverse, coarse)
             )
         return self.factor.solve(total)
+
+
+def _ritz(basis: np.ndarray, product: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (L, R) of A x = lambda x / d in a basis, rising, and coordinates (L, R, R)."""
+    inner = np.swapaxes(basis, 1, 2)
+    pairs = [eigh(a, b) for a, b in zip(inner @ product, inner @ (basis / d), strict=True)]
+    values, vectors = zip(*pairs, strict=True)
+    return np.stack(values), np.stack(vectors)
 
 
 def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -461,6 +461,38 @@ def test_best_diagonal_of_a_diagonal_q(sparse):
             assert dense_kl(np.zeros(60), np.diag(changed), 0.0, np.linalg.inv(A)) > best
 
 
+def test_smooth_part_and_diagonal_make_the_posterior_covariance(sparse):
+    """In expectation A^-1 + diag(d) A diag(d) / 4; P(false alarm) < 1e-6 as above."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    V = VecchiaPosterior(factor).smooth_part(h, 4000, 0, tolerance=1e-3)
+    for l in range(2):
+        A = np.linalg.inv(covariance[l]) + np.diag(h[l])
+        D = np.diag(1 / np.diag(A))
+        expected = np.linalg.inv(A) - D + D @ A @ D / 4
+        deviation = np.sqrt(np.diag(expected))
+        error = (V[l] @ V[l].T - expected) / np.outer(deviation, deviation)
+        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 4000)
+
+
+def test_best_part_raises_the_bound_most(sparse):
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    posterior = VecchiaPosterior(factor)
+    d = posterior.conditional_variances(h)
+    V, gain = posterior.best_part(h, 4, 0)
+    for l in range(2):
+        C = np.linalg.inv(np.linalg.inv(covariance[l]) + np.diag(h[l]))
+        zero = np.zeros(60)
+        gap = dense_kl(zero, np.diag(d[l]), 0.0, C)
+        gained = gap - dense_kl(zero, np.diag(d[l]) + V[l] @ V[l].T, 0.0, C)
+        assert gain[l].sum() == pytest.approx(gained, rel=1e-6)
+        root = np.sqrt(d[l])
+        smallest = np.linalg.eigvalsh(np.linalg.inv(C) * np.outer(root, root))[:4]
+        most = (smallest - 1 - np.log(smallest)).sum() / 2
+        assert 0.9 * most < gained <= most * (1 + 1e-9)
+
+
 @pytest.mark.parametrize(
     ("h", "b", "message"),
     [
