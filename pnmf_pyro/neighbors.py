@@ -121,11 +121,55 @@ def build_graph(
     _check_method(method, groups, covariance)
     order, _ = max_min_order(points, labels)
     points, labels, rows = points[order], labels[order], rows[order]
-    positions = np.arange(len(points))
+    everything = np.arange(len(points))
     predecessors = _search(
-        points, labels, rows, points, rows, positions, K, method, covariance, random_state
+        points, labels, rows, points, rows, everything, K, method, covariance, random_state
     )
     return NeighborGraph(order, predecessors)
+
+
+def neighbors_of_batch(
+    order: np.ndarray,
+    spots: Any,
+    coordinates: Any,
+    K: int,
+    *,
+    method: str = "knn",
+    groups: Any = None,
+    covariance: Covariance | None = None,
+    features: Any = None,
+    random_state: RandomState = None,
+) -> np.ndarray:
+    """Find the predecessors of some spots alone, where those of all would take too much memory.
+
+    Parameters
+    ----------
+    order : ndarray of int, shape (N,)
+        The spot at each position, from :func:`~pnmf_pyro.ordering.max_min_order`.
+    spots : array of int, shape (n,)
+    coordinates, K, method, groups, covariance, features, random_state
+        As in :func:`build_graph`.
+
+    Returns
+    -------
+    ndarray of int64, shape (n, K)
+        Spots, -1 where there are fewer; the rows of `NeighborGraph.neighbors_of(spots)`.
+
+    Raises
+    ------
+    ValueError
+        As in :func:`build_graph`.
+    """
+    points, labels, rows = _checked(coordinates, groups, features)
+    K = _checked_K(K, len(points))
+    _check_method(method, groups, covariance)
+    position = np.empty(len(points), np.int64)
+    position[order] = np.arange(len(points))
+    found = _search(
+        *(points[order], labels[order], rows[order], points[spots], rows[spots]),
+        *(position[spots], K, method, covariance, random_state),
+    )
+    return np.where(found < 0, -1, order[found])
 
 
 def nearest(

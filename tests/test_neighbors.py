@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pnmf_pyro import neighbors, ordering
-from pnmf_pyro.neighbors import build_graph, nearest
+from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch
 from pnmf_pyro.ordering import max_min_order
 
 
@@ -112,6 +112,20 @@ def test_graph_in_the_order_of_the_user():
         expected = [graph.order[j] if j >= 0 else -1 for j in graph.predecessors[i]]
         assert list(rows[spot]) == expected
     np.testing.assert_array_equal(graph.neighbors_of([3, 1]), rows[[3, 1]])
+
+
+def test_neighbours_of_a_batch_are_those_of_the_graph():
+    points = places("plane", 200)
+    groups = np.random.default_rng(0).integers(2, size=200)
+    options = {
+        "groups": groups,
+        "covariance": multi_group(),
+        "features": np.column_stack([points, groups]),
+    }
+    graph = build_graph(points, 6, **options)
+    spots = [graph.order[0], graph.order[3], 17, 4, 150]
+    found = neighbors_of_batch(graph.order, spots, points, 6, **options)
+    np.testing.assert_array_equal(found, graph.neighbors_of(spots))
 
 
 @pytest.mark.parametrize("a", [0.0, 0.5, 1e6])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Independent, Laplace, kl_divergence
 
-from pnmf_pyro.distributions.vecchia import VecchiaNormal, kl_terms, predict
-from pnmf_pyro.neighbors import build_graph, nearest
+from pnmf_pyro.distributions.vecchia import VecchiaNormal, kl_terms, kl_terms_given_weights, predict
+from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch
 from pnmf_pyro.vecchia_factor import VecchiaFactor, conditional_weights
 from pnmf_pyro.vecchia_posterior import VecchiaPosterior
 
@@ -157,6 +157,17 @@ def test_all_neighbours_give_the_exact_prediction(complete):
         np.testing.assert_allclose(variance[l].detach(), spread, rtol=1e-8)
 
 
+def test_prediction_at_the_spots_themselves():
+    points = places(60)
+    m, d, V = variational(60)
+    near = nearest(points, points, 5)
+    pairs = list(zip(KERNELS, SCALES, strict=True))
+    mean, variance = predict(pairs, points, points, near, m, d, V, 0.3)
+    np.testing.assert_allclose(mean.detach(), m.detach(), atol=1e-5)
+    own = d + V.square().sum(-1)
+    np.testing.assert_allclose(variance.detach(), own.detach(), atol=1e-4)
+
+
 def test_all_neighbours_give_the_exact_posterior_mean(complete):
     _, factor, exact = complete
     random = np.random.default_rng(0)
@@ -249,6 +260,47 @@ def test_terms_of_minibatches_add_up(sparse):
     mean = torch.autograd.grad(estimates.mean(0).sum(), [m, d, V])
     for one, other in zip(mean, whole, strict=True):
         np.testing.assert_allclose(one, other, **VERY_CLOSE)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_terms_of_a_batch_that_finds_its_own_weights(low_rank):
+    points = places(60)
+    factor = make(points, 6)
+    m, d, V = variational(60)
+    V = V if low_rank else None
+    expected = kl_terms(VecchiaNormal(factor, 0.2), m, d, V).sum(1)
+    rows = torch.tensor(points)
+    total = 0.0
+    for batch in np.random.default_rng(0).permutation(60).reshape(3, 20):
+        near = neighbors_of_batch(factor.graph.order, batch, points, 6)
+        parts = [
+            conditional_weights(rows[batch], rows, near, *pair, names=batch)
+            for pair in zip(KERNELS, SCALES, strict=True)
+        ]
+        weights, variances = (torch.stack(part) for part in zip(*parts, strict=True))
+        total += kl_terms_given_weights(weights, variances, near, batch, m, d, V, 0.2).sum(1)
+    np.testing.assert_allclose(total.detach(), expected.detach(), rtol=1e-10)
+
+
+def test_divergence_is_differentiable_in_the_lengthscale():
+    points = places(40)
+    rows = torch.tensor(points)
+    m, d, V = variational(40, L=1)
+    lengthscale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    kernel = matern32(lengthscale, 1.5)
+    graph = build_graph(points, 39)
+    near = graph.neighbors_of()
+    weights, variances = conditional_weights(rows, rows, near, kernel, 1.5)
+    terms = kl_terms_given_weights(
+        weights[None], variances[None], near, np.arange(40), m, d, V, 0.1
+    )
+    (got,) = torch.autograd.grad(terms.sum(), lengthscale)
+    exact = dist.MultivariateNormal(torch.full((40,), 0.1).double(), kernel(rows, rows))
+    q = dist.MultivariateNormal(m[0], torch.diag(d[0]) + V[0] @ V[0].T)
+    divergence = kl_divergence(q, exact)
+    (expected,) = torch.autograd.grad(divergence, lengthscale)
+    assert terms.sum().item() == pytest.approx(divergence.item(), rel=1e-8)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-7)
 
 
 def test_density_is_differentiable_in_value_and_mean(sparse):
@@ -480,7 +532,7 @@ def test_best_part_raises_the_bound_most(sparse):
     h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
     posterior = VecchiaPosterior(factor)
     d = posterior.conditional_variances(h)
-    V, gain = posterior.best_part(h, 4, 0)
+    V, gain = posterior.best_part(h, 4, 0, sweeps=30)
     for l in range(2):
         C = np.linalg.inv(np.linalg.inv(covariance[l]) + np.diag(h[l]))
         zero = np.zeros(60)
@@ -490,7 +542,7 @@ def test_best_part_raises_the_bound_most(sparse):
         root = np.sqrt(d[l])
         smallest = np.linalg.eigvalsh(np.linalg.inv(C) * np.outer(root, root))[:4]
         most = (smallest - 1 - np.log(smallest)).sum() / 2
-        assert 0.9 * most < gained <= most * (1 + 1e-9)
+        assert 0.98 * most < gained <= most * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(

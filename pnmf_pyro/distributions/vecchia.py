@@ -189,6 +189,54 @@ def kl_terms(
     return terms / 2
 
 
+def kl_terms_given_weights(
+    weights: Tensor,
+    variances: Tensor,
+    neighbors: Any,
+    spots: Any,
+    mean: Tensor,
+    diagonal: Tensor,
+    low_rank: Tensor | None = None,
+    loc: Any = 0.0,
+) -> Tensor:
+    r"""Return one term of the same divergence for each of some spots, without a factor.
+
+    For a batch of spots whose neighbours are not kept, and for gradients in the kernel's
+    hyperparameters. tr(Q diag(d)) is split by the rows of B instead of by its columns:
+    sum_i (d_i + sum_k B_ik^2 d_k) / v_i. So a single term differs from that of :func:`kl_terms`;
+    the sum over all spots is the same.
+
+    Parameters
+    ----------
+    weights : Tensor of shape (L, n, K) or (1, n, K)
+        Of the spots, from :func:`~pnmf_pyro.vecchia_factor.conditional_weights`.
+    variances : Tensor of shape (L, n)
+    neighbors : ndarray or Tensor of int, shape (n, K)
+        -1 for none.
+    spots : array of int, shape (n,)
+    mean, diagonal, low_rank
+        As in :func:`kl_terms`, for all N spots.
+    loc : Tensor or float
+        Mean of the prior, broadcast to (L, N).
+
+    Returns
+    -------
+    Tensor of shape (L, n), float64
+        Differentiable in everything.
+    """
+    near = torch.as_tensor(neighbors, dtype=torch.long, device=mean.device).clamp(min=0)
+    spots = torch.as_tensor(np.asarray(spots), dtype=torch.long, device=mean.device)
+    own = diagonal[:, spots].double()
+    trace = own + (weights.square() * diagonal.double()[:, near]).sum(-1)
+    columns = [(mean - loc).double(), *([] if low_rank is None else low_rank.double().unbind(-1))]
+    residual = [x[:, spots] - (weights * x[:, near]).sum(-1) for x in columns]
+    squares = torch.stack(residual).square().sum(0)
+    terms = (trace + squares) / variances - 1 + variances.log() - own.log()
+    if low_rank is not None:
+        terms = terms - _capacitance_log_determinant(low_rank, diagonal)[:, None] / mean.shape[1]
+    return terms / 2
+
+
 def _capacitance_log_determinant(low_rank: Tensor, diagonal: Tensor) -> Tensor:
     """Return log det(I + V^T diag(1 / d) V), (L,)."""
     scaled = low_rank.double() / diagonal.double().sqrt()[..., None]
@@ -210,7 +258,7 @@ def _kl_diagonal(q: Independent, p: VecchiaNormal) -> Tensor:
 
 
 def predict(
-    factor_kernels: Sequence[tuple[Covariance, float]],
+    kernels: Sequence[tuple[Covariance, float]],
     features: Any,
     new_features: Any,
     neighbors: Any,
@@ -226,7 +274,7 @@ def predict(
 
     Parameters
     ----------
-    factor_kernels : sequence of (callable, float)
+    kernels : sequence of (callable, float)
         Covariance and k(x, x) of each of the L components, see :func:`conditional_weights`.
     features : ndarray or Tensor of shape (N, q)
     new_features : ndarray or Tensor of shape (n, q)
@@ -245,7 +293,7 @@ def predict(
     near = torch.as_tensor(neighbors, dtype=torch.long)
     means = torch.as_tensor(loc, dtype=torch.float64).reshape(-1).expand(len(mean))
     parts = []
-    for l, (covariance, variance) in enumerate(factor_kernels):
+    for l, (covariance, variance) in enumerate(kernels):
         weights, conditional = conditional_weights(targets, sources, near, covariance, variance)
         centred = (mean[l].double() - means[l])[near]
         spread = conditional + (weights.square() * diagonal[l].double()[near]).sum(1)
