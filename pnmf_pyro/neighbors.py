@@ -12,7 +12,7 @@ prefixes of the ordering, each asked for more until K early enough are found.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from pnmf_pyro.ordering import max_min_order, tree_query
+from pnmf_pyro.ordering import Covariance, group_embedding, max_min_order, tree_query
 from pnmf_pyro.random_state import RandomState, check_random_state
 from pnmf_pyro.validation import check_choice
 
@@ -34,8 +34,6 @@ CANDIDATES = 3
 # Numbers that one block of a search may hold.
 BLOCK = 1 << 22
 NAMED_AT_MOST = 5
-
-Covariance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ def build_graph(
         in proportion to the covariance with the spot.
     groups : array of int, shape (N,), optional
         Near is then what the kernel says it is: the K nearest within each group, and of these the
-        K of largest covariance. The ordering takes the groups' max-min orderings together by
-        distance.
+        K of largest covariance; the ordering is that of :func:`order_spots`.
     covariance : callable, optional
         ``covariance(A, B)`` of shape (..., n, m) for rows A (..., n, q) and B (..., m, q) of
         `features`, float64. Needed with `groups` and for ``'probabilistic'``.
@@ -119,13 +116,39 @@ def build_graph(
     points, labels, rows = _checked(coordinates, groups, features)
     K = _checked_K(K, len(points))
     _check_method(method, groups, covariance)
-    order, _ = max_min_order(points, labels)
+    order = _ordered(points, labels, rows, covariance)
     points, labels, rows = points[order], labels[order], rows[order]
     everything = np.arange(len(points))
     predecessors = _search(
         points, labels, rows, points, rows, everything, K, method, covariance, random_state
     )
     return NeighborGraph(order, predecessors)
+
+
+def order_spots(
+    coordinates: Any,
+    *,
+    groups: Any = None,
+    covariance: Covariance | None = None,
+    features: Any = None,
+) -> np.ndarray:
+    """Return the max-min ordering alone, int64, (N,); see :func:`build_graph`.
+
+    With groups, these are as far apart as the covariance says:
+    :func:`~pnmf_pyro.ordering.group_embedding`.
+    """
+    points, labels, rows = _checked(coordinates, groups, features)
+    _check_method("knn", groups, covariance)
+    return _ordered(points, labels, rows, covariance)
+
+
+def _ordered(
+    points: np.ndarray, labels: np.ndarray, rows: np.ndarray, covariance: Covariance | None
+) -> np.ndarray:
+    if covariance is not None and labels.any():
+        apart = group_embedding(points, labels, rows, covariance)
+        points = np.concatenate([points, apart[labels]], 1)
+    return max_min_order(points)[0]
 
 
 def neighbors_of_batch(
@@ -145,20 +168,14 @@ def neighbors_of_batch(
     Parameters
     ----------
     order : ndarray of int, shape (N,)
-        The spot at each position, from :func:`~pnmf_pyro.ordering.max_min_order`.
+        The spot at each position, from :func:`order_spots`.
     spots : array of int, shape (n,)
-    coordinates, K, method, groups, covariance, features, random_state
-        As in :func:`build_graph`.
 
     Returns
     -------
     ndarray of int64, shape (n, K)
-        Spots, -1 where there are fewer; the rows of `NeighborGraph.neighbors_of(spots)`.
-
-    Raises
-    ------
-    ValueError
-        As in :func:`build_graph`.
+        What `neighbors_of(spots)` of the graph would return. For the other parameters and errors
+        see :func:`build_graph`.
     """
     points, labels, rows = _checked(coordinates, groups, features)
     K = _checked_K(K, len(points))
@@ -330,7 +347,9 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     points = _checked_points(f"{prefix}coordinates", coordinates)
     rows = points if features is None else _checked_points(f"{prefix}features", features)
-    labels = np.zeros(len(points), int) if groups is None else np.asarray(groups)
+    labels = np.zeros(len(points), int)
+    if groups is not None:
+        labels = np.unique(np.asarray(groups), return_inverse=True)[1]
     for name, array in ((f"{prefix}features", rows), ("groups", labels)):
         if len(array) != len(points):
             raise ValueError(

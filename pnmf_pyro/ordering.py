@@ -10,46 +10,36 @@ a place is then within a factor of sqrt(2) of the exact one, and the cost is nea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
+from torch import Tensor
 
 EXACT_UP_TO = 4000
 EXACT_PICKS = 500
+# Spots from which distances between groups are estimated.
+SAMPLED = 1000
+
+Covariance = Callable[[Tensor, Tensor], Tensor]
 
 
-def max_min_order(
-    points: np.ndarray, labels: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def max_min_order(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Order points so that each is far from all before it; see the module.
 
     Parameters
     ----------
     points : ndarray of shape (N, p)
-    labels : ndarray of int, shape (N,), optional
-        Groups, each ordered by itself; distance decides between them.
 
     Returns
     -------
     order : ndarray of int64, shape (N,)
     distance : ndarray of shape (N,)
-        Of each place in the order, to the nearest point before it within its group; inf for the
-        first, 0 for a point that has been before.
+        Of each place in the order, to the nearest point before it; inf for the first, 0 for a
+        point that has been before.
     """
-    labels = np.zeros(len(points), int) if labels is None else labels
-    parts = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        order, distance = _order_one_group(points[members])
-        parts.append((members[order], distance))
-    order, distance = (np.concatenate(part) for part in zip(*parts, strict=True))
-    merged = np.argsort(-distance, kind="stable") if len(parts) > 1 else slice(None)
-    return order[merged], distance[merged]
-
-
-def _order_one_group(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     N = len(points)
     order, radii, distance = _farthest_points(points, N if N <= EXACT_UP_TO else EXACT_PICKS)
     placed = np.zeros(N, bool)
@@ -70,6 +60,51 @@ def _order_one_group(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             found, _ = tree_query(cKDTree(points[picks]), points[remaining], 1)
             distance[remaining] = np.minimum(distance[remaining], found[:, 0])
     return np.concatenate(orders), np.concatenate(all_radii)
+
+
+def group_embedding(
+    points: np.ndarray, labels: np.ndarray, rows: np.ndarray, covariance: Covariance
+) -> np.ndarray:
+    """Place groups at points of further dimensions, as far apart as the covariance says they are.
+
+    Two groups are c apart where a pair of spots of both, r from each other in space, has the
+    covariance that two spots of one group have at sqrt(r^2 + c^2); taken from the nearest such
+    pairs among `SAMPLED` spots. Max-min ordering of points with these dimensions orders groups
+    together where they share their field, and each by itself where they do not.
+
+    Parameters
+    ----------
+    points : ndarray of shape (N, p)
+    labels : ndarray of int, shape (N,)
+        0 to G - 1, each of them present.
+    rows : ndarray of shape (N, q)
+        What the covariance is a function of.
+    covariance : callable
+
+    Returns
+    -------
+    ndarray of shape (G, at most G - 1)
+    """
+    G = labels.max() + 1
+    each = max(2, SAMPLED // G)
+    members = (np.flatnonzero(labels == g) for g in range(G))
+    sample = np.concatenate([m[np.linspace(0, len(m) - 1, each).astype(int)] for m in members])
+    spots = torch.from_numpy(rows[sample])
+    values = covariance(spots, spots).detach().numpy()
+    squared = ((points[sample, None] - points[None, sample]) ** 2).sum(-1)
+    same = labels[sample, None] == labels[None, sample]
+    known = np.argsort(values[same], kind="stable")
+    equivalent = np.interp(values, values[same][known], squared[same][known])
+    shape = (G, each, G, each)
+    beyond = (equivalent - squared).reshape(shape).swapaxes(1, 2).reshape(G, G, -1)
+    near = squared.reshape(shape).swapaxes(1, 2).reshape(G, G, -1).argsort(-1)
+    nearest = np.take_along_axis(beyond, near[..., : max(1, each * each // 20)], -1)
+    apart = np.maximum(np.median(nearest, -1), 0)
+    np.fill_diagonal(apart, 0)
+    centre = np.eye(G) - 1 / G
+    strength, axes = np.linalg.eigh(-0.5 * centre @ (apart + apart.T) @ centre / 2)
+    kept = strength > 1e-9 * max(strength.max(), np.finfo(float).tiny)
+    return axes[:, kept] * np.sqrt(strength[kept])
 
 
 def _farthest_points(points: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

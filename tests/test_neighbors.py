@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pnmf_pyro import neighbors, ordering
-from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch
+from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch, order_spots
 from pnmf_pyro.ordering import max_min_order
 
 
@@ -146,15 +146,43 @@ def test_with_groups_the_kernel_says_what_is_near(a):
         np.testing.assert_allclose(np.sort(matrix[i, found])[::-1], best, rtol=1e-12)
 
 
-def test_groups_are_ordered_each_by_itself():
-    points = np.concatenate([places("plane", 50)] * 2)
-    groups = np.repeat(["a", "b"], 50)
-    order, distance = max_min_order(points, groups)
-    assert np.isinf(distance[:2]).all()
-    assert (np.diff(distance[2:]) <= 0).all()
-    alone, _ = max_min_order(points[:50])
-    np.testing.assert_array_equal(order[order < 50], alone)
-    np.testing.assert_array_equal(order[order >= 50] - 50, alone)
+def grouped(a: float, N: int = 400):
+    points = places("plane", N)
+    groups = np.random.default_rng(0).integers(3, size=N)
+    rows = np.column_stack([points, groups])
+    options = {"groups": groups, "covariance": multi_group(a=a), "features": rows}
+    return points, groups, order_spots(points, **options)
+
+
+def test_groups_that_share_their_field_are_ordered_as_one():
+    points, _, order = grouped(0.0)
+    np.testing.assert_array_equal(order, max_min_order(points)[0])
+
+
+def test_groups_that_share_nothing_are_ordered_each_by_itself():
+    points, groups, order = grouped(1e6)
+    for label in range(3):
+        own = order[groups[order] == label]
+        picked = distance_when_picked(points, own)
+        between = distances(points[own], points[own])
+        farthest = [between[i:, :i].min(1).max() for i in range(1, len(own))]
+        assert (picked[1:] >= 0.999 * np.array(farthest)).all()
+
+
+@pytest.mark.parametrize("a", [0.01, 0.2])
+def test_distance_between_groups_is_the_one_of_equal_covariance(a):
+    """With an RBF, exp(-c^2 / (2 l^2)) = v^(p / 2) at the same place."""
+    points = places("plane", 400)
+    groups = np.random.default_rng(0).integers(3, size=400)
+    rows = np.column_stack([points, groups])
+
+    def covariance(A, B):
+        v = 1 / (1 + a * (A[..., :, None, 2] != B[..., None, :, 2]).double())
+        return v * torch.exp(-v * torch.cdist(A[..., :2], B[..., :2]).square() / (2 * 0.3**2))
+
+    embedding = ordering.group_embedding(points, groups, rows, covariance)
+    apart = distances(embedding, embedding)[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(apart, 0.3 * np.sqrt(2 * np.log(1 + a)), rtol=0.1)
 
 
 def test_probabilistic_neighbours_are_seeded_predecessors():
