@@ -246,9 +246,13 @@ class VecchiaFactor:
     def _copy(self) -> VecchiaFactor:
         """Share the matrices and their solvers, and nothing that depends on variances."""
         other = copy.copy(self)
+        other._solvers = self._solvers
         for cached in ("log_determinant", "precision_diagonal"):
             other.__dict__.pop(cached, None)
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_solvers": []}  # SuperLU's objects cannot be pickled
 
     @cached_property
     def log_determinant(self) -> np.ndarray:

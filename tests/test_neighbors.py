@@ -169,6 +169,20 @@ def test_groups_that_share_nothing_are_ordered_each_by_itself():
         assert (picked[1:] >= 0.999 * np.array(farthest)).all()
 
 
+@pytest.mark.usefixtures("approximate")
+@pytest.mark.parametrize("a", [0.0, 0.1, 1e6])
+def test_approximate_order_with_groups(a):
+    points, groups, order = grouped(a, 150)
+    assert sorted(order) == list(range(150))
+    rows = np.column_stack([points, groups])
+    apart = ordering.group_embedding(points, groups, rows, multi_group(a=a))
+    embedded = np.column_stack([points, apart[groups]])
+    between = distances(embedded[order], embedded[order])
+    for i in range(1, 150):
+        farthest = between[i:, :i].min(1).max()
+        assert between[i, :i].min() >= farthest / np.sqrt(2) * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("a", [0.01, 0.2])
 def test_distance_between_groups_is_the_one_of_equal_covariance(a):
     """With an RBF, exp(-c^2 / (2 l^2)) = v^(p / 2) at the same place."""

@@ -1,5 +1,8 @@
 """The Vecchia normal against dense matrices, and against the exact process where K = N - 1."""
 
+import copy
+import pickle
+
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -366,6 +369,21 @@ def test_batch_shape_is_fixed(sparse):
         p.expand((5, 2))
 
 
+def test_copies_solve_like_the_original(sparse):
+    _, factor, _ = sparse
+    x = np.random.default_rng(0).normal(size=(2, 60))
+    expected = factor.solve(x)
+    for other in (
+        copy.deepcopy(factor),
+        pickle.loads(pickle.dumps(factor)),
+        factor.rescaled([3, 4]),
+    ):
+        np.testing.assert_array_equal(other.solve(x), expected)
+    np.testing.assert_allclose(
+        factor.rescaled([3, 4]).precision(x).T, factor.precision(x).T / [3, 4]
+    )
+
+
 # hard cases and errors
 
 
@@ -511,6 +529,16 @@ def test_best_diagonal_of_a_diagonal_q(sparse):
             changed = d.copy()
             changed[i] *= factor_
             assert dense_kl(np.zeros(60), np.diag(changed), 0.0, np.linalg.inv(A)) > best
+
+
+def test_marginal_variances(sparse):
+    """120 relative errors of sd at most sqrt(2 / 4000); P(false alarm) < 1e-6."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    found = VecchiaPosterior(factor).marginal_variances(h, 4000, 0, tolerance=1e-3)
+    A = np.linalg.inv(covariance) + np.stack([np.diag(one) for one in h])
+    expected = np.linalg.inv(A).diagonal(axis1=1, axis2=2)
+    np.testing.assert_allclose(found, expected, rtol=6 * np.sqrt(2 / 4000))
 
 
 def test_smooth_part_and_diagonal_make_the_posterior_covariance(sparse):
