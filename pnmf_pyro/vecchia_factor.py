@@ -28,8 +28,8 @@ from torch import Tensor
 
 from pnmf_pyro.neighbors import Covariance, NeighborGraph
 
-# Numbers in the K x K matrices worked on at once: 32 MB for each of about four copies.
-BLOCK = 1 << 22
+# Numbers in the K x K matrices worked on at once: 2 MB, which a cache holds.
+BLOCK = 1 << 18
 # Relative to the variance: what is added to the diagonal where a conditional variance falls below
 # the first of these, and how far it may grow before that is an error.
 JITTERS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
