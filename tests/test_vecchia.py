@@ -361,12 +361,18 @@ def test_divergence_has_no_rule_for_other_shapes(sparse):
         kl_divergence(Independent(Laplace(torch.zeros(2, 60), 1.0), 1), VecchiaNormal(sparse[1]))
 
 
-def test_batch_shape_is_fixed(sparse):
-    p = VecchiaNormal(sparse[1])
+def test_repetitions(sparse):
+    p = VecchiaNormal(sparse[1], torch.tensor([[1.0], [2.0]]))
     assert (p.batch_shape, p.event_shape) == ((2,), (60,))
-    assert p.expand((2,)) is p
-    with pytest.raises(ValueError, match=r"batch shape \(2,\).*cannot take \(5, 2\)"):
-        p.expand((5, 2))
+    repeated = p.expand((5, 2))
+    torch.manual_seed(0)
+    draws = repeated.sample((3,))
+    torch.manual_seed(0)
+    assert torch.equal(draws, p.sample((3, 5)))
+    np.testing.assert_allclose(repeated.log_prob(draws), p.log_prob(draws))
+    assert repeated.mean.shape == (5, 2, 60)
+    with pytest.raises(ValueError, match=r"batch shape \(2,\).*cannot take \(5, 1\)"):
+        p.expand((5, 1))
 
 
 def test_copies_solve_like_the_original(sparse):

@@ -106,19 +106,22 @@ class VecchiaNormal(TorchDistribution):
         super().__init__(shape[:1], shape[1:], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> VecchiaNormal:
-        """Return the distribution itself, which has as many components as its factor.
+        """Return independent repetitions, of batch shape (..., L).
 
         Raises
         ------
         ValueError
-            For another batch shape.
+            For a batch shape that does not end with the number of components.
         """
-        if torch.Size(batch_shape) != self.batch_shape:
+        shape = torch.Size(batch_shape)
+        if shape[-1:] != (self.factor.L,):
             raise ValueError(
-                f"VecchiaNormal has batch shape {tuple(self.batch_shape)}, one for each component "
-                f"of its factor, and cannot take {tuple(batch_shape)}; see VecchiaFactor.rescaled."
+                f"VecchiaNormal has batch shape ({self.factor.L},), one for each component of its "
+                f"factor, and cannot take {tuple(shape)}; see VecchiaFactor.rescaled."
             )
-        return self
+        repeated = VecchiaNormal(self.factor, self.loc)
+        repeated._batch_shape = shape
+        return repeated
 
     @property
     def conditional_variance(self) -> Tensor:
@@ -127,8 +130,8 @@ class VecchiaNormal(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean, (L, N)."""
-        return self.loc
+        """Mean, of shape batch_shape + (N,)."""
+        return self.loc.expand(self._extended_shape())
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw loc + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + (L, N)."""
