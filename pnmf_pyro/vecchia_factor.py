@@ -297,9 +297,19 @@ class VecchiaFactor:
         variances = self.variances if x.ndim == 2 else self.variances[..., None]
         return self.multiply_transposed(self.multiply(x) / variances)
 
-    def rows(self, spots: Any) -> list[Any]:
-        """Return the rows of I - B for some spots, as CSR matrices on vectors in the ordering."""
-        return [A[self.graph.position[np.asarray(spots)]] for A in self.matrices]
+    def rows(self, spots: Any) -> tuple[np.ndarray, list[Any]]:
+        """Return the rows of I - B for n spots, and which m spots they combine.
+
+        Returns
+        -------
+        combined : ndarray of int64, shape (m,)
+        matrices : list of 1 or L CSR matrices of shape (n, m)
+        """
+        parts = [A[self.graph.position[np.asarray(spots)]] for A in self.matrices]
+        used, columns = np.unique(parts[0].indices, return_inverse=True)
+        shape = (parts[0].shape[0], len(used))
+        matrices = [sp.csr_matrix((A.data, columns, A.indptr), shape=shape) for A in parts]
+        return self.graph.order[used], matrices
 
     def _each(self, operation: Operation, matrices: Sequence[Any], x: Any) -> np.ndarray:
         x = np.asarray(x, dtype=np.float64)[:, self._into]

@@ -72,12 +72,15 @@ def residuals(factor: VecchiaFactor, x: Tensor, spots: Any = None) -> Tensor:
     -------
     Tensor of shape (L, n) or (L, n, R), float64
     """
-    order = torch.from_numpy(factor.graph.order).to(x.device)
-    matrices = factor.matrices if spots is None else factor.rows(spots)
-    product = _Product.apply(x.index_select(1, order), matrices)
     if spots is not None:
-        return product
-    return product.index_select(1, torch.from_numpy(factor.graph.position).to(x.device))
+        combined, matrices = factor.rows(spots)
+        return _Product.apply(x.index_select(1, torch.from_numpy(combined).to(x.device)), matrices)
+    order, position = (
+        torch.from_numpy(index).to(x.device)
+        for index in (factor.graph.order, factor.graph.position)
+    )
+    product = _Product.apply(x.index_select(1, order), factor.matrices)
+    return product.index_select(1, position)
 
 
 class VecchiaNormal(TorchDistribution):
@@ -182,9 +185,9 @@ def kl_terms(
     take = slice(None) if spots is None else torch.as_tensor(np.asarray(spots), device=device)
     variance = p.conditional_variance.to(device)[:, take]
     precision = torch.from_numpy(p.factor.precision_diagonal).to(device)[:, take]
-    deviation = (mean - p.loc.to(device))[..., None].double()
-    columns = deviation if low_rank is None else torch.cat([deviation, low_rank.double()], -1)
-    squares = residuals(p.factor, columns, spots).square().sum(-1)
+    squares = residuals(p.factor, mean - p.loc.to(device), spots).square()
+    if low_rank is not None:
+        squares = squares + residuals(p.factor, low_rank, spots).square().sum(-1)
     own = diagonal[:, take].double()
     terms = precision * own + squares / variance - 1 + variance.log() - own.log()
     if low_rank is not None:
