@@ -27,7 +27,7 @@ Measured: an error of 1% after 5 to 9 steps, whatever N, the lengthscale and h f
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -273,14 +273,15 @@ class VecchiaPosterior:
 
     @cached_property
     def _levels(self) -> list[tuple[int, list[Any], np.ndarray]]:
-        """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards; nothing is copied."""
-        D = 1 / self._ordered.variances
-        squares = [A.power(2) for A in self.factor.matrices]
-        levels = []
-        for M in self._sizes:
-            diagonal = on_components(lambda A, x: A.T @ x, _leading(squares, M), D[:, :M])
-            levels.append((M, _leading(self.factor.matrices, M), diagonal))
-        return levels
+        """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
+        matrices, D = self.factor.matrices, 1 / self._ordered.variances
+        diagonal, levels, start = np.zeros_like(D), [], 0
+        for M in reversed(self._sizes):
+            added = partial(_squared_rows_transposed, start, M)
+            diagonal = diagonal + on_components(added, matrices, D[:, start:M])
+            levels.append((M, _leading(matrices, M), diagonal[:, :M]))
+            start = M
+        return levels[::-1]
 
 
 class _Preconditioner:
@@ -319,6 +320,11 @@ def _ritz(basis: np.ndarray, product: np.ndarray, d: np.ndarray) -> tuple[np.nda
 
 def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return weights if x.ndim == 2 else weights[..., None]
+
+
+def _squared_rows_transposed(start: int, stop: int, A: Any, x: np.ndarray) -> np.ndarray:
+    """sum_i A_ij^2 x_i over rows from start to stop."""
+    return A[start:stop].power(2).T @ x
 
 
 def _leading(matrices: list[Any], M: int) -> list[Any]:

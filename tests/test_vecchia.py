@@ -515,12 +515,12 @@ def test_posterior_draws_have_the_covariance(sparse):
     """Largest error of 1,830 covariances in sds of an estimate; P(false alarm) < 1e-6."""
     _, factor, covariance = sparse
     h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
-    draws = VecchiaPosterior(factor).sample(h, 4000, random_state=0, tolerance=1e-3)
+    draws = VecchiaPosterior(factor).sample(h, 2000, random_state=0, tolerance=1e-3)
     for l in range(2):
         C = np.linalg.inv(np.linalg.inv(covariance[l]) + np.diag(h[l]))
         deviation = np.sqrt(np.diag(C))
-        error = (draws[l] @ draws[l].T / 4000 - C) / np.outer(deviation, deviation)
-        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 4000)
+        error = (draws[l] @ draws[l].T / 2000 - C) / np.outer(deviation, deviation)
+        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 2000)
 
 
 def test_best_diagonal_of_a_diagonal_q(sparse):
@@ -538,27 +538,27 @@ def test_best_diagonal_of_a_diagonal_q(sparse):
 
 
 def test_marginal_variances(sparse):
-    """120 relative errors of sd at most sqrt(2 / 4000); P(false alarm) < 1e-6."""
+    """120 relative errors of sd at most sqrt(2 / 2000); P(false alarm) < 1e-6."""
     _, factor, covariance = sparse
     h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
-    found = VecchiaPosterior(factor).marginal_variances(h, 4000, 0, tolerance=1e-3)
+    found = VecchiaPosterior(factor).marginal_variances(h, 2000, 0, tolerance=1e-3)
     A = np.linalg.inv(covariance) + np.stack([np.diag(one) for one in h])
     expected = np.linalg.inv(A).diagonal(axis1=1, axis2=2)
-    np.testing.assert_allclose(found, expected, rtol=6 * np.sqrt(2 / 4000))
+    np.testing.assert_allclose(found, expected, rtol=6 * np.sqrt(2 / 2000))
 
 
 def test_smooth_part_and_diagonal_make_the_posterior_covariance(sparse):
     """In expectation A^-1 + diag(d) A diag(d) / 4; P(false alarm) < 1e-6 as above."""
     _, factor, covariance = sparse
     h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
-    V = VecchiaPosterior(factor).smooth_part(h, 4000, 0, tolerance=1e-3)
+    V = VecchiaPosterior(factor).smooth_part(h, 2000, 0, tolerance=1e-3)
     for l in range(2):
         A = np.linalg.inv(covariance[l]) + np.diag(h[l])
         D = np.diag(1 / np.diag(A))
         expected = np.linalg.inv(A) - D + D @ A @ D / 4
         deviation = np.sqrt(np.diag(expected))
         error = (V[l] @ V[l].T - expected) / np.outer(deviation, deviation)
-        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 4000)
+        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 2000)
 
 
 def test_best_part_raises_the_bound_most(sparse):
