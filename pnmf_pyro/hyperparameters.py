@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class HyperparameterSearch:
     random: np.random.RandomState
 
     def __post_init__(self) -> None:
-        self.prior: Any = self.model.prior
+        self.prior = cast(Any, self.model.prior)
         self.kernel: SpatialKernel = self.prior.kernel
         self.places: Places = self.prior.places
         N = len(self.places)

@@ -344,7 +344,9 @@ class Parameters(BaseEstimator):
         Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
         optimiser has what they leave.
         """
+        shared_q = not isinstance(model.prior, GaussianPrior)
         noisy_q = mode != "lower-bound" or self.y_batch_size is not None
+        noisy_q = noisy_q or (self.batch_size is not None and shared_q)
         for_q = for_W = Decreasing() if noisy_q else Constant()
         if self.batch_size is not None:  # each batch sees W anew: average over many of them
             for_W = Decreasing(delay=100.0)

@@ -25,6 +25,9 @@ from pnmf_pyro.priors.base import Draws, Prior
 
 CHOLESKY_MODES = ("exp", "softplus")
 
+# Places up to which what u leaves is drawn jointly, at a cost of the third power of their number.
+JOINTLY = 2000
+
 
 class _NaturalInducing(nn.Module):
     """q(u) in natural parameters theta1 (L, M) and theta2 (L, M, M)."""
@@ -199,8 +202,7 @@ class SVGP(Prior):
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
         """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
-        u = self._posterior().sample((n_draws,))
-        return lambda index: self._given(u, self._design(index)).to(self.dtype)
+        return self.at(self.places).draws(n_draws)
 
     def at(self, places: Places) -> FieldAt:
         """Return q(F) at other places."""
@@ -272,6 +274,17 @@ class SVGP(Prior):
         """Mean of F given u (..., L, M), of shape (..., L, n)."""
         return self.mean[:, None] + (A.mT @ u[..., None])[..., 0]
 
+    def _jointly(self, u: Tensor, places: Places) -> Tensor:
+        """Draws of F at places given draws of u (E, L, M), of shape (E, L, n)."""
+        A, rest = self._design_at(places)
+        if len(places) > JOINTLY:
+            return self._given(u, (A, rest)).to(self.dtype)
+        covariance = self.kernel(places, places) - A.mT @ A
+        covariance.diagonal(dim1=-2, dim2=-1).copy_(rest)
+        level = self._level(u, A)
+        tril = jittered_cholesky(covariance, self.jitter, "places")
+        return (level + (tril @ torch.randn_like(level)[..., None])[..., 0]).to(self.dtype)
+
     def _given(self, u: Tensor, design: tuple[Tensor, Tensor]) -> Tensor:
         A, rest = design
         level = self._level(u, A)
@@ -307,12 +320,13 @@ class FieldAt:
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
-        """Return a function from the numbers of places to draws of q(F), (n_draws, L, n)."""
-        prior = self.prior
-        u = prior._posterior().sample((n_draws,))
-        return lambda index: prior._given(u, prior._design_at(self.places.take(index))).to(
-            prior.dtype
-        )
+        """Return a function from the numbers of places to draws of q(F), (n_draws, L, n).
+
+        Up to `JOINTLY` places that are asked for together are drawn jointly in full; beyond, and
+        between calls, they share u.
+        """
+        u = self.prior._posterior().sample((n_draws,))
+        return lambda index: self.prior._jointly(u, self.places.take(index))
 
 
 def _family(L: int, M: int, cholesky_mode: str, diagonal_only: bool, natural: bool) -> Any:
