@@ -80,13 +80,37 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     shuffle : bool
         Visit samples and features in a new random order in each pass.
     spatial : bool
-        Smooth factors over space. This version does not have spatial priors yet: true is an error.
-    local, kernel, multigroup, num_inducing, lengthscale, sigma, group_diff_param, jitter
-        Of spatial models.
-    train_lengthscale, cholesky_mode, diagonal_only, inducing_allocation
-        Of spatial models.
+        Make the log-factors Gaussian-process fields over the coordinates given to :meth:`fit`.
+    local : bool
+        Condition each place on its neighbours rather than on inducing points. This version does not
+        have it yet: true is an error, and `K`, `precompute_knn` and `neighbors` wait for it.
+    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}
+        Correlation of a field over distance.
+    multigroup : bool
+        Fields of several groups that are alike as far as `group_diff_param` says.
+    num_inducing : int
+        Inducing points; all distinct places where there are no more.
+    lengthscale : float
+        Of the kernel, in the unit of the coordinates. With `train_lengthscale` the search starts
+        from the spacing and the extent of the places instead.
+    sigma : float
+        Standard deviation of a field.
+    group_diff_param : float
+        0 for one field for all groups; the larger, the less they share.
+    jitter : float
+        Added to the diagonal of a covariance, relative to its mean; it grows, with a warning,
+        where a factorisation fails.
+    train_lengthscale, train_sigma, train_group_diff_param : bool
+        Learn one value for each component, see
+        :class:`~pnmf_pyro.hyperparameters.HyperparameterSearch`.
+    cholesky_mode : {'exp', 'softplus'}
+        How the diagonal of the Cholesky factor of q(u) stays positive, in standard training.
+    diagonal_only : bool
+        Independent inducing values in q(u), in standard training.
+    inducing_allocation : {'proportional', 'equal', 'derived'}
+        How groups share inducing points, see :func:`~pnmf_pyro.inducing.inducing_points`.
     K, precompute_knn, neighbors
-        Of spatial models.
+        Of `local`.
     scale_ll_D : bool
         Scale the likelihood of a batch of features to that of all features.
     scale_kl_NM : bool
@@ -96,7 +120,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         value that maximises the ELBO.
     warm_up : bool
         Begin with `lower-bound` steps until they have settled to within 10 `tol`, for up to
-        `max_iter` iterations of their own, before those of `mode`.
+        `max_iter` iterations of their own, before those of `mode`. A spatial model begins with
+        factors that know no space.
+    kl_weight : float
+        Factor on the divergence from the prior while training; `elbo_` is with 1.
+    criterion : {'leave-one-out', 'elbo'}
+        What learned hyperparameters of fields are judged by.
+    group_distances : array-like of shape (n_groups, n_groups), optional
+        Distances between groups in sorted order; 1 between any two unless given.
 
     Attributes
     ----------
@@ -113,6 +144,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ELBO at each step; those of a warm-up are of its own, lower bound.
     n_iter_ : int
         Number of steps taken.
+    groups_ : list or None
+        Names of the groups of a multi-group model, in sorted order.
     model_ : PoissonFactorization
         The Pyro model and guide, fitted.
 
@@ -148,8 +181,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
             Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
         y : ignored
-        coordinates, groups : array-like, optional
-            For spatial models; an error otherwise.
+        coordinates : array-like of shape (n_samples, p), optional
+            Needed by spatial models, an error otherwise; in any unit and number of dimensions.
+        groups : array-like of shape (n_samples,), optional
+            Needed by multi-group models, an error otherwise; numbers, strings or categories.
         return_history : bool
             Return (history, self), where history is the list of ELBO values.
         callback : callable, optional
