@@ -31,6 +31,8 @@ def growth(measured: list[dict[str, Any]], path: Path) -> None:
         x, y = ([one[key] for one in found] for key in (name, "median_seconds"))
         ax.loglog(x, y, "o-")
         ax.loglog(x, y[-1] * np.asarray(x) / x[-1], ":", color="grey")
+        ax.set_xticks(x, [f"{value:.2g}".replace("e+0", "e") for value in x])
+        ax.minorticks_off()
         ax.set_xlabel(label)
     axes[0].set_ylabel("seconds of a natural step")
     figure.savefig(path, dpi=120)

@@ -15,13 +15,13 @@ from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
 from pnmf_pyro.distributions import PoissonFactors
-from pnmf_pyro.inducing import inducing_points
 from pnmf_pyro.initialization import initialize_factors
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.parameters import Parameters, Space
+from pnmf_pyro.parameters import Parameters
 from pnmf_pyro.persistence import read_archive, write_archive
-from pnmf_pyro.places import GroupCodes, Places, check_coordinates, check_extent, warn_lengthscale
+from pnmf_pyro.places import GroupCodes, Places, check_coordinates
 from pnmf_pyro.random_state import check_random_state, torch_generator
+from pnmf_pyro.space import check_space, refuse_places, saved_space
 from pnmf_pyro.training import evaluate_elbo, train
 from pnmf_pyro.transforms import get_factors
 from pnmf_pyro.validation import check_array, check_callback, check_device
@@ -213,7 +213,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         counts = self._check_counts(X, reset=True)
         s = check_size_factors(size_factors, counts.shape[0], counts)
         random = check_random_state(self.random_state)
-        space = self._check_space(coordinates, groups, counts.shape[0], random)
+        space = check_space(self, coordinates, groups, counts.shape[0], random)
         start = self._start(counts, s, random)
         model = self._empty_model(counts.shape[::-1], counts.dtype, s, space).to(counts.device)
         stages = self._stages(model, counts, random)
@@ -297,7 +297,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         check_is_fitted(self)
         if self.spatial:
             return self._predict(coordinates, groups, size_factors)
-        _refuse_places(coordinates, groups)
+        refuse_places(coordinates, groups)
         counts, loadings, s = self._new_data(X, size_factors)
         factors = factors_given_loadings(counts, loadings, s, max_iter=max(self.max_iter, 200))
         return factors.cpu().numpy()
@@ -362,7 +362,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         check_is_fitted(self)
         counts, loadings, s = self._new_data(X, size_factors)
         if not self.spatial:
-            _refuse_places(coordinates, groups)
+            refuse_places(coordinates, groups)
             prior: Any = self.model_.prior
             return held_out_bound(counts, loadings, s, prior.scale_pf) / counts.shape[0]
         with torch.no_grad():
@@ -388,7 +388,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         """
         prior: Any = self.model_.prior
         if not self.spatial:
-            _refuse_places(coordinates, groups)
+            refuse_places(coordinates, groups)
         if self.groups_ is None and groups is not None:
             raise ValueError("groups are for models with multigroup=True; leave them out.")
         coordinates = check_coordinates(
@@ -447,7 +447,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         }
         shape = (len(state["W._raw"]), header["n_samples"])
         self.groups_ = header["groups"]
-        space = _space_of(state, self.groups_)
+        space = saved_space(state, self.groups_)
         model = self._empty_model(shape, state["W._raw"].dtype, state.get("size_factors"), space)
         model.load_state_dict(state)
         self.n_features_in_ = model.D
@@ -469,34 +469,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         tags.input_tags.positive_only = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-    def _check_space(
-        self, coordinates: Any, groups: Any, n_samples: int, random: np.random.RandomState
-    ) -> Space | None:
-        """Check where the samples are; None for a model that is not spatial."""
-        if not self.spatial:
-            _refuse_places(coordinates, groups)
-            return None
-        if self.local:
-            raise ValueError(
-                "local=True is not available in this version: locally conditioned priors (LCGP) "
-                "are still to come. Use local=False, which works through inducing points."
-            )
-        if groups is not None and not self.multigroup:
-            raise ValueError(
-                "groups are used by models with multigroup=True, and multigroup=False. Set it, or "
-                "leave groups out to treat all samples as one group."
-            )
-        codes = GroupCodes.of(groups, n_samples) if self.multigroup else None
-        places = Places(
-            check_coordinates(coordinates, n_samples),
-            None if codes is None else codes.encode(groups, n_samples),
-        )
-        check_extent(places)
-        if not self.train_lengthscale:
-            warn_lengthscale(self.lengthscale, places)
-        inducing = inducing_points(places, self.num_inducing, self.inducing_allocation, random)
-        return Space(places, inducing, codes)
 
     def _check_counts(self, X: Any, reset: bool) -> Counts:
         if isinstance(X, torch.Tensor):
@@ -532,25 +504,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         self.model_ = model
         self.components_ = np.ascontiguousarray(model.W.numpy().T)
         self.n_components_ = self.n_components
-
-
-def _refuse_places(coordinates: Any, groups: Any) -> None:
-    if coordinates is not None or groups is not None:
-        raise ValueError(
-            "coordinates and groups are used by spatial models only, and spatial=False. "
-            "Leave them out, or set spatial=True."
-        )
-
-
-def _space_of(state: dict[str, torch.Tensor], groups: list[Any] | None) -> Space | None:
-    """Where the samples of a saved model are."""
-    if "prior.place_coordinates" not in state:
-        return None
-    places, inducing = (
-        Places(state[f"prior.{name}_coordinates"], state.get(f"prior.{name}_groups"))
-        for name in ("place", "inducing")
-    )
-    return Space(places, inducing, None if groups is None else GroupCodes(groups))
 
 
 def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:

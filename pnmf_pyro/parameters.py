@@ -36,9 +36,10 @@ from pnmf_pyro.optimizers import (
     Plateau,
     Schedule,
 )
-from pnmf_pyro.places import GroupCodes, Places, typical_lengthscale
+from pnmf_pyro.places import typical_lengthscale
 from pnmf_pyro.priors import SVGP, GaussianPrior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
+from pnmf_pyro.space import Space
 from pnmf_pyro.training import Convergence
 from pnmf_pyro.validation import DEVICES
 
@@ -69,23 +70,6 @@ class Stage:
     convergence: Convergence
     monotone: bool
     prepare: Callable[[], None] = lambda: None
-
-
-@dataclass
-class Space:
-    """Where the samples of a spatial model are.
-
-    Attributes
-    ----------
-    places : Places of shape (N,)
-    inducing : Places of shape (M,)
-    groups : GroupCodes or None
-        Names of the groups of a multi-group model.
-    """
-
-    places: Places
-    inducing: Places
-    groups: GroupCodes | None
 
 
 class Parameters(BaseEstimator):

@@ -76,7 +76,7 @@ def fit(
     >>> model.components_.shape
     (2, 20)
     """
-    chosen = {**(RECIPE if coords is None else _spatial(X.shape[0], groups)), **parameters}
+    chosen = {**(RECIPE if coords is None else _spatial(len(coords), groups)), **parameters}
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)

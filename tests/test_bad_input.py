@@ -90,9 +90,7 @@ def test_absent_device():
         PNMF(2, device="cuda").fit(X)
 
 
-def test_spatial_is_still_to_come():
-    with pytest.raises(ValueError, match="spatial=True is not available"):
-        PNMF(2, spatial=True).fit(X, coordinates=np.zeros((20, 2)))
+def test_places_need_a_spatial_model():
     with pytest.raises(ValueError, match="spatial=False"):
         PNMF(2).fit(X, coordinates=np.zeros((20, 2)))
 

@@ -30,6 +30,7 @@ ORDER = (
     "persistence",
     "initialization",
     "inducing",
+    "space",
     "priors.base",
     "priors.gaussian",
     "priors.svgp",

@@ -99,14 +99,15 @@ def test_posterior_quantities_need_little_more_than_their_output(wide):
 def test_blocks_are_small_and_together_are_all_samples(wide):
     prior, sizes = wide.prior, []
 
-    def mean(q):
-        sizes.append(q.loc.shape[1])
-        return q.loc
+    def mean(index):
+        loc = prior.marginal(index).loc
+        sizes.append(loc.shape[1])
+        return loc
 
     found = by_samples(prior, mean, return_tensor=True)
     assert len(sizes) > 1
     assert max(sizes) * 5 <= BLOCK_ENTRIES
     assert torch.equal(found, prior.mean.detach().T)
-    repeated = by_samples(prior, lambda q: mean(q).expand(7, *q.loc.shape), False, (7,))
+    repeated = by_samples(prior, lambda index: mean(index).expand(7, -1, -1), False, (7,))
     assert repeated.shape == (7, 300_000, 5)
     np.testing.assert_array_equal(repeated[3], found)

@@ -52,9 +52,8 @@ def test_fit_reaches_a_higher_bound_than_adam(counts):
 def test_the_warm_up_comes_before_the_tighter_bound(counts):
     model = pnmf_pyro.fit(counts, n_components=3)
     lower = PNMF(3, **{**RECIPE, "mode": "lower-bound"}).fit(counts)
-    shared = np.flatnonzero(np.diff(model.history_) < 0)[0]
-    assert shared >= 20
-    np.testing.assert_array_equal(model.history_[:shared], lower.history_[:shared])
+    together = zip(model.history_, lower.history_, strict=False)
+    assert next(i for i, (mine, its) in enumerate(together) if mine != its) >= 20
     assert model.elbo_ > lower.elbo_
 
 

@@ -52,7 +52,7 @@ def test_tensors_on_request_and_errors_before_fit(function, fitted):
 
 
 def test_coordinates_are_for_spatial_models(fitted):
-    with pytest.raises(ValueError, match="not spatial"):
+    with pytest.raises(ValueError, match="spatial models only"):
         T.log_factors(fitted, coordinates=np.zeros((80, 2)))
 
 
