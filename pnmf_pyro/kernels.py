@@ -1,7 +1,7 @@
 r"""Covariance of a field between two places: kernels of `pyro.contrib.gp`, alone or over groups.
 
-With r = |x - x'|, the kernels are sigma^2 kappa(r / lengthscale). Between the groups g and g' of
-a multi-group field they are
+At distance r the kernels are sigma^2 kappa(r / lengthscale). Between the groups g and g' of a
+multi-group field they are
 
 .. math:: \sigma^2 v^{p/2} \kappa(\sqrt{v} r / \mathrm{lengthscale}), \qquad
     v = 1 / (1 + a d_{gg'}^2)
@@ -45,7 +45,7 @@ def correlation(name: str, distance: Tensor) -> Tensor:
 
 
 class SpatialKernel(nn.Module):
-    """sigma^2 kappa(|x - x'| / lengthscale), for one set of hyperparameters or one a component.
+    """sigma^2 kappa(r / lengthscale), for one set of hyperparameters or one a component.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Which spots a spot is conditioned on: an ordering, and K nearest predecessors in it.
 
 The Vecchia approximation (Vecchia 1988) writes the joint density of a field as a product of
-conditionals, each given at most K spots that come earlier in an ordering:
+conditionals, each given at most K spots that come earlier in an ordering::
 
     p(f) = prod_i p(f_i | f_c(i)),   c(i) among 1 ... i - 1,   |c(i)| <= K.
 

@@ -1,10 +1,10 @@
 r"""A normal whose precision is sparse by the Vecchia approximation, and divergences from it.
 
-For p = N(mu, Q^-1) with Q = (I - B)^T diag(1 / v) (I - B), r(x) = (I - B) x, and q = N(m, S),
+For p = N(mu, Q^-1) with Q = (I - B)^T diag(1 / v) (I - B), r(x) = (I - B) x, and q = N(m, S)::
 
     KL(q || p) = 1/2 [ tr(Q S) + sum_i r_i(m - mu)^2 / v_i - N + sum_i log v_i - log det S ].
 
-For S = V V^T + diag(d) with V of shape (N, R), every term is a sum over spots, linear in N:
+For S = V V^T + diag(d) with V of shape (N, R), every term is a sum over spots, linear in N::
 
     tr(Q S)   = sum_i Q_ii d_i + sum_i sum_r r_i(V_.r)^2 / v_i,
     log det S = sum_i log d_i + log det(I_R + V^T diag(1 / d) V),
@@ -276,7 +276,7 @@ def predict(
     r"""Predict a field at new places from q(f) = N(m, V V^T + diag(d)) at the spots.
 
     Given its neighbours, f* ~ N(loc + sum_k b_k (f_k - loc), v*), so that its mean is
-    loc + sum_k b_k (m_k - loc) and its variance v* + sum_k b_k^2 d_k + |sum_k b_k V_k|^2.
+    loc + sum_k b_k (m_k - loc) and its variance v* + sum_k b_k^2 d_k + (sum_k b_k V_k)^2.
 
     Parameters
     ----------

@@ -96,7 +96,7 @@ class _DiagonalInducing(nn.Module):
 
 
 class SVGP(Prior):
-    r"""F_.l = mean_l + a Gaussian process, summarised by its values at M inducing points.
+    r"""A level plus a Gaussian process, summarised by its values at M inducing points.
 
     With L_z the Cholesky factor of the covariance at the inducing points z, the field there is
     L_z u, with u ~ N(0, I) under the prior. At a place x, with A = L_z^{-1} K_{zx},
