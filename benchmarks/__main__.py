@@ -166,19 +166,18 @@ def overtake(X: Any, L: int, target: float, every: int) -> tuple[float, float, f
 def spatial(options: argparse.Namespace) -> None:
     """Deviance at held-out places of `fit(X, coords)`, and of other ways to predict there."""
     rows = [["data", "method", "mean deviance", "standard deviation over splits", "splits"]]
-    settings = dict(one.split("=") for one in options.set)
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[float]] = {}
         for train, test in list(places.splits(name, whole))[: options.repeats]:
             seconds, (deviance, model) = timed(
-                lambda train=train, test=test: places.spatial(train, test, **settings)
+                lambda train=train, test=test: places.spatial(train, test, kernel=options.kernel)
             )
             line = {"fit(X, coords)": deviance}
             line["neighbour average"] = places.neighbour_average(train, test)
             if train.groups is not None:
-                line["groups pooled"] = places.pooled(train, test, **settings)
-                line["groups apart"] = places.separately(train, test, **settings)
+                line["groups pooled"] = places.pooled(train, test, kernel=options.kernel)
+                line["groups apart"] = places.separately(train, test, kernel=options.kernel)
             prior = model.model_.prior
             learned = {k: v.tolist() for k, v in prior.kernel.hyperparameters.items()}
             report(
@@ -273,7 +272,7 @@ def main() -> None:
     parser.add_argument("--judge", choices=("training", "held-out"), default="training")
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE for `fit`")
+    parser.add_argument("--kernel", default="Matern32", help="of spatial fits")
     parser.add_argument("--data", default="digits,st_mob_rep11,simulated")
     options = parser.parse_args()
     BENCHMARKS[options.name](options)

@@ -219,13 +219,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         stages = self._stages(model, counts, random)
         stages[0].model.assign(*start)
         generator = torch_generator(random)
+        self.groups_ = None if space is None or space.groups is None else space.groups.names
         self.history_: list[float] = []
 
         def report(elbo: float) -> None:
             self.history_.append(elbo)
             iteration = len(self.history_)
             if callback is not None and iteration % callback_interval == 0:
-                self._publish(model)
+                self._publish(stage.model)
                 callback(self, iteration, elbo)
 
         for stage in stages:
@@ -244,7 +245,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
                 warn=stage is stages[-1],
                 monotone=stage.monotone,
             )
-        self.groups_ = None if space is None or space.groups is None else space.groups.names
         self._publish(model)
         self.n_iter_ = len(self.history_)
         batches = Batches(counts, self.batch_size)

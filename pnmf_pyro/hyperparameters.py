@@ -23,7 +23,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.func import functional_call
 
@@ -32,6 +31,7 @@ from pnmf_pyro.data import take
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.neighbors import nearest
 from pnmf_pyro.places import Places, extent, spacing
 
 CRITERIA = ("leave-one-out", "elbo")
@@ -96,11 +96,9 @@ def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
     codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
     chosen = judged.cpu().numpy()
     found = np.empty((len(chosen), 0), dtype=np.int64)
-    shares = (
-        [(True, NEAREST)]
-        if places.groups is None
-        else [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
-    )
+    shares = [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
+    if places.groups is None:
+        shares = shares[:1]
     for same, K in shares:
         part = np.repeat(chosen[:, None], K, 1)
         for code in np.unique(codes[chosen]):
@@ -117,7 +115,7 @@ def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
 def _nearest(points: np.ndarray, rows: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
     """The K nearest of the pool that are not the row itself, filled up by the row."""
     wanted = min(K + 1, len(pool))
-    found = pool[cKDTree(points[pool]).query(points[rows], k=wanted)[1].reshape(len(rows), wanted)]
+    found = pool[nearest(points[pool], points[rows], wanted)]
     itself = found == rows[:, None]
     order = np.argsort(itself, axis=1, kind="stable")  # the row itself to the end
     found = np.take_along_axis(found, order, 1)[:, :K]
@@ -210,7 +208,7 @@ class HyperparameterSearch:
         source : PoissonFactorization
             The model itself, or one of the same samples and loadings.
         """
-        self.y, self.noise = sites(source, self.counts)
+        self._observe(source)
         values, mean = self._best_of_grid()
         values, mean = self._descend(values, mean)
         with torch.no_grad():
@@ -240,11 +238,16 @@ class HyperparameterSearch:
         rates = PoissonFactors((loc + variance / 2).to(W.dtype), W, s)
         return -rates.log_prob(self.seen).sum() / len(self.judged)
 
-    def profile(self, lengthscales: Any) -> np.ndarray:
+    def _observe(self, source: PoissonFactorization) -> None:
+        self.y, self.noise = sites(source, self.counts)
+
+    def profile(self, source: PoissonFactorization, lengthscales: Any) -> np.ndarray:
         """Return the criterion at lengthscales shared by all components, the rest as it is.
 
         Parameters
         ----------
+        source : PoissonFactorization
+            As for :meth:`learn_from`.
         lengthscales : array-like of shape (n,)
 
         Returns
@@ -252,6 +255,7 @@ class HyperparameterSearch:
         ndarray of shape (n,)
             Negative log-likelihood in nats per sample.
         """
+        self._observe(source)
         mean = self.prior.mean
         values = dict(self.kernel.hyperparameters)
         found = []

@@ -350,6 +350,17 @@ def test_draws_are_joint():
         np.testing.assert_allclose(np.cov(one.numpy().T), expected, atol=10 * expected.max() / 200)
 
 
+def test_the_guides_field_gives_any_number_of_draws():
+    prior = assigned(N=6, L=2)
+    model, _ = factorization(prior, D=2)
+    with torch.no_grad():
+        trace = pyro.poutine.trace(model.guide).get_trace()
+        drawn = trace.nodes["F"]["fn"].sample((3,))
+    assert drawn.shape == (3, 2, 6)
+    # given u, all that is left at an inducing point is the jitter
+    torch.testing.assert_close(drawn[0], trace.nodes["F"]["value"], atol=1e-3, rtol=0)
+
+
 def test_prior_draws_have_the_kernels_covariance():
     prior = make_prior(N=5, L=1)
     model, _ = factorization(prior, D=2)

@@ -430,8 +430,7 @@ def test_learning_finds_better_hyperparameters(data, criterion):
     search = HyperparameterSearch(
         fit.model_, as_counts(X), ["lengthscale"], criterion, np.random.RandomState(0)
     )
-    search.y, search.noise = sites(fit.model_, as_counts(X))
-    profile = search.profile([0.02, float(kernel.lengthscale.median()), 50.0])
+    profile = search.profile(fit.model_, [0.02, float(kernel.lengthscale.median()), 50.0])
     assert profile.argmin() == 1
 
 
@@ -451,6 +450,18 @@ def test_learned_group_difference_tells_shared_from_separate_fields():
     apart = PNMF(2, **settings).fit(X, coordinates=flipped, groups=labels)
     a, b = (one.model_.prior.kernel.group_diff_param.median() for one in (shared, apart))
     assert a < b
+
+
+def test_a_callback_sees_the_factors_of_its_step(data):
+    seen = []
+
+    def look(model, iteration, elbo):
+        seen.append(get_factors(model))
+
+    fit = PNMF(2, **STEPS, warm_up=True)
+    fit.fit(data[0], coordinates=data[1], callback=look, callback_interval=1)
+    assert (seen[1] != seen[0]).any()
+    np.testing.assert_array_equal(seen[-1], get_factors(fit))
 
 
 def test_fit_with_coordinates_needs_no_tuning(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,49 +50,52 @@ class _NaturalInducing(nn.Module):
             self.theta2.copy_(-precision / 2)
 
 
-class _CholeskyInducing(nn.Module):
-    """q(u) in mean (L, M) and Cholesky factor of the covariance (L, M, M)."""
+class _CovarianceInducing(nn.Module, ABC):
+    """q(u) in its means and what makes its covariance, with standard deviations u_scale (L, M)."""
 
     def __init__(self, L: int, M: int, cholesky_mode: str):
         super().__init__()
         self.u_loc = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
-        self.u_below = nn.Parameter(torch.zeros(L, M, M, dtype=torch.float64))
         self.u_scale = PositiveParameter((L, M), cholesky_mode).double()
+
+    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
+        return marginals_of(q, A)
+
+    @torch.no_grad()
+    def assign(self, theta1: Tensor, precision: Tensor) -> None:
+        tril = torch.linalg.cholesky(precision)
+        self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
+        self._spread(precision, tril)
+
+    @abstractmethod
+    def _spread(self, precision: Tensor, tril: Tensor) -> None:
+        """Set the covariance from its inverse and the Cholesky factor of that, (L, M, M)."""
+
+
+class _CholeskyInducing(_CovarianceInducing):
+    """With the Cholesky factor of the covariance, (L, M, M), of which u_scale is the diagonal."""
+
+    def __init__(self, L: int, M: int, cholesky_mode: str):
+        super().__init__(L, M, cholesky_mode)
+        self.u_below = nn.Parameter(torch.zeros(L, M, M, dtype=torch.float64))
 
     def distribution(self) -> Any:
         tril = self.u_below.tril(-1) + torch.diag_embed(self.u_scale.data)
         return MultivariateNormal(self.u_loc, scale_tril=tril, validate_args=False).to_event(1)
 
-    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
-        return marginals_of(q, A)
-
-    def assign(self, theta1: Tensor, precision: Tensor) -> None:
-        tril = torch.linalg.cholesky(precision)
-        with torch.no_grad():
-            self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
-            scale = torch.linalg.cholesky(torch.cholesky_inverse(tril))
-            self.u_below.copy_(scale)
+    def _spread(self, precision: Tensor, tril: Tensor) -> None:
+        scale = torch.linalg.cholesky(torch.cholesky_inverse(tril))
+        self.u_below.copy_(scale)
         self.u_scale.assign(scale.diagonal(dim1=-2, dim2=-1))
 
 
-class _DiagonalInducing(nn.Module):
-    """q(u) of independent normals, in means and standard deviations (L, M)."""
-
-    def __init__(self, L: int, M: int, cholesky_mode: str):
-        super().__init__()
-        self.u_loc = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
-        self.u_scale = PositiveParameter((L, M), cholesky_mode).double()
+class _DiagonalInducing(_CovarianceInducing):
+    """Of independent normals, each with its conditional variance."""
 
     def distribution(self) -> Any:
         return Normal(self.u_loc, self.u_scale.data, validate_args=False).to_event(2)
 
-    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
-        return marginals_of(q, A)
-
-    def assign(self, theta1: Tensor, precision: Tensor) -> None:
-        tril = torch.linalg.cholesky(precision)
-        with torch.no_grad():
-            self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
+    def _spread(self, precision: Tensor, tril: Tensor) -> None:
         self.u_scale.assign(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
 
 
@@ -190,7 +194,7 @@ class SVGP(Prior):
         q = self._posterior()
         u = pyro.sample("u", q)
         design = self._design(batch.samples)
-        field = self._marginals(q, design, lambda n_draws: self._given(u, design))
+        field = self._marginals(q, design, lambda n: self._given(u.expand(n, -1, -1), design))
         with self.local_sites(batch, samples):
             return pyro.sample("F", field)
 
