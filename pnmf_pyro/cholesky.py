@@ -1,4 +1,4 @@
-"""Cholesky factors of covariance matrices that are nearly singular."""
+"""Cholesky factors of nearly singular covariance matrices, and what is read off a factor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 # How far the jitter may grow before a matrix is given up: times ten at each attempt.
 ATTEMPTS = 6
+
+# Columns of an inverse that are made together.
+BLOCK = 128
 
 
 def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing points") -> Tensor:
@@ -53,3 +56,23 @@ def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing p
         f"The covariance of the {what} could not be factorised even with jitter={added:g}. Check "
         "coordinates for extreme values, or pass a shorter lengthscale or a larger jitter."
     )
+
+
+def inverse_diagonal(tril: Tensor) -> Tensor:
+    """Return the diagonal of the inverse of a matrix from its lower Cholesky factor, (..., n).
+
+    It holds the squared norms of the columns of tril^{-1}, made in blocks below the diagonal:
+    n^3 / 3 operations and no second matrix.
+
+    Parameters
+    ----------
+    tril : Tensor of shape (..., n, n)
+    """
+    n = tril.shape[-1]
+    identity = torch.eye(n, BLOCK).to(tril)
+    found = []
+    for first in range(0, n, BLOCK):
+        right = identity[: n - first].expand(*tril.shape[:-2], -1, -1)
+        columns = torch.linalg.solve_triangular(tril[..., first:, first:], right, upper=False)
+        found.append(columns.square_().sum(-2))
+    return torch.cat(found, -1)[..., :n]

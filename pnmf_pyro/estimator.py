@@ -100,7 +100,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     jitter : float
         Added to the diagonal of a covariance, relative to its mean; it grows, with a warning,
         where a factorisation fails.
-    train_lengthscale, train_sigma, train_group_diff_param : bool
+    nugget : float
+        Standard deviation of what each place has for itself beside the field, in log-factors.
+    train_lengthscale, train_sigma, train_group_diff_param, train_nugget : bool
         Learn one value for each component, see
         :class:`~pnmf_pyro.hyperparameters.HyperparameterSearch`.
     cholesky_mode : {'exp', 'softplus'}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -46,10 +47,12 @@ JUDGED = 1000
 # Where the search begins: numbers of lengthscales from the spacing to the extent, and sigmas.
 GRID_LENGTHSCALES = 8
 GRID_SIGMAS = (0.5, 1.0, 2.0)
+GRID_NUGGETS = (0.01, 0.1, 0.3, 1.0)
 GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
 
 # Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
 SIGMA_BOUNDS = (0.05, 4.0)
+NUGGET_BOUNDS = (0.01, 2.0)
 GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 
 # Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
@@ -162,7 +165,8 @@ def predict_without(
     towards = towards.expand(*tril.shape[:-1], 1)
     right = torch.cat([(y[:, neighbours] - mean[:, None, None])[..., None], towards], -1)
     left, solved = torch.linalg.solve_triangular(tril, right, upper=False).unbind(-1)
-    variance = values["sigma"].square()[:, None] - solved.square().sum(-1)
+    prior = values["sigma"].square() + values["nugget"].square()
+    variance = prior[:, None] - solved.square().sum(-1)
     return mean[:, None] + (left * solved).sum(-1), variance.clamp_min(1e-10)
 
 
@@ -282,28 +286,41 @@ class HyperparameterSearch:
         return (weights * self.y).sum(1) / weights.sum(1)
 
     def _grids(self) -> dict[str, Any]:
-        low, high = self._lengthscale_bounds()
+        low, high = self._limits()["lengthscale"]
         return {
             "lengthscale": np.geomspace(2 * low, high / 5, GRID_LENGTHSCALES),
             "sigma": GRID_SIGMAS,
+            "nugget": GRID_NUGGETS,
             "group_diff_param": GRID_GROUP_DIFFERENCES,
         }
 
-    def _lengthscale_bounds(self) -> tuple[float, float]:
-        return spacing(self.places) / 2, 10 * extent(self.places)
+    def _limits(self) -> dict[str, tuple[float, float]]:
+        return {
+            "lengthscale": (spacing(self.places) / 2, 10 * extent(self.places)),
+            "sigma": SIGMA_BOUNDS,
+            "nugget": NUGGET_BOUNDS,
+            "group_diff_param": GROUP_DIFFERENCE_BOUNDS,
+        }
 
     def _best_of_grid(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Search one hyperparameter after another, the same for all components."""
+        """Search the same values for all components: one after another, or jointly what is alike.
+
+        A nugget does what a short lengthscale does as well.
+        """
         values = {k: v.clone() for k, v in self.kernel.hyperparameters.items()}
-        mean = self._start()
+        for name in self.names:
+            values[name].clamp_(*self._limits()[name])
+        mean, grids = self._start(), self._grids()
         with torch.no_grad():
-            for name in self.names:
-                tried = [
-                    {**values, name: torch.full_like(values[name], float(one))}
-                    for one in self._grids()[name]
-                ]
-                losses = [float(self.loss(one, mean)) for one in (values, *tried)]
-                values = (values, *tried)[int(np.nanargmin(losses))]
+            for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
+                names = [name for name in alike if name in self.names]
+                tried = [values]
+                for point in product(*(grids[name] for name in names)):
+                    new = zip(names, point, strict=True)
+                    shared = {k: torch.full_like(values[k], float(value)) for k, value in new}
+                    tried.append({**values, **shared})
+                losses = [float(self.loss(one, mean)) for one in tried]
+                values = tried[int(np.nanargmin(losses))]
         return values, mean
 
     def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -313,11 +330,6 @@ class HyperparameterSearch:
         (Wedderburn 1974), times a normal prior around the values that all components share: where
         there are few samples, components stay near one another.
         """
-        limits = {
-            "lengthscale": self._lengthscale_bounds(),
-            "sigma": SIGMA_BOUNDS,
-            "group_diff_param": GROUP_DIFFERENCE_BOUNDS,
-        }
         sizes = [len(values[name]) for name in self.names]
 
         def unpack(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -336,7 +348,7 @@ class HyperparameterSearch:
 
         origin = torch.cat([*(values[name].log() for name in self.names), mean])
         bounds = [
-            tuple(np.log(limits[name]))
+            tuple(np.log(self._limits()[name]))
             for name, size in zip(self.names, sizes, strict=True)
             for _ in range(size)
         ]

@@ -1,6 +1,7 @@
 r"""Covariance of a field between two places: kernels of `pyro.contrib.gp`, alone or over groups.
 
-At distance r the kernels are sigma^2 kappa(r / lengthscale). Between the groups g and g' of a
+At distance r the kernels are sigma^2 kappa(r / lengthscale), plus at r = 0 the square of a nugget:
+what a place has for itself and does not share with the next one. Between the groups g and g' of a
 multi-group field they are
 
 .. math:: \sigma^2 v^{p/2} \kappa(\sqrt{v} r / \mathrm{lengthscale}), \qquad
@@ -45,7 +46,7 @@ def correlation(name: str, distance: Tensor) -> Tensor:
 
 
 class SpatialKernel(nn.Module):
-    """sigma^2 kappa(r / lengthscale), for one set of hyperparameters or one a component.
+    """sigma^2 kappa(r / lengthscale) + nugget^2 [r = 0], for one or several components.
 
     Parameters
     ----------
@@ -54,14 +55,17 @@ class SpatialKernel(nn.Module):
         In the unit of the coordinates, and of log-factors.
     n_sets : int
         C, how many sets of hyperparameters: 1 for one that all components share, or L.
+    nugget : float
+        Standard deviation of what a place has for itself, in log-factors; 0 for none.
 
     Attributes
     ----------
-    lengthscale, sigma : Tensor of shape (C,), float64
+    lengthscale, sigma, nugget : Tensor of shape (C,), float64
     """
 
     lengthscale: Tensor
     sigma: Tensor
+    nugget: Tensor
 
     def __init__(
         self,
@@ -69,22 +73,25 @@ class SpatialKernel(nn.Module):
         lengthscale: float = 1.0,
         sigma: float = 1.0,
         n_sets: int = 1,
+        *,
+        nugget: float = 0.0,
     ):
         super().__init__()
         self.name = check_choice("kernel", name, KERNELS)
-        for word, value in (("lengthscale", lengthscale), ("sigma", sigma)):
-            check_positive(word, value)
+        check_positive("lengthscale", lengthscale)
+        check_positive("sigma", sigma)
+        for word, value in (("lengthscale", lengthscale), ("sigma", sigma), ("nugget", nugget)):
             self.register_buffer(word, torch.full((n_sets,), float(value), dtype=torch.float64))
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
-        """What may be learned, by name; each positive, of shape (C,)."""
-        return {"lengthscale": self.lengthscale, "sigma": self.sigma}
+        """What may be learned, by name; each of shape (C,)."""
+        return {"lengthscale": self.lengthscale, "sigma": self.sigma, "nugget": self.nugget}
 
     @property
     def variance(self) -> Tensor:
         """Variance of the field at any place, of shape (C,)."""
-        return self.sigma.square()
+        return self.sigma.square() + self.nugget.square()
 
     def forward(self, a: Places, b: Places) -> Tensor:
         """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
@@ -94,8 +101,10 @@ class SpatialKernel(nn.Module):
         closeness = self._closeness(a, b)
         dimensions = a.coordinates.shape[-1]
         scaled = closeness.sqrt() * distance / _before(self.lengthscale, distance)
-        height = _before(self.variance, distance) * closeness ** (dimensions / 2)
-        return height * correlation(self.name, scaled)
+        height = _before(self.sigma.square(), distance) * closeness ** (dimensions / 2)
+        here = (distance == 0) & (closeness == 1)
+        own = _before(self.nugget.square(), distance) * here
+        return height * correlation(self.name, scaled) + own
 
     def _closeness(self, a: Places, b: Places) -> Tensor:
         """Factor v of the groups of two places, broadcastable to (C, ..., n, m)."""
@@ -107,7 +116,7 @@ class MultiGroupKernel(SpatialKernel):
 
     Parameters
     ----------
-    name, lengthscale, sigma, n_sets
+    name, lengthscale, sigma, n_sets, nugget
         As for :class:`SpatialKernel`.
     group_diff_param : float
         a; the larger, the less groups share.
@@ -129,10 +138,11 @@ class MultiGroupKernel(SpatialKernel):
         sigma: float = 1.0,
         n_sets: int = 1,
         *,
+        nugget: float = 0.0,
         group_diff_param: float = 10.0,
         group_distances: Any,
     ):
-        super().__init__(name, lengthscale, sigma, n_sets)
+        super().__init__(name, lengthscale, sigma, n_sets, nugget=nugget)
         a = torch.full((n_sets,), float(group_diff_param), dtype=torch.float64)
         self.register_buffer("group_diff_param", a)
         distances = torch.as_tensor(np.asarray(group_distances, dtype=np.float64))
@@ -140,7 +150,7 @@ class MultiGroupKernel(SpatialKernel):
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
-        """What may be learned, by name; each positive, of shape (C,)."""
+        """What may be learned, by name; each of shape (C,)."""
         return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
 
     def _closeness(self, a: Places, b: Places) -> Tensor:

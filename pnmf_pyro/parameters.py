@@ -121,6 +121,8 @@ class Parameters(BaseEstimator):
         "kl_weight": [_POSITIVE],
         "train_sigma": ["boolean"],
         "train_group_diff_param": ["boolean"],
+        "nugget": [Interval(Real, 0, None, closed="left")],
+        "train_nugget": ["boolean"],
         "criterion": [StrOptions(set(CRITERIA))],
         "group_distances": ["array-like", None],
     }
@@ -174,6 +176,8 @@ class Parameters(BaseEstimator):
         kl_weight=1.0,
         train_sigma=False,
         train_group_diff_param=False,
+        nugget=0.0,
+        train_nugget=False,
         criterion="leave-one-out",
         group_distances=None,
     ):
@@ -223,6 +227,8 @@ class Parameters(BaseEstimator):
         self.kl_weight = kl_weight
         self.train_sigma = train_sigma
         self.train_group_diff_param = train_group_diff_param
+        self.nugget = nugget
+        self.train_nugget = train_nugget
         self.criterion = criterion
         self.group_distances = group_distances
 
@@ -259,6 +265,7 @@ class Parameters(BaseEstimator):
         wanted = {
             "lengthscale": self.train_lengthscale,
             "sigma": self.train_sigma,
+            "nugget": self.train_nugget,
             "group_diff_param": self.train_group_diff_param and self.multigroup,
         }
         return [name for name, learned in wanted.items() if learned and self.spatial]
@@ -314,10 +321,13 @@ class Parameters(BaseEstimator):
         n_sets = self.n_components if self._learned_hyperparameters() else 1
         common = (self.kernel, start, self.sigma, n_sets)
         if space.groups is None:
-            return SpatialKernel(*common)
+            return SpatialKernel(*common, nugget=self.nugget)
         distances = check_group_distances(self.group_distances, len(space.groups.names))
         return MultiGroupKernel(
-            *common, group_diff_param=self.group_diff_param, group_distances=distances
+            *common,
+            nugget=self.nugget,
+            group_diff_param=self.group_diff_param,
+            group_distances=distances,
         )
 
     def _steps(

@@ -30,6 +30,7 @@ SPATIAL: dict[str, Any] = {
     "spatial": True,
     "train_lengthscale": True,
     "train_sigma": True,
+    "train_nugget": True,
 }
 
 # Up to so many samples each place is an inducing point; beyond, there are this many.

@@ -17,7 +17,7 @@ def kappa(name, r):
     return np.exp(-(r**2) / 2)
 
 
-def covariance(name, x, z, lengthscale, sigma, gx=None, gz=None, a=0.0, d=None):
+def covariance(name, x, z, lengthscale, sigma, gx=None, gz=None, a=0.0, d=None, nugget=0.0):
     """Covariance between places x (n, p) and z (m, p), by two loops."""
     K = np.empty((len(x), len(z)))
     for i in range(len(x)):
@@ -25,6 +25,8 @@ def covariance(name, x, z, lengthscale, sigma, gx=None, gz=None, a=0.0, d=None):
             r = np.sqrt(((x[i] - z[j]) ** 2).sum())
             v = 1.0 if gx is None else 1 / (1 + a * d[gx[i], gz[j]] ** 2)
             K[i, j] = sigma**2 * v ** (x.shape[1] / 2) * kappa(name, np.sqrt(v) * r / lengthscale)
+            if r == 0 and (gx is None or gx[i] == gz[j]):
+                K[i, j] += nugget**2
     return K
 
 

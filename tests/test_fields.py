@@ -7,17 +7,18 @@ import torch
 from pyro.contrib.gp import kernels as pyro_kernels
 from pyro.contrib.gp.models import VariationalSparseGP
 
-from pnmf_pyro.cholesky import jittered_cholesky
+from pnmf_pyro.cholesky import inverse_diagonal, jittered_cholesky
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.distributions.fields import NaturalNormal, WhitenedPrior
+from pnmf_pyro.distributions.sites import SiteNormal
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.inducing import inducing_points
 from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing
 from pnmf_pyro.places import Places
-from pnmf_pyro.priors import SVGP
+from pnmf_pyro.priors import SVGP, svgp
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import evaluate_elbo, train
 from tests import dense_fields
@@ -71,8 +72,9 @@ def dense_prior(prior, component, x, z):
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_kernel_is_its_formula(name, p):
     a, b = scattered(5, p), scattered(4, p, seed=1)
-    found = SpatialKernel(name, 0.7, 1.5)(a, b)
-    expected = dense_fields.covariance(name, as_numpy(a)[0], as_numpy(b)[0], 0.7, 1.5)
+    b.coordinates[1] = a.coordinates[2]
+    found = SpatialKernel(name, 0.7, 1.5, nugget=0.4)(a, b)
+    expected = dense_fields.covariance(name, as_numpy(a)[0], as_numpy(b)[0], 0.7, 1.5, nugget=0.4)
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
@@ -80,9 +82,10 @@ def test_kernel_is_its_formula(name, p):
 def test_multi_group_kernel_is_its_formula_and_a_covariance(name):
     places = scattered(14, groups=3)
     d = np.array([[0, 1, 2.0], [1, 0, 1.5], [2, 1.5, 0]])
-    kernel = MultiGroupKernel(name, 0.7, 1.5, group_diff_param=2.5, group_distances=d)
+    kernel = MultiGroupKernel(name, 0.7, 1.5, nugget=0.4, group_diff_param=2.5, group_distances=d)
+    places.coordinates[1] = places.coordinates[0]
     x, g = as_numpy(places)
-    expected = dense_fields.covariance(name, x, x, 0.7, 1.5, g, g, 2.5, d)
+    expected = dense_fields.covariance(name, x, x, 0.7, 1.5, g, g, 2.5, d, nugget=0.4)
     found = kernel(places, places)[0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert np.linalg.eigvalsh(found)[0] > -1e-8
@@ -252,7 +255,7 @@ def trained(model, counts, objective, optimizers, max_iter, monotone=False):
 
 def test_a_natural_step_of_size_one_is_the_closed_form():
     """precision_u = I + A diag(h) A^T, h = s (sum_j W_jl) E exp F."""
-    prior = assigned(N=10, M=6)
+    prior = assigned(N=12, M=6)
     model, counts = factorization(prior)
     with torch.no_grad():
         q = prior.marginal()
@@ -270,6 +273,92 @@ def test_a_natural_step_of_size_one_is_the_closed_form():
         warn=False,
     )
     torch.testing.assert_close(-2 * prior.q.theta2.detach(), expected.detach())
+
+
+def by_sites_and_densely():
+    """The same q(u), in sites and in natural parameters."""
+    generator = torch.Generator().manual_seed(3)
+    A = torch.randn(2, 4, 7, dtype=torch.float64, generator=generator)
+    shift = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    w = torch.rand(2, 7, dtype=torch.float64, generator=generator) + 0.1
+    precision = torch.eye(4, dtype=torch.float64) + (A * w[:, None]) @ A.mT
+    dense = NaturalNormal((A @ shift[..., None])[..., 0].requires_grad_(), -precision / 2)
+    dense.theta2.requires_grad_()
+    return SiteNormal(shift.requires_grad_(), w.requires_grad_(), A, A.mT @ A), dense
+
+
+def test_sites_are_another_form_of_natural_parameters():
+    q, dense = by_sites_and_densely()
+    torch.testing.assert_close(q.mean, dense.mean)
+    torch.testing.assert_close(q.covariance_matrix, dense.covariance_matrix)
+    u = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(q.log_prob(u), dense.log_prob(u))
+    elsewhere = torch.randn(2, 4, 5, dtype=torch.float64)
+    for found, expected in zip(
+        (*q.at_sites(), *q.marginals(elsewhere)),
+        (*dense.marginals(q.A), *dense.marginals(elsewhere)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.detach(), expected.detach())
+
+
+def test_gradients_of_sites_are_those_of_natural_parameters():
+    """theta1 = A b and theta2 = -(I + A diag(w) A^T) / 2: their steps follow from those of b, w."""
+    q, dense = by_sites_and_densely()
+    prior = WhitenedPrior(2, 4)
+    values = []
+    for one, (mean, variance) in ((q, q.at_sites()), (dense, dense.marginals(q.A))):
+        loss = (mean.exp() * variance + 0.3 * variance.square() - 2 * mean).sum()
+        values.append(loss + torch.distributions.kl_divergence(one, prior))
+        values[-1].backward()
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close((q.A @ q.shift.grad[..., None])[..., 0], dense.theta1.grad)
+    step = (q.A * q.precision.grad[:, None]) @ q.A.mT
+    torch.testing.assert_close(-step / 2, dense.theta2.grad)
+
+
+def test_draws_of_sites_have_their_moments():
+    q, _ = by_sites_and_densely()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        u = q.sample((40_000,))
+    torch.testing.assert_close(u.mean(0), q.mean, atol=0.03, rtol=0)
+    for component in range(2):
+        covariance = torch.cov(u[:, component].T)
+        torch.testing.assert_close(covariance, q.covariance_matrix[component], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_training_by_sites_is_training_in_natural_parameters(batch_size, monkeypatch):
+    fields = []
+    for sites in (0, 100):
+        monkeypatch.setattr("pnmf_pyro.priors.svgp.SITES", sites)
+        prior = assigned(N=10, M=8)
+        model, counts = factorization(prior)
+        batches = Batches(counts, batch_size, generator=torch_generator(1))
+        objective = FactorizationELBO("lower-bound")
+        train(
+            model,
+            batches,
+            objective,
+            [prior.natural_optimizer(0.5)],
+            torch_generator(0),
+            max_iter=6,
+            warn=False,
+        )
+        fields.append(prior.marginal())
+    assert isinstance(prior.q, svgp._SiteInducing)
+    torch.testing.assert_close(fields[0].loc, fields[1].loc)
+    torch.testing.assert_close(fields[0].scale, fields[1].scale)
+
+
+@pytest.mark.parametrize("n", [3, 128, 200])
+def test_inverse_diagonal(n):
+    root = torch.randn(2, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = root @ root.mT + torch.eye(n, dtype=torch.float64)
+    found = inverse_diagonal(torch.linalg.cholesky(matrix))
+    expected = torch.linalg.inv(matrix).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("M", [4, None])

@@ -24,6 +24,7 @@ ORDER = (
     "distributions.poisson_factors",
     "distributions.vecchia",
     "distributions.fields",
+    "distributions.sites",
     "distributions",
     "custom_modules",
     "optimizers",

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, register_kl
 
+from pnmf_pyro.cholesky import inverse_diagonal
+
 
 class FieldMarginals(Normal):
     """Marginals of a field whose draws are joint.
@@ -63,7 +65,24 @@ def _kl_of_a_field(q: FieldMarginals, p: Normal) -> Tensor:
     return q.loc.new_zeros(q.batch_shape)
 
 
-class NaturalNormal(TorchDistribution):
+class WhitenedNormal(TorchDistribution):
+    """N(m, S) over u of event shape (L, M): the base of those that train by natural gradients."""
+
+    arg_constraints = {}  # noqa: RUF012 - torch's own interface
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = False
+
+    def __init__(self, L: int, M: int):
+        super().__init__(torch.Size(), torch.Size([L, M]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> WhitenedNormal:
+        """Return self: only its own batch shape is possible."""
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise ValueError(f"a batch of shape {tuple(self.batch_shape)} cannot be expanded.")
+        return self
+
+
+class NaturalNormal(WhitenedNormal):
     """N(m, S) in natural parameters theta1 = S^{-1} m and theta2 = -S^{-1} / 2.
 
     Parameters
@@ -73,17 +92,13 @@ class NaturalNormal(TorchDistribution):
         Negative definite.
     """
 
-    arg_constraints = {}  # noqa: RUF012 - torch's own interface
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = False
-
     def __init__(self, theta1: Tensor, theta2: Tensor):
         self.theta1, self.theta2 = theta1, theta2
         with torch.no_grad():
             self.precision_tril = torch.linalg.cholesky(-2 * theta2)
             self._mean = torch.cholesky_solve(theta1[..., None], self.precision_tril)[..., 0]
         self._moments: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-        super().__init__(torch.Size(), theta1.shape, validate_args=False)
+        super().__init__(*theta1.shape)
 
     @property
     def mean(self) -> Tensor:
@@ -94,12 +109,6 @@ class NaturalNormal(TorchDistribution):
     def covariance_matrix(self) -> Tensor:
         """Covariance S, of shape (L, M, M); a value without gradient."""
         return torch.cholesky_inverse(self.precision_tril)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> NaturalNormal:
-        """Return self: only its own batch shape is possible."""
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"a batch of shape {tuple(self.batch_shape)} cannot be expanded.")
-        return self
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw u, of shape sample_shape + (L, M)."""
@@ -206,13 +215,7 @@ class _NaturalDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta1: Tensor, theta2: Tensor, q: NaturalNormal) -> Tensor:
         ctx.save_for_backward(theta1, theta2)
-        identity = torch.eye(theta1.shape[-1]).to(theta1)
-        trace = torch.stack(
-            [
-                torch.linalg.solve_triangular(tril, identity, upper=False).square().sum()
-                for tril in q.precision_tril
-            ]
-        )
+        trace = inverse_diagonal(q.precision_tril).sum(-1)
         log_det = 2 * q.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return (trace + q.mean.square().sum(-1) - theta1.shape[-1] + log_det).sum() / 2
 
