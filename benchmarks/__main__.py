@@ -174,7 +174,8 @@ def spatial(options: argparse.Namespace) -> None:
                 lambda train=train, test=test: places.spatial(train, test, kernel=options.kernel)
             )
             line = {"fit(X, coords)": deviance}
-            line["neighbour average"] = places.neighbour_average(train, test)
+            for K, value in places.neighbour_averages(train, test).items():
+                line[f"average of {K} neighbours"] = value
             if train.groups is not None:
                 line["groups pooled"] = places.pooled(train, test, kernel=options.kernel)
                 line["groups apart"] = places.separately(train, test, kernel=options.kernel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,22 +119,19 @@ def spatial(train: Task, test: Task, **settings: Any) -> tuple[float, Any]:
     return held_out_deviance(test, predicted, model.components_), model
 
 
-def neighbour_average(train: Task, test: Task, neighbours: tuple[int, ...] = NEIGHBOURS) -> float:
+def neighbour_averages(train: Task, test: Task) -> dict[int, float]:
     """The same from factors without space, averaged over the nearest places of the group."""
     model = ours.quietly(
         lambda: pnmf_pyro.fit(train.X, n_components=train.L, size_factors=train.size_factors)
     )
     factors = np.asarray(get_factors(model))
-    found = []
-    for K in neighbours:
-        means = _near(train, test, K, lambda rows: factors[rows].mean(1))
-        found.append(held_out_deviance(test, means, model.components_))
-    return min(found)
+    return {
+        K: held_out_deviance(test, _near(train, test, K, factors), model.components_)
+        for K in NEIGHBOURS
+    }
 
 
-def _near(
-    train: Task, test: Task, K: int, average: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _near(train: Task, test: Task, K: int, factors: np.ndarray) -> np.ndarray:
     codes, new = (
         np.zeros(len(one.coordinates)) if one.groups is None else one.groups
         for one in (train, test)
@@ -144,7 +141,7 @@ def _near(
         pool = np.flatnonzero(codes == code)
         rows = new == code
         nearest = cKDTree(train.coordinates[pool]).query(test.coordinates[rows], k=K)[1]
-        result[rows] = average(pool[nearest])
+        result[rows] = factors[pool[nearest]].mean(1)
     return result
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 # How far the jitter may grow before a matrix is given up: times ten at each attempt.
 ATTEMPTS = 6
 
-# Columns of an inverse that are made together.
+# Rows or columns of a symmetric matrix that are made together.
 BLOCK = 128
 
 

@@ -245,7 +245,7 @@ class Parameters(BaseEstimator):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)
-            return [self._stage(source, "lower-bound", WARM_UP_TOL * self.tol), last]
+            return [self._stage(source, "lower-bound", self.tol), last]
         if self.warm_up and self.mode != "lower-bound":
             return [self._stage(model, "lower-bound", WARM_UP_TOL * self.tol), last]
         return [last]

@@ -10,7 +10,7 @@ from pyro.contrib.gp.models import VariationalSparseGP
 from pnmf_pyro.cholesky import inverse_diagonal, jittered_cholesky
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
-from pnmf_pyro.distributions.fields import NaturalNormal, WhitenedPrior
+from pnmf_pyro.distributions.fields import NaturalNormal, WhitenedPrior, weighted_gram
 from pnmf_pyro.distributions.sites import SiteNormal
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.inducing import inducing_points
@@ -350,6 +350,13 @@ def test_training_by_sites_is_training_in_natural_parameters(batch_size, monkeyp
     assert isinstance(prior.q, svgp._SiteInducing)
     torch.testing.assert_close(fields[0].loc, fields[1].loc)
     torch.testing.assert_close(fields[0].scale, fields[1].scale)
+
+
+def test_weighted_gram():
+    A = torch.randn(1, 150, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.einsum("kn,ln,mn->lkm", A[0], w, A[0])
+    torch.testing.assert_close(weighted_gram(A, w), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("n", [3, 128, 200])

@@ -19,6 +19,7 @@ from pnmf_pyro.transforms import (
     log_factors,
 )
 from tests import dense_fields
+from tests.calibration import coverage_at_new_places
 
 # Fits are stopped as soon as they show what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -450,6 +451,13 @@ def test_learned_group_difference_tells_shared_from_separate_fields():
     apart = PNMF(2, **settings).fit(X, coordinates=flipped, groups=labels)
     a, b = (one.model_.prior.kernel.group_diff_param.median() for one in (shared, apart))
     assert a < b
+
+
+@pytest.mark.slow
+def test_intervals_at_new_places_are_calibrated():
+    """Where hyperparameters are chosen by evidence; predicted means alone do not judge spread."""
+    found = [coverage_at_new_places(seed, "elbo") for seed in range(3)]
+    assert 0.85 <= np.mean(found) <= 0.95
 
 
 def test_a_callback_sees_the_factors_of_its_step(data):

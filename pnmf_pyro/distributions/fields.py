@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, register_kl
 
-from pnmf_pyro.cholesky import inverse_diagonal
+from pnmf_pyro.cholesky import BLOCK, inverse_diagonal
 
 
 class FieldMarginals(Normal):
@@ -180,6 +180,23 @@ def marginals_of(q: Independent, A: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (q.variance[..., None] * A.square()).sum(-2)
 
 
+def weighted_gram(A: Tensor, weights: Tensor) -> Tensor:
+    """Return A diag(w) A^T, of shape (L, M, M), by blocks below the diagonal: M^2 n operations.
+
+    Parameters
+    ----------
+    A : Tensor of shape (L or 1, M, n)
+    weights : Tensor of shape (L, n)
+    """
+    M = A.shape[-2]
+    product = A.new_empty(len(weights), M, M)
+    for a, weight, out in zip(_each(A, len(weights)), weights, product, strict=True):
+        for first in range(0, M, BLOCK):
+            rows = slice(first, first + BLOCK)
+            out[rows, : rows.stop] = (a[rows] * weight) @ a[: rows.stop].T
+    return product.tril() + product.tril(-1).mT
+
+
 class _NaturalMarginals(torch.autograd.Function):
     """Marginals of A^T u; backward hands over natural gradients.
 
@@ -200,10 +217,7 @@ class _NaturalMarginals(torch.autograd.Function):
         A, mean = ctx.saved_tensors
         d_variance = d_variance.clamp_min(0)  # of a loss
         first = (A @ (d_mean - 2 * d_variance * mean)[..., None])[..., 0]
-        second = torch.stack(
-            [(a * weight) @ a.T for a, weight in zip(_each(A, len(mean)), d_variance, strict=True)]
-        )
-        return first, second, None, None
+        return first, weighted_gram(A, d_variance), None, None
 
 
 class _NaturalDivergence(torch.autograd.Function):

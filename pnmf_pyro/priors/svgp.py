@@ -19,6 +19,7 @@ from pnmf_pyro.distributions.fields import (
     NaturalNormal,
     WhitenedPrior,
     marginals_of,
+    weighted_gram,
 )
 from pnmf_pyro.distributions.sites import SiteNormal
 from pnmf_pyro.kernels import SpatialKernel
@@ -91,8 +92,7 @@ class _DenseFamily(_Family):
 
     def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:
         theta1 = (A @ shift[..., None])[..., 0]
-        each = A.expand(len(shift), *A.shape[1:])
-        inverse = torch.stack([(a * w) @ a.T for a, w in zip(each, precision, strict=True)])
+        inverse = weighted_gram(A, precision)
         inverse.diagonal(dim1=-2, dim2=-1).add_(1)
         self._set(theta1, inverse)
 
