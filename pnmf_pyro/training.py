@@ -28,8 +28,8 @@ logger = logging.getLogger("pnmf_pyro")
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
 
-# Stored counts up to which one thread is about as fast as two: a natural step took 8.2 ms against
-# 7.2 there, and 6.1 against 7.1 at a quarter of it.
+# Stored counts, and entries of the prior's matrices, up to which one thread is about as fast as
+# two: a natural step took 8.2 ms against 7.2 there, and 6.1 against 7.1 at a quarter of it.
 FEW_ENTRIES = 200_000
 
 # Relative rise of the loss that may be rounding, of log rates in float32.
@@ -195,7 +195,7 @@ def train(
             batch = joint.batch = next(stream)
             try:
                 with (
-                    threads_for(batch),
+                    threads_for(batch, model),
                     drawing_from(generator, device),
                     pyro.validation_enabled(iteration == 1),
                 ):
@@ -237,7 +237,7 @@ def evaluate_elbo(
         for batch in batches.one_pass():
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
-            with threads_for(batch):
+            with threads_for(batch, model):
                 total -= share * objective.loss(model.model, model.guide, batch)
     return total
 
@@ -265,14 +265,15 @@ def _evaluating(model: nn.Module) -> Any:
 
 
 @contextmanager
-def threads_for(batch: Batch) -> Iterator[None]:
-    """Work in one thread within the block where the batch is small, and as before after it.
+def threads_for(batch: Batch, model: Any) -> Iterator[None]:
+    """Work in one thread within the block where a step is small, and as before after it.
 
     Threads gain little there, and where other programs keep the cores busy they lose much: each
     product waits for a thread that waits for a core.
     """
     threads = torch.get_num_threads()
-    if batch.counts is not None and batch.counts.values.numel() < FEW_ENTRIES:
+    entries = 0 if batch.counts is None else batch.counts.values.numel()
+    if entries + model.prior.matrix_entries < FEW_ENTRIES:
         torch.set_num_threads(1)
     try:
         yield

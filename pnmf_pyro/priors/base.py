@@ -47,10 +47,13 @@ class Prior(nn.Module, ABC):
     ----------
     L, N : int
         Number of components and of samples.
+    matrix_entries : int
+        Of the matrices that a step multiplies or factorises, beside the counts.
     """
 
     L: int
     N: int
+    matrix_entries: int = 0
 
     @abstractmethod
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:

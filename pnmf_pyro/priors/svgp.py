@@ -234,6 +234,7 @@ class SVGP(Prior):
     ):
         super().__init__()
         self.L, self.N, self.M = L, len(places), len(inducing)
+        self.matrix_entries = L * self.M * self.N
         self.kernel, self.jitter, self.dtype = kernel, jitter, dtype
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)
