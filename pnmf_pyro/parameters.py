@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from pnmf_pyro.optimizers import (
     Schedule,
 )
 from pnmf_pyro.places import typical_lengthscale
-from pnmf_pyro.priors import SVGP, GaussianPrior
+from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.space import Space
 from pnmf_pyro.training import Convergence
@@ -123,6 +123,7 @@ class Parameters(BaseEstimator):
         "train_group_diff_param": ["boolean"],
         "criterion": [StrOptions(set(CRITERIA))],
         "group_distances": ["array-like", None],
+        "rank": [Interval(Integral, 0, None, closed="left")],
     }
 
     def __init__(
@@ -176,6 +177,7 @@ class Parameters(BaseEstimator):
         train_group_diff_param=False,
         criterion="leave-one-out",
         group_distances=None,
+        rank=20,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -225,6 +227,7 @@ class Parameters(BaseEstimator):
         self.train_group_diff_param = train_group_diff_param
         self.criterion = criterion
         self.group_distances = group_distances
+        self.rank = rank
 
     def _final_objective(self) -> FactorizationELBO:
         return FactorizationELBO(self.mode, max(self.E, FINAL_DRAWS))
@@ -233,6 +236,14 @@ class Parameters(BaseEstimator):
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
     ) -> list[Stage]:
         """What to train with, one stage after another."""
+        refined = [self._stage(model, self.mode, self.tol) for _ in model.prior.refinements()]
+        for stage, refinement in zip(refined, model.prior.refinements(), strict=True):
+            stage.prepare = refinement
+        return self._stages_to_settle(model, counts, random) + refined
+
+    def _stages_to_settle(
+        self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
+    ) -> list[Stage]:
         last = self._stage(model, self.mode, self.tol)
         learned = self._learned_hyperparameters()
         if self.spatial and (self.warm_up or learned):
@@ -296,17 +307,33 @@ class Parameters(BaseEstimator):
         scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
         return GaussianPrior(y, self.n_components, scale, self.training_mode == "natural")
 
-    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> SVGP:
+    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> Prior:
+        kernel, L = self._kernel(space), self.n_components
+        common: dict[str, Any] = {
+            "cholesky_mode": self.cholesky_mode,
+            "use_natural_gradients": self.training_mode == "natural",
+            "dtype": dtype,
+        }
+        if space.inducing is None:
+            return LCGP(
+                kernel,
+                space.places,
+                L,
+                K=self.K,
+                neighbors=self.neighbors,
+                precompute_knn=self.precompute_knn,
+                rank=self.rank,
+                seed=space.seed,
+                **common,
+            )
         return SVGP(
-            self._kernel(space),
+            kernel,
             space.places,
             space.inducing,
-            self.n_components,
+            L,
             jitter=self.jitter,
-            cholesky_mode=self.cholesky_mode,
             diagonal_only=self.diagonal_only,
-            use_natural_gradients=self.training_mode == "natural",
-            dtype=dtype,
+            **common,
         )
 
     def _kernel(self, space: Space) -> SpatialKernel:

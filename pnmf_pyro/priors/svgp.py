@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -23,6 +23,7 @@ from pnmf_pyro.distributions.fields import (
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.remembered import Remembered
 
 CHOLESKY_MODES = ("exp", "softplus")
 
@@ -168,7 +169,7 @@ class SVGP(Prior):
         self.register_buffer("inducing_groups", inducing.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.q = _family(L, self.M, cholesky_mode, diagonal_only, use_natural_gradients)
-        self._known: dict[str, tuple[Any, Any]] = {}
+        self._once = Remembered()
 
     @property
     def places(self) -> Places:
@@ -250,29 +251,24 @@ class SVGP(Prior):
         """q(u), made once for each state of its parameters."""
         if not isinstance(self.q, _NaturalInducing):  # its graph is consumed by a step
             return self.q.distribution()
-        return self._once("posterior", _state(self.q.parameters()), self.q.distribution)
+        return self._once("posterior", self.q.parameters(), self.q.distribution)
 
     def _design(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """A (C, M, n) and the variance that u leaves (C, n), at samples; made once."""
-        state = _state(self.kernel.buffers())
-        A, rest = self._once("design", state, lambda: self._design_at(self.places))
+        A, rest = self._once(
+            "design", self.kernel.buffers(), lambda: self._design_at(self.places)
+        )
         return take(A, index), take(rest, index)
 
     @torch.no_grad()
     def _design_at(self, places: Places) -> tuple[Tensor, Tensor]:
-        Lz = self._once("factor", _state(self.kernel.buffers()), self._factor)
+        Lz = self._once("factor", self.kernel.buffers(), self._factor)
         A = torch.linalg.solve_triangular(Lz, self.kernel(self.inducing, places), upper=False)
         rest = self.kernel.variance[:, None] - A.square().sum(-2)
         return A, rest.clamp_min(self.jitter * self.kernel.variance[:, None])
 
     def _factor(self) -> Tensor:
         return jittered_cholesky(self.kernel(self.inducing, self.inducing), self.jitter)
-
-    def _once(self, what: str, state: Any, make: Callable[[], Any]) -> Any:
-        known = self._known.get(what)
-        if known is None or known[0] != state:
-            self._known[what] = known = (state, make())
-        return known[1]
 
     def _level(self, u: Tensor, A: Tensor) -> Tensor:
         """Mean of F given u (..., L, M), of shape (..., L, n)."""
@@ -337,8 +333,3 @@ def _family(L: int, M: int, cholesky_mode: str, diagonal_only: bool, natural: bo
     if diagonal_only:
         return _DiagonalInducing(L, M, cholesky_mode)
     return _NaturalInducing(L, M) if natural else _CholeskyInducing(L, M, cholesky_mode)
-
-
-def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Something that changes whenever one of the tensors does."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
