@@ -260,14 +260,16 @@ def _search(
     candidates = np.concatenate(found, axis=1)
     if covariance is None:
         return candidates
-    random = check_random_state(random_state) if method == "probabilistic" else None
+    key = None
+    if method == "probabilistic":
+        key = check_random_state(random_state).randint(2**63 - 1, dtype=np.int64)
     chosen = np.empty((len(candidates), K), np.int32)
     step = max(1, BLOCK // max(1, candidates.shape[1]))
     for part in _slices(len(candidates), step):
         block = candidates[part]
         score = _log_covariance(rows, new_rows[part], block, covariance)
-        if random is not None:
-            score = _perturbed(score, wanted, random)
+        if key is not None:
+            score = _perturbed(score, wanted, _gumbel(key, counts[part, None], block))
         best = np.argsort(-score, axis=1, kind="stable")[:, :K]
         chosen[part] = np.take_along_axis(block, best, 1)
     return chosen
@@ -325,17 +327,30 @@ def _log_covariance(
     return np.where(candidates < 0, -np.inf, score)
 
 
-def _perturbed(score: np.ndarray, wanted: int, random: np.random.RandomState) -> np.ndarray:
+def _perturbed(score: np.ndarray, wanted: int, noise: np.ndarray) -> np.ndarray:
     """Add Gumbel noise to the log weights of the `wanted` largest: the largest sums are draws.
 
     Without replacement, with probability in proportion to the weights (Kool, van Hoof and Welling
     2019).
     """
-    noise = random.gumbel(size=score.shape)
     if score.shape[1] > wanted:
         floor = -np.partition(-score, wanted - 1, axis=1)[:, [wanted - 1]]
         score = np.where(score < floor, -np.inf, score)
     return score + noise
+
+
+def _gumbel(key: int, position: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Gumbel noise of a pair of positions, the same in whichever batch the pair is asked for.
+
+    The bits are the finalizer of SplitMix64 (Steele, Lea and Flood 2014) of the pair and the key.
+    """
+    pair = (position.astype(np.uint64) << np.uint64(32)) | candidate.astype(np.uint32)
+    bits = pair * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    bits ^= bits >> np.uint64(31)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
 
 
 def _slices(n: int, step: int) -> Iterator[slice]:
