@@ -67,7 +67,7 @@ def tissue(
     """Counts of a simulated tissue: one place on each unit of area on average, and smooth factors.
 
     Each log-factor is a sum of 300 waves, a Gaussian process with a Matern-3/2 kernel in the limit of
-    many, of standard deviation 1 and a lengthscale between 8 and 30 times the spacing.
+    many, of standard deviation 1 and a lengthscale of 5 to 15 times the spacing.
 
     Returns
     -------
@@ -77,8 +77,8 @@ def tissue(
     """
     random = np.random.default_rng(seed)
     coordinates = random.uniform(size=(N, 2)) * np.sqrt(N)
-    fields = np.stack([_waves(coordinates, l, random) for l in np.geomspace(8, 30, L)], 1)
-    loadings = random.gamma(0.3, 1.0, size=(D, L)).astype(np.float32)
+    fields = np.stack([_waves(coordinates, l, random) for l in np.geomspace(5, 15, L)], 1)
+    loadings = random.gamma(0.1, 1.0, size=(D, L)).astype(np.float32)
     some = np.exp(fields[random.integers(N, size=500)]).astype(np.float32)
     loadings *= np.float32(_scale_for(density, some @ loadings.T))
     blocks = []

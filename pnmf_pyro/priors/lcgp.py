@@ -22,8 +22,8 @@ from pnmf_pyro.priors.base import Draws, Prior
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
 # steps they take at most from where the mean was before.
-TOLERANCE = 0.01
-MOST_ITERATIONS = 30
+TOLERANCE = 0.03
+MOST_ITERATIONS = 20
 
 # Numbers in the arrays that posterior draws are worked out in.
 BLOCK = 1 << 24
@@ -266,6 +266,7 @@ class LCGP(Prior):
         """What draws at all places have in common, (E, L, R)."""
         return torch.randn(n_draws, self.L, self.low_rank.shape[-1]).to(self.low_rank)
 
+    @torch.no_grad()
     def _drawn(self, shared: Tensor, index: Tensor | None) -> Tensor:
         V, loc = take(self.low_rank, index, dim=1), take(self.q.loc, index)
         smooth = torch.einsum("lnr,elr->eln", V, shared)
@@ -314,6 +315,7 @@ class LocalFieldAt:
         prior = self.prior
         shared, level = prior._shared(n_draws), prior.mean[:, None, None].cpu()
 
+        @torch.no_grad()
         def draw(index: Tensor | None) -> Tensor:
             conditionals = prior.neighborhoods.conditionals(self.places.take(index))
             used = torch.from_numpy(conditionals.used).to(prior.mean.device)
