@@ -66,8 +66,8 @@ def tissue(
 ) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
     """Counts of a simulated tissue: one place on each unit of area on average, and smooth factors.
 
-    Each log-factor is a sum of 300 waves, a Gaussian process with a Matern-3/2 kernel in the limit of
-    many, of standard deviation 1 and a lengthscale of 5 to 15 times the spacing.
+    Each log-factor is a sum of 300 waves: in the limit of many a Gaussian process with a Matern-3/2
+    kernel, of standard deviation 1 and a lengthscale of 5 to 15 times the spacing.
 
     Returns
     -------

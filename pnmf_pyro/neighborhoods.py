@@ -281,9 +281,7 @@ class Conditionals:
             pairs = position[row[~known]], position[numbers[~known] - N]
             later = sp.csr_matrix((values[~known], pairs), shape=(n, n))
             lower = sp.identity(n, format="csc") - later.tocsc()
-            self.among_new.append(
-                splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0)
-            )
+            self.among_new.append(splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0))
 
     def draw(self, known: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Return draws, (L, n, E), from draws at :attr:`used` (L, m, E), and standard normals."""

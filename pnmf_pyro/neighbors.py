@@ -262,7 +262,7 @@ def _search(
         return candidates
     key = None
     if method == "probabilistic":
-        key = check_random_state(random_state).randint(2**63 - 1, dtype=np.int64)
+        key = int(check_random_state(random_state).randint(2**63 - 1, dtype=np.int64))
     chosen = np.empty((len(candidates), K), np.int32)
     step = max(1, BLOCK // max(1, candidates.shape[1]))
     for part in _slices(len(candidates), step):

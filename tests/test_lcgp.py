@@ -1,4 +1,4 @@
-"""Locally conditioned fields through the prior and the estimator, against dense matrices and SVGP."""
+"""Locally conditioned fields, prior and estimator, against dense matrices and SVGP."""
 
 import numpy as np
 import pyro
@@ -88,7 +88,7 @@ def complete():
 
 
 def test_density_of_all_neighbours_is_exact(complete):
-    x, prior, K = complete
+    _, prior, K = complete
     F = np.random.default_rng(1).normal(size=(2, 200))
     found = prior.distributions(None, None, None, True)[1].log_prob(torch.tensor(F)).sum(1)
     for l in range(2):
@@ -113,7 +113,7 @@ def test_divergence_of_all_neighbours_is_exact(complete, kept):
 
 
 def test_posterior_means_of_all_neighbours_are_exact(complete, monkeypatch):
-    x, prior, K = complete
+    _, prior, K = complete
     monkeypatch.setattr("pnmf_pyro.priors.lcgp.TOLERANCE", 1e-11)
     monkeypatch.setattr("pnmf_pyro.priors.lcgp.MOST_ITERATIONS", 500)
     y, noise = observed(200)
@@ -360,7 +360,9 @@ def test_all_neighbours_fit_as_all_inducing_points_do(data):
     new = np.random.default_rng(1).uniform(size=(30, 2))
     a, b = (np.log(fit.transform(None, new)) for fit in (local, inducing))
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
-    assert local.score(X, coordinates=x) == pytest.approx(inducing.score(X, coordinates=x), rel=0.01)
+    assert local.score(X, coordinates=x) == pytest.approx(
+        inducing.score(X, coordinates=x), rel=0.01
+    )
 
 
 def test_local_fields_are_right(model, data):
@@ -532,7 +534,9 @@ def test_a_group_of_fewer_than_k_borrows_from_others(data):
     lonely = labels.copy()
     lonely[0] = "c"
     fit = PNMF(2, multigroup=True, **LOCAL).fit(X, coordinates=x, groups=lonely)
-    near = fit.model_.prior.neighborhoods.nearest_to(fit.model_.prior.places.take(torch.tensor([0])))
+    near = fit.model_.prior.neighborhoods.nearest_to(
+        fit.model_.prior.places.take(torch.tensor([0]))
+    )
     assert (near >= 0).sum() == 12
     assert np.isfinite(fit.transform(None, x[:2], ["c", "c"])).all()
 

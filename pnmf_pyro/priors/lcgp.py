@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -47,7 +47,7 @@ class _Sites(nn.Module):
             self.register_buffer(name, torch.zeros(L, N, dtype=torch.float64))
 
     def for_divergence(self) -> tuple[Tensor, Tensor]:
-        """m and d without gradient: what is left is that of the likelihood, which sites need."""
+        """Mean and variance without gradient: that of the likelihood is left, which sites need."""
         return self.loc.detach(), self.diagonal.detach()
 
     def site_curvature(self, precision_diagonal: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _Scaled(nn.Module):
 
 
 class LCGP(Prior):
-    r"""A level plus a Gaussian process, each place conditioned on K neighbours; all places inducing.
+    r"""A level plus a Gaussian process that conditions each place on K others, with none left out.
 
     .. math:: F_{\cdot l} \sim N(\mathrm{mean}_l, Q_l^{-1}), \qquad
         Q = (I - B)^T \mathrm{diag}(1 / v) (I - B),
@@ -160,9 +160,7 @@ class LCGP(Prior):
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.register_buffer("low_rank", torch.zeros(L, self.N, 0, dtype=dtype))
         self.q = (_Sites if use_natural_gradients else _Scaled)(L, self.N, cholesky_mode)
-        self.neighborhoods = Neighborhoods(
-            kernel, places, L, K, neighbors, precompute_knn, seed
-        )
+        self.neighborhoods = Neighborhoods(kernel, places, L, K, neighbors, precompute_knn, seed)
 
     @property
     def places(self) -> Places:
@@ -302,8 +300,8 @@ class LocalFieldAt:
         kernels, rows = prior.neighborhoods.kernels(), prior.neighborhoods.rows(places)
         q = (t.cpu() for t in (prior.q.loc, prior.q.diagonal, prior.low_rank, prior.mean))
         mean, variance = predict(kernels, *rows, near, *q)
-        like = {"dtype": prior.dtype, "device": prior.mean.device}
-        return Normal(mean.to(**like), variance.sqrt().to(**like), validate_args=False)
+        loc, scale = (t.to(prior.mean.device, prior.dtype) for t in (mean, variance.sqrt()))
+        return Normal(loc, scale, validate_args=False)
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
@@ -351,7 +349,7 @@ class SiteSteps(ClosedForm):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move the sites of the batch, and q to the posterior from all sites."""
-        prior, q, index = self.prior, self.prior.q, self.batch.samples
+        prior, q, index = self.prior, cast(_Sites, self.prior.q), self.batch.samples
         if q.loc.grad is None or q.diagonal.grad is None:
             return
         gradients = take(q.loc.grad, index), take(q.diagonal.grad, index)

@@ -255,9 +255,7 @@ class SVGP(Prior):
 
     def _design(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """A (C, M, n) and the variance that u leaves (C, n), at samples; made once."""
-        A, rest = self._once(
-            "design", self.kernel.buffers(), lambda: self._design_at(self.places)
-        )
+        A, rest = self._once("design", self.kernel.buffers(), lambda: self._design_at(self.places))
         return take(A, index), take(rest, index)
 
     @torch.no_grad()
