@@ -84,7 +84,7 @@ class Neighborhoods:
         return self.posterior.factor
 
     def roughness(self, low_rank: Tensor) -> Tensor:
-        """Return sum_r r_i(V_.r)^2 for V of shape (L, N, R), (L, N)."""
+        """Return the sum over columns of ``r_i(V_.r)^2`` for V of shape (L, N, R), (L, N)."""
 
         def make() -> Tensor:
             columns = (self.factor.multiply(v.double().cpu()) for v in low_rank.unbind(-1))

@@ -16,6 +16,9 @@ class Remembered:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Any, ...]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_known": {}}  # a copy makes its own
+
     def __call__(self, name: str, tensors: Iterable[Tensor], make: Callable[[], Made]) -> Made:
         """Return the value of a name, made by `make` unless it is known for these tensors.
 

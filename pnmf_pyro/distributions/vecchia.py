@@ -178,7 +178,8 @@ def kl_terms(
         Spots whose terms are wanted; all unless given. N / n times their sum has the divergence
         as its expectation, where spots are drawn uniformly.
     roughness : Tensor of shape (L, N), optional
-        sum_r r_i(V_.r)^2 for all spots, where it is known: V may be fixed while m and d move.
+        The sum over columns of ``r_i(V_.r)^2`` at all spots, where it is known: V may be fixed
+        while m and d move.
 
     Returns
     -------

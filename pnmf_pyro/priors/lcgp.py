@@ -93,10 +93,10 @@ class LCGP(Prior):
         Q = (I - B)^T \mathrm{diag}(1 / v) (I - B),
 
     see :mod:`pnmf_pyro.vecchia_factor`; with K = N - 1 nothing is approximated. The variational
-    family is q(F_.l) = N(m_l, V_l V_l^T + diag(d_l)). In training V has no columns. At the end the
-    mode of the bound says how much the data tell of each F_il, and V is given the posterior's
-    smooth part (:meth:`~pnmf_pyro.vecchia_posterior.VecchiaPosterior.smooth_part`), with which all
-    else settles once more.
+    family has mean m and covariance V V^T + diag(d), for each component. In training V has no
+    columns. When that has settled, V is given the posterior's smooth part
+    (:meth:`~pnmf_pyro.vecchia_posterior.VecchiaPosterior.smooth_part`), with which all else settles
+    once more.
 
     Parameters
     ----------
@@ -197,10 +197,13 @@ class LCGP(Prior):
     def distributions(
         self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
     ) -> tuple[Any, ...]:
-        """Return q(F) and, at samples, p(F), each of shape (L, n)."""
-        if coordinates is not None:
-            return (self.at(Places(coordinates.double(), groups)).marginal(),)
-        return self.marginal(index), self._prior(index)
+        """Return q(F) and p(F), each of shape (L, n); at other places the marginals of p(F)."""
+        if coordinates is None:
+            return self.marginal(index), self._prior(index)
+        q = self.at(Places(coordinates.double(), groups)).marginal()
+        level = self.mean[:, None].to(self.dtype).expand_as(q.loc)
+        sigma = self.kernel.sigma[:, None].to(self.dtype).expand_as(q.loc)
+        return q, Normal(level, sigma, validate_args=False)
 
     def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
         """Return the optimiser that takes natural-gradient steps on q."""
