@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.ordering import Covariance, group_embedding, max_min_order, tree_query
-from pnmf_pyro.random_state import RandomState, check_random_state
+from pnmf_pyro.random_state import RandomState, check_random_state, gumbel_noise
 from pnmf_pyro.validation import check_choice
 
 METHODS = ("knn", "probabilistic")
@@ -269,7 +269,7 @@ def _search(
         block = candidates[part]
         score = _log_covariance(rows, new_rows[part], block, covariance)
         if key is not None:
-            score = _perturbed(score, wanted, _gumbel(key, counts[part, None], block))
+            score = _perturbed(score, wanted, gumbel_noise(key, counts[part, None], block))
         best = np.argsort(-score, axis=1, kind="stable")[:, :K]
         chosen[part] = np.take_along_axis(block, best, 1)
     return chosen
@@ -337,20 +337,6 @@ def _perturbed(score: np.ndarray, wanted: int, noise: np.ndarray) -> np.ndarray:
         floor = -np.partition(-score, wanted - 1, axis=1)[:, [wanted - 1]]
         score = np.where(score < floor, -np.inf, score)
     return score + noise
-
-
-def _gumbel(key: int, position: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Gumbel noise of a pair of positions, the same in whichever batch the pair is asked for.
-
-    The bits are the finalizer of SplitMix64 (Steele, Lea and Flood 2014) of the pair and the key.
-    """
-    pair = (position.astype(np.uint64) << np.uint64(32)) | candidate.astype(np.uint32)
-    bits = pair * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
-    bits ^= bits >> np.uint64(31)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
 
 
 def _slices(n: int, step: int) -> Iterator[slice]:

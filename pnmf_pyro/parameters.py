@@ -7,7 +7,7 @@ made here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -236,9 +236,10 @@ class Parameters(BaseEstimator):
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
     ) -> list[Stage]:
         """What to train with, one stage after another."""
-        refined = [self._stage(model, self.mode, self.tol) for _ in model.prior.refinements()]
-        for stage, refinement in zip(refined, model.prior.refinements(), strict=True):
-            stage.prepare = refinement
+        refined = [
+            replace(self._stage(model, self.mode, self.tol), prepare=refinement)
+            for refinement in model.prior.refinements()
+        ]
         return self._stages_to_settle(model, counts, random) + refined
 
     def _stages_to_settle(

@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from pnmf_pyro import neighbors, ordering
 from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch, order_spots
 from pnmf_pyro.ordering import max_min_order
+from pnmf_pyro.random_state import gumbel_noise
 
 
 def places(kind: str, N: int = 300) -> np.ndarray:
@@ -218,7 +219,7 @@ def test_probabilistic_neighbours_are_seeded_predecessors():
 def test_probabilistic_neighbours_follow_the_kernel():
     """Of three places the first is drawn with its share; P(false alarm) below 1e-4 (4 sd)."""
     score = np.log(np.tile([3.0, 2.0, 1.0], (20_000, 1)))
-    noise = neighbors._gumbel(7, np.arange(20_000)[:, None], np.arange(3))
+    noise = gumbel_noise(7, np.arange(20_000)[:, None], np.arange(3))
     drawn = neighbors._perturbed(score, 3, noise).argsort(1)[:, ::-1]
     first = (drawn[:, 0] == 0).mean()
     assert abs(first - 1 / 2) < 4 * np.sqrt(0.25 / 20_000)
@@ -233,11 +234,11 @@ def test_only_the_nearest_candidates_can_be_drawn():
 
 
 def test_noise_of_pairs_is_gumbel_and_independent():
-    noise = neighbors._gumbel(3, np.arange(2000)[:, None], np.arange(10))
+    noise = gumbel_noise(3, np.arange(2000)[:, None], np.arange(10))
     assert kstest(noise.ravel(), "gumbel_r").pvalue > 1e-4
     for a, b in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
-    other = neighbors._gumbel(4, np.arange(2000)[:, None], np.arange(10))
+    other = gumbel_noise(4, np.arange(2000)[:, None], np.arange(10))
     assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(noise.size)
 
 
