@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+import pnmf_pyro
 from benchmarks import ours, peers, tables
 from benchmarks import spatial as places
 from benchmarks.measure import (
@@ -259,6 +261,89 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+@benchmark
+def lcgp(options: argparse.Namespace) -> None:
+    """Locally conditioned fields on simulated tissues as they grow: time, memory, recovery.
+
+    `--sizes` are numbers of places, `--D`, `--density`, `--L` and `--K` the rest.
+    """
+    rows = [["places", "fit s", "s a step", "steps", "MiB", "recovery: lowest", "mean"]]
+    shape = {"D": options.D, "density": options.density, "L": options.L, "K": options.K}
+    measured = []
+    for N in options.sizes.split(","):
+        line = in_new_process("local_fit", N=int(N), **shape, init=options.init)
+        measured.append(report(**{**line, "benchmark": "lcgp"}))
+        found, seconds = line["recovery"], line["seconds"]
+        numbers = (line["N"], seconds, seconds / line["steps"], line["steps"])
+        numbers += (line["mib_in_all"], min(found), np.mean(found))
+        rows.append([f"{number:.4g}" for number in numbers])
+    sys.stdout.write(table(rows))
+    if len(measured) > 1:
+        x, y = ([line[key] for line in measured] for key in ("N", "seconds"))
+        slope = np.polyfit(np.log(x), np.log(y), 1)[0]
+        sys.stdout.write(f"log-log slope of the time of a fit: {slope:.2f}\n")
+
+
+@benchmark
+def local_fit(options: argparse.Namespace) -> dict[str, Any]:
+    """One fit of a simulated tissue with locally conditioned fields."""
+    X, coordinates, log_factors = tables.tissue(options.N, options.D, options.density, options.L)
+    settings = {"local": True, "K": options.K, "init": options.init}
+    seconds, model = timed(
+        lambda: ours.quietly(
+            lambda: pnmf_pyro.fit(X, coordinates, n_components=options.L, **settings)
+        )
+    )
+    return report(
+        benchmark="local_fit",
+        N=options.N,
+        D=options.D,
+        stored=X.nnz,
+        L=options.L,
+        K=options.K,
+        seconds=seconds,
+        steps=model.n_iter_,
+        elbo=model.elbo_,
+        recovery=ours.recovery(model, log_factors),
+        mib_in_all=peak_memory_mib(),
+    )
+
+
+@benchmark
+def local_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of what a fit with locally conditioned fields consists of, without learning.
+
+    The start (with neighbours, weights and the first solve), a full step, and the low-rank part.
+    """
+    X, coordinates, _ = tables.tissue(options.N, options.D, options.density, options.L)
+    times = [time.perf_counter()]
+    model = PNMF(
+        options.L,
+        **ours.NATURAL,
+        spatial=True,
+        local=True,
+        K=options.K,
+        lengthscale=8.0,
+        max_iter=options.steps,
+        tol=0,
+        rank=0,
+        random_state=0,
+    )
+    note = lambda *_: times.append(time.perf_counter())  # noqa: E731 - a callback of three arguments
+    ours.quietly(lambda: model.fit(X, coordinates=coordinates, callback=note, callback_interval=1))
+    taken = np.diff(times)
+    return report(
+        benchmark="local_step",
+        N=options.N,
+        D=options.D,
+        stored=X.nnz,
+        K=options.K,
+        start_and_first_step=taken[0],
+        step_seconds=taken[1:].tolist(),
+        mib_in_all=peak_memory_mib(),
+    )
+
+
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -274,6 +359,9 @@ def main() -> None:
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
     parser.add_argument("--kernel", default="Matern32", help="of spatial fits")
+    parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
+    parser.add_argument("--sizes", default="5000,10000,20000", help="numbers of places")
+    parser.add_argument("--init", default=None, help="where fits of tissues start")
     parser.add_argument("--data", default="digits,st_mob_rep11,simulated")
     options = parser.parse_args()
     BENCHMARKS[options.name](options)

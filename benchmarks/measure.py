@@ -83,7 +83,7 @@ def memory_above(call: Callable[[], Any]) -> tuple[float, float]:
 
 def in_new_process(name: str, **arguments: Any) -> dict[str, Any]:
     """Run one benchmark in a process of its own, for its memory, and return its last line."""
-    options = [f"--{key}={value}" for key, value in arguments.items()]
+    options = [f"--{key}={value}" for key, value in arguments.items() if value is not None]
     command = [sys.executable, "-m", "benchmarks", name, *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.exceptions import ConvergenceWarning
 
 import pnmf_pyro
-from pnmf_pyro import PNMF
+from pnmf_pyro import PNMF, transforms
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches
 from pnmf_pyro.distributions import mean_deviance
@@ -21,7 +22,6 @@ from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.recipe import RECIPE
 from pnmf_pyro.training import evaluate_elbo
-from pnmf_pyro.transforms import get_factors
 
 NATURAL = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,8 +71,16 @@ def expanded_elbo(model: PNMF, X: Any, draws: int = 50) -> float:
 
 def deviance(model: PNMF, counts: Counts) -> float:
     """Mean Poisson deviance of the counts from the fitted means."""
-    factors = torch.as_tensor(get_factors(model)).to(counts.values)
+    factors = torch.as_tensor(transforms.get_factors(model)).to(counts.values)
     return mean_deviance(counts, factors, torch.as_tensor(model.components_.T.copy()))
+
+
+def recovery(model: PNMF, log_factors: np.ndarray) -> list[float]:
+    """Correlations of fitted log-factors with the true ones (N, L), matched one to one, rising."""
+    found = np.asarray(transforms.log_factors(model))
+    L = log_factors.shape[1]
+    correlation = np.corrcoef(found.T, log_factors.T)[:L, L:]
+    return np.sort(correlation[linear_sum_assignment(-correlation)]).tolist()
 
 
 class Reached(Exception):

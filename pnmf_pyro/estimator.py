@@ -82,8 +82,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     spatial : bool
         Make the log-factors Gaussian-process fields over the coordinates given to :meth:`fit`.
     local : bool
-        Condition each place on its neighbours rather than on inducing points. This version does not
-        have it yet: true is an error, and `K`, `precompute_knn` and `neighbors` wait for it.
+        Condition each place on `K` neighbours rather than on inducing points: the cost is
+        proportional to the number of places, and fine structure is kept, see
+        :class:`~pnmf_pyro.priors.LCGP`.
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}
         Correlation of a field over distance.
     multigroup : bool
@@ -98,21 +99,28 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     group_diff_param : float
         0 for one field for all groups; the larger, the less they share.
     jitter : float
-        Added to the diagonal of a covariance, relative to its mean; it grows, with a warning,
-        where a factorisation fails.
+        Added to the diagonal of a covariance of inducing points, relative to its mean; it grows,
+        with a warning, where a factorisation fails.
     nugget : float
         Standard deviation of what each place has for itself beside the field, in log-factors.
     train_lengthscale, train_sigma, train_group_diff_param, train_nugget : bool
         Learn one value for each component, see
         :class:`~pnmf_pyro.hyperparameters.HyperparameterSearch`.
     cholesky_mode : {'exp', 'softplus'}
-        How the diagonal of the Cholesky factor of q(u) stays positive, in standard training.
+        How the diagonal of the Cholesky factor of q(u), or with `local` the standard deviations
+        of q(F), stay positive, in standard training.
     diagonal_only : bool
         Independent inducing values in q(u), in standard training.
     inducing_allocation : {'proportional', 'equal', 'derived'}
         How groups share inducing points, see :func:`~pnmf_pyro.inducing.inducing_points`.
-    K, precompute_knn, neighbors
-        Of `local`.
+    K : int
+        Neighbours of a place where `local`; all others, with a warning, where there are fewer.
+    precompute_knn : bool
+        Find neighbours and their weights once. Otherwise at each step, for those of its batch
+        alone in standard training: less memory and more time for the same result.
+    neighbors : {'knn', 'probabilistic'}
+        Which of the places that come before it in the ordering a place is conditioned on: the
+        nearest, or some drawn by the covariance, see :func:`~pnmf_pyro.neighbors.build_graph`.
     scale_ll_D : bool
         Scale the likelihood of a batch of features to that of all features.
     scale_kl_NM : bool
@@ -130,6 +138,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         What learned hyperparameters of fields are judged by.
     group_distances : array-like of shape (n_groups, n_groups), optional
         Distances between groups in sorted order; 1 between any two unless given.
+    rank : int
+        Where `local`, columns of the part of q(F) that is correlated over places. They make
+        uncertainties and draws those of the posterior, and are set when the fit has settled
+        without them, after which it settles once more, for up to `max_iter` iterations of its own.
+        0 leaves marginals independent: standard deviations are then too small.
 
     Attributes
     ----------
@@ -143,7 +156,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         ELBO of the fit in nats, constants included: a lower bound on log p(X | W), estimated from
         at least 20 draws where `mode` needs draws.
     history_ : list of float
-        ELBO at each step; those of a warm-up are of its own, lower bound.
+        ELBO at each step; those of a warm-up are of its own, lower bound, and where `local` those
+        after it has settled first are with `rank` columns.
     n_iter_ : int
         Number of steps taken.
     groups_ : list or None

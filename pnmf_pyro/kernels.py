@@ -13,12 +13,11 @@ Gaussian processes): a = 0 is one field for all groups, a large one independent 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from pyro.contrib.gp import kernels
 from torch import Tensor, nn
 
@@ -36,12 +35,12 @@ KERNELS: dict[str, Any] = {
 def correlation(name: str, distance: Tensor) -> Tensor:
     """Return kappa at distances of any shape, in units of the lengthscale.
 
-    The one place that calls a kernel of Pyro. It does so where neither the parameter store nor a
-    trace of the caller can see the kernel's own parameters.
+    The one place that calls a kernel of Pyro: its `forward`, since a call of the module itself
+    writes the kernel's own parameters into the parameter store, and a scope of the store would cut
+    the caller's parameters off from a step of SVI that is under way.
     """
-    with poutine.block(), pyro.get_param_store().scope():
-        kernel = KERNELS[name](input_dim=1).requires_grad_(False)
-        value = kernel(distance.new_zeros(1, 1), distance.reshape(-1, 1))
+    kernel = KERNELS[name](input_dim=1).requires_grad_(False)
+    value = kernel.forward(distance.new_zeros(1, 1), distance.reshape(-1, 1))
     return value.reshape(distance.shape)
 
 
@@ -95,20 +94,42 @@ class SpatialKernel(nn.Module):
 
     def forward(self, a: Places, b: Places) -> Tensor:
         """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
-        distance = torch.cdist(
-            a.coordinates, b.coordinates, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        closeness = self._closeness(a, b)
-        dimensions = a.coordinates.shape[-1]
+        distance = _distances(a.coordinates, b.coordinates)
+        groups = None if a.groups is None else a.groups[..., :, None]
+        others = None if b.groups is None else b.groups[..., None, :]
+        return self._at(distance, self._closeness(groups, others), a.coordinates.shape[-1])
+
+    def among(self, places: Places) -> Tensor:
+        """Return what `forward` does for places and themselves, with half of the work."""
+        n, coordinates, groups = len(places), places.coordinates, places.groups
+        i, j = torch.tril_indices(n, n, device=coordinates.device)
+        distance = _distances(coordinates, coordinates).flatten(-2).index_select(-1, n * i + j)
+        pairs = (None, None) if groups is None else (groups[..., i], groups[..., j])
+        below = self._at(distance, self._closeness(*pairs), coordinates.shape[-1])
+        covariance = below.new_empty(*below.shape[:-1], n * n)
+        for entries in (n * i + j, n * j + i):
+            covariance.index_copy_(-1, entries, below)
+        return covariance.unflatten(-1, (n, n))
+
+    def one(self, c: int | None) -> SpatialKernel:
+        """Return a kernel of one set of hyperparameters, number c, or their geometric means."""
+        single = copy.deepcopy(self).cpu()
+        for name, values in self.hyperparameters.items():
+            chosen = values.log().mean(0, keepdim=True).exp() if c is None else values[c : c + 1]
+            setattr(single, name, chosen.detach().cpu())
+        return single
+
+    def _at(self, distance: Tensor, closeness: Tensor, dimensions: int) -> Tensor:
+        """Covariance at distances, in front of whose shape come the C sets."""
         scaled = closeness.sqrt() * distance / _before(self.lengthscale, distance)
         height = _before(self.sigma.square(), distance) * closeness ** (dimensions / 2)
         here = (distance == 0) & (closeness == 1)
         own = _before(self.nugget.square(), distance) * here
         return height * correlation(self.name, scaled) + own
 
-    def _closeness(self, a: Places, b: Places) -> Tensor:
-        """Factor v of the groups of two places, broadcastable to (C, ..., n, m)."""
-        return a.coordinates.new_ones(())
+    def _closeness(self, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """Factor v of two groups, of the shape to which they broadcast."""
+        return self.sigma.new_ones(())
 
 
 class MultiGroupKernel(SpatialKernel):
@@ -153,10 +174,8 @@ class MultiGroupKernel(SpatialKernel):
         """What may be learned, by name; each of shape (C,)."""
         return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
 
-    def _closeness(self, a: Places, b: Places) -> Tensor:
-        assert a.groups is not None
-        assert b.groups is not None
-        d = self.group_distances[a.groups[..., :, None], b.groups[..., None, :]]
+    def _closeness(self, a: Tensor | None, b: Tensor | None) -> Tensor:
+        d = self.group_distances[a, b]
         return 1 / (1 + _before(self.group_diff_param, d) * d.square())
 
 
@@ -191,6 +210,10 @@ def check_group_distances(group_distances: Any, n_groups: int) -> np.ndarray:
             "scaling) and pass the distances between these."
         )
     return distances
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _before(values: Tensor, like: Tensor) -> Tensor:

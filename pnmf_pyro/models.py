@@ -182,10 +182,10 @@ class PoissonFactorization(nn.Module):
         -------
         terms : dict
             See :meth:`compute_log_likelihood_terms`.
-        qF, pF : Normal of shape (L, n)
-            For a prior without places.
+        qF, pF : of shape (L, n)
+            For a prior without inducing points.
         qF, qU, pU
-            For a spatial prior: of the field, and of its whitened values at inducing points.
+            For one with them: of the field, and of its whitened values there.
         """
         placed = spatial or coordinates is not None or groups is not None
         distributions = self.prior.distributions(idx, coordinates, groups, placed)

@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.ordering import Covariance, group_embedding, max_min_order, tree_query
-from pnmf_pyro.random_state import RandomState, check_random_state
+from pnmf_pyro.random_state import RandomState, check_random_state, gumbel_noise
 from pnmf_pyro.validation import check_choice
 
 METHODS = ("knn", "probabilistic")
@@ -260,14 +260,16 @@ def _search(
     candidates = np.concatenate(found, axis=1)
     if covariance is None:
         return candidates
-    random = check_random_state(random_state) if method == "probabilistic" else None
+    key = None
+    if method == "probabilistic":
+        key = int(check_random_state(random_state).randint(2**63 - 1, dtype=np.int64))
     chosen = np.empty((len(candidates), K), np.int32)
     step = max(1, BLOCK // max(1, candidates.shape[1]))
     for part in _slices(len(candidates), step):
         block = candidates[part]
         score = _log_covariance(rows, new_rows[part], block, covariance)
-        if random is not None:
-            score = _perturbed(score, wanted, random)
+        if key is not None:
+            score = _perturbed(score, wanted, gumbel_noise(key, counts[part, None], block))
         best = np.argsort(-score, axis=1, kind="stable")[:, :K]
         chosen[part] = np.take_along_axis(block, best, 1)
     return chosen
@@ -325,13 +327,12 @@ def _log_covariance(
     return np.where(candidates < 0, -np.inf, score)
 
 
-def _perturbed(score: np.ndarray, wanted: int, random: np.random.RandomState) -> np.ndarray:
+def _perturbed(score: np.ndarray, wanted: int, noise: np.ndarray) -> np.ndarray:
     """Add Gumbel noise to the log weights of the `wanted` largest: the largest sums are draws.
 
     Without replacement, with probability in proportion to the weights (Kool, van Hoof and Welling
     2019).
     """
-    noise = random.gumbel(size=score.shape)
     if score.shape[1] > wanted:
         floor = -np.partition(-score, wanted - 1, axis=1)[:, [wanted - 1]]
         score = np.where(score < floor, -np.inf, score)

@@ -7,9 +7,9 @@ made here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from pnmf_pyro.optimizers import (
     Schedule,
 )
 from pnmf_pyro.places import typical_lengthscale
-from pnmf_pyro.priors import SVGP, GaussianPrior
+from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.space import Space
 from pnmf_pyro.training import Convergence
@@ -125,6 +125,7 @@ class Parameters(BaseEstimator):
         "train_nugget": ["boolean"],
         "criterion": [StrOptions(set(CRITERIA))],
         "group_distances": ["array-like", None],
+        "rank": [Interval(Integral, 0, None, closed="left")],
     }
 
     def __init__(
@@ -180,6 +181,7 @@ class Parameters(BaseEstimator):
         train_nugget=False,
         criterion="leave-one-out",
         group_distances=None,
+        rank=20,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -231,6 +233,7 @@ class Parameters(BaseEstimator):
         self.train_nugget = train_nugget
         self.criterion = criterion
         self.group_distances = group_distances
+        self.rank = rank
 
     def _final_objective(self) -> FactorizationELBO:
         return FactorizationELBO(self.mode, max(self.E, FINAL_DRAWS))
@@ -239,6 +242,15 @@ class Parameters(BaseEstimator):
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
     ) -> list[Stage]:
         """What to train with, one stage after another."""
+        refined = [
+            replace(self._stage(model, self.mode, self.tol), prepare=refinement)
+            for refinement in model.prior.refinements()
+        ]
+        return self._stages_to_settle(model, counts, random) + refined
+
+    def _stages_to_settle(
+        self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
+    ) -> list[Stage]:
         last = self._stage(model, self.mode, self.tol)
         learned = self._learned_hyperparameters()
         if self.spatial and (self.warm_up or learned):
@@ -303,17 +315,33 @@ class Parameters(BaseEstimator):
         scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
         return GaussianPrior(y, self.n_components, scale, self.training_mode == "natural")
 
-    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> SVGP:
+    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> Prior:
+        kernel, L = self._kernel(space), self.n_components
+        common: dict[str, Any] = {
+            "cholesky_mode": self.cholesky_mode,
+            "use_natural_gradients": self.training_mode == "natural",
+            "dtype": dtype,
+        }
+        if space.inducing is None:
+            return LCGP(
+                kernel,
+                space.places,
+                L,
+                K=self.K,
+                neighbors=self.neighbors,
+                precompute_knn=self.precompute_knn,
+                rank=self.rank,
+                seed=space.seed,
+                **common,
+            )
         return SVGP(
-            self._kernel(space),
+            kernel,
             space.places,
             space.inducing,
-            self.n_components,
+            L,
             jitter=self.jitter,
-            cholesky_mode=self.cholesky_mode,
             diagonal_only=self.diagonal_only,
-            use_natural_gradients=self.training_mode == "natural",
-            dtype=dtype,
+            **common,
         )
 
     def _kernel(self, space: Space) -> SpatialKernel:

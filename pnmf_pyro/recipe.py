@@ -34,9 +34,16 @@ SPATIAL: dict[str, Any] = {
     "train_nugget": True,
 }
 
-# Up to so many samples each place is an inducing point; beyond, there are this many.
+# Up to so many samples each place is an inducing point; beyond, each is conditioned on its
+# neighbours. Where that is not wanted (local=False), there are this many inducing points.
 ALL_INDUCING = 1500
 INDUCING = 1000
+
+
+PRIORS = {
+    False: "summarised by inducing points (SVGP)",
+    True: "each conditioned on its neighbours (LCGP, local=True)",
+}
 
 
 def fit(
@@ -55,7 +62,9 @@ def fit(
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
         Counts.
     coords : array-like of shape (n_samples, p), optional
-        Where the samples are, in any unit: the factors are then smooth in space.
+        Where the samples are, in any unit: the factors are then smooth in space. Up to 1,500
+        samples are all inducing points; more are conditioned on their neighbours (`local=True`),
+        which takes time in proportion to their number. The log says which.
     groups : array-like of shape (n_samples,), optional
         Slices or batches that share less than their places say: what they share is learned.
     n_components : int
@@ -82,13 +91,16 @@ def fit(
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)
+    if model.spatial:
+        logger.info("%d places, %s", len(coords), PRIORS[model.local])
     return model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
 
 
 def _spatial(n_samples: int, groups: Any) -> dict[str, Any]:
     """The recipe in space, by size and groups."""
     num_inducing = n_samples if n_samples <= ALL_INDUCING else INDUCING
-    chosen = {**SPATIAL, "num_inducing": num_inducing}
+    local = n_samples > ALL_INDUCING
+    chosen = {**SPATIAL, "num_inducing": num_inducing, "local": local}
     if groups is not None:
         chosen |= {"multigroup": True, "train_group_diff_param": True}
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,18 @@ class Space:
     Attributes
     ----------
     places : Places of shape (N,)
-    inducing : Places of shape (M,)
     groups : GroupCodes or None
         Names of the groups of a multi-group model.
+    inducing : Places of shape (M,) or None
+        None where each place is conditioned on its neighbours.
+    seed : int
+        Of what is random in that.
     """
 
     places: Places
-    inducing: Places
     groups: GroupCodes | None
+    inducing: Places | None = None
+    seed: int = 0
 
 
 def check_space(
@@ -65,11 +70,6 @@ def check_space(
     if not parameters.spatial:
         refuse_places(coordinates, groups)
         return None
-    if parameters.local:
-        raise ValueError(
-            "local=True is not available in this version: locally conditioned priors (LCGP) "
-            "are still to come. Use local=False, which works through inducing points."
-        )
     if groups is not None and not parameters.multigroup:
         raise ValueError(
             "groups are used by models with multigroup=True, and multigroup=False. Set it, or "
@@ -83,10 +83,24 @@ def check_space(
     check_extent(places)
     if not parameters.train_lengthscale:
         warn_lengthscale(parameters.lengthscale, places)
+    if parameters.local:
+        warn_neighbors(parameters.K, len(places))
+        return Space(places, codes, seed=int(random.randint(2**31 - 1)))
     inducing = inducing_points(
         places, parameters.num_inducing, parameters.inducing_allocation, random
     )
-    return Space(places, inducing, codes)
+    return Space(places, codes, inducing)
+
+
+def warn_neighbors(K: int, n_samples: int) -> None:
+    """Warn where more neighbours are asked for than there are."""
+    if n_samples - 1 < K:
+        warnings.warn(
+            f"K={K} neighbours were asked for, and a sample has only {n_samples - 1} others; "
+            f"K={n_samples - 1} is used. All of them make an exact Gaussian process.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def refuse_places(coordinates: Any, groups: Any) -> None:
@@ -104,6 +118,9 @@ def saved_space(state: dict[str, torch.Tensor], groups: list[Any] | None) -> Spa
         return None
     places, inducing = (
         Places(state[f"prior.{name}_coordinates"], state.get(f"prior.{name}_groups"))
+        if f"prior.{name}_coordinates" in state
+        else None
         for name in ("place", "inducing")
     )
-    return Space(places, inducing, None if groups is None else GroupCodes(groups))
+    assert places is not None
+    return Space(places, None if groups is None else GroupCodes(groups), inducing)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -328,7 +329,8 @@ def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) 
         columns = np.moveaxis(x, 0, 1)
         product = operation(matrices[0], columns.reshape(len(columns), -1))
         return np.moveaxis(product.reshape(len(product), *columns.shape[1:]), 1, 0)
-    return np.stack([operation(*pair) for pair in zip(matrices, x, strict=True)])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # scipy lets go of the lock
+        return np.stack(list(threads.map(operation, matrices, x)))
 
 
 def _residual_matrices(neighbors: np.ndarray, weights: np.ndarray) -> list[Any]:

@@ -5,10 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 
 from pnmf_pyro import neighbors, ordering
 from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch, order_spots
 from pnmf_pyro.ordering import max_min_order
+from pnmf_pyro.random_state import gumbel_noise
 
 
 def places(kind: str, N: int = 300) -> np.ndarray:
@@ -217,7 +219,8 @@ def test_probabilistic_neighbours_are_seeded_predecessors():
 def test_probabilistic_neighbours_follow_the_kernel():
     """Of three places the first is drawn with its share; P(false alarm) below 1e-4 (4 sd)."""
     score = np.log(np.tile([3.0, 2.0, 1.0], (20_000, 1)))
-    drawn = neighbors._perturbed(score, 3, np.random.RandomState(0)).argsort(1)[:, ::-1]
+    noise = gumbel_noise(7, np.arange(20_000)[:, None], np.arange(3))
+    drawn = neighbors._perturbed(score, 3, noise).argsort(1)[:, ::-1]
     first = (drawn[:, 0] == 0).mean()
     assert abs(first - 1 / 2) < 4 * np.sqrt(0.25 / 20_000)
     second_given_first = (drawn[drawn[:, 0] == 0, 1] == 1).mean()
@@ -226,8 +229,27 @@ def test_probabilistic_neighbours_follow_the_kernel():
 
 def test_only_the_nearest_candidates_can_be_drawn():
     score = np.log([[4.0, 3.0, 2.0, 1e-3, 1e-4]])
-    drawn = neighbors._perturbed(score, 3, np.random.RandomState(0))
+    drawn = neighbors._perturbed(score, 3, np.zeros((1, 5)))
     np.testing.assert_array_equal(np.isfinite(drawn), [[True, True, True, False, False]])
+
+
+def test_noise_of_pairs_is_gumbel_and_independent():
+    noise = gumbel_noise(3, np.arange(2000)[:, None], np.arange(10))
+    assert kstest(noise.ravel(), "gumbel_r").pvalue > 1e-4
+    for a, b in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+    other = gumbel_noise(4, np.arange(2000)[:, None], np.arange(10))
+    assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(noise.size)
+
+
+@pytest.mark.parametrize("method", neighbors.METHODS)
+def test_a_batch_draws_the_neighbours_of_the_graph(method):
+    points = places("plane", 150)
+    options = {"method": method, "covariance": exponential(), "random_state": 5}
+    graph = build_graph(points, 4, **options)
+    spots = np.array([7, 140, 3, 99])
+    found = neighbors.neighbors_of_batch(graph.order, spots, points, 4, **options)
+    np.testing.assert_array_equal(np.sort(found, 1), np.sort(graph.neighbors_of(spots), 1))
 
 
 def test_chance_leaves_global_seeds_alone():

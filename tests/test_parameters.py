@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from scipy.optimize import fsolve
 
-from pnmf_pyro import PNMF
+from pnmf_pyro import PNMF, neighborhoods
 from pnmf_pyro import transforms as T
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.custom_modules import ConstrainedParameter, PositiveParameter
@@ -730,3 +730,93 @@ def test_attributes_of_a_prior():
         prior = GaussianPrior(torch.ones(6, 8), 2, use_natural_gradients=natural)
         assert prior.use_natural_gradients is natural
     assert isinstance(GaussianPrior(torch.ones(6, 8), 2).scale, PositiveParameter)
+
+
+# --- fields over space that condition each place on its neighbours
+
+
+SPACE = {
+    "mode": "lower-bound",
+    "training_mode": "natural",
+    "loadings_mode": "multiplicative",
+    "spatial": True,
+    "init": "nndsvda",
+    "random_state": 0,
+    "max_iter": 15,
+    "tol": 0,
+    "lengthscale": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def stripes():
+    """Two factors that alternate along a line of 150 places, of period 0.1."""
+    x = np.sort(np.random.default_rng(0).uniform(size=(150, 1)), axis=0)
+    wave = np.sin(2 * np.pi * x / 0.1)
+    factors = np.exp(np.hstack([wave, -wave]))
+    W = np.kron(np.eye(2), np.full((6, 1), 3.0))
+    return np.random.default_rng(1).poisson(factors @ W.T) * 1.0, x, wave[:, 0]
+
+
+def field_of(stripes, **parameters) -> PNMF:
+    settings = {**SPACE, "local": True, "K": 10, **parameters}
+    return PNMF(2, **settings).fit(stripes[0], coordinates=stripes[1])
+
+
+@unconverged
+def test_local_keeps_what_inducing_points_blur(stripes):
+    fits = (field_of(stripes, lengthscale=0.05, num_inducing=8, local=one) for one in (True, False))
+    right = [np.abs(np.corrcoef(T.log_factors(fit).T, stripes[2])[-1, :2]).min() for fit in fits]
+    assert right[0] > 0.95
+    assert right[1] < 0.6
+
+
+@unconverged
+@pytest.mark.parametrize("K", [1, 4])
+def test_k_is_how_many_neighbours_a_place_has(stripes, K):
+    graph = field_of(stripes, K=K, max_iter=1).model_.prior.neighborhoods.factor.graph
+    assert graph.predecessors.shape == (150, K)
+    np.testing.assert_array_equal((graph.predecessors >= 0).sum(1), np.minimum(np.arange(150), K))
+
+
+@unconverged
+def test_precompute_knn_searches_once(stripes, monkeypatch):
+    calls = {"graph": 0, "batch": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, which in (("build_graph", "graph"), ("neighbors_of_batch", "batch")):
+        function = getattr(neighborhoods, name)
+        monkeypatch.setattr(neighborhoods, name, counted(which, function))
+    standard = {"training_mode": "standard", "loadings_mode": "projected", "rank": 0}
+    settings = {**standard, "batch_size": 50, "max_iter": 6}
+    field_of(stripes, **settings)
+    assert calls == {"graph": 1, "batch": 0}
+    field_of(stripes, **settings, precompute_knn=False)
+    assert calls["batch"] >= 6
+
+
+@unconverged
+def test_neighbors_chooses_who_conditions_whom(stripes):
+    x, spread = stripes[1][:, 0], {}
+    for neighbors in ("knn", "probabilistic"):
+        graph = field_of(stripes, K=4, neighbors=neighbors, max_iter=1)
+        graph = graph.model_.prior.neighborhoods.factor.graph
+        near = graph.neighbors_of()
+        spread[neighbors] = np.where(near < 0, 0, np.abs(x[near] - x[:, None])).sum()
+    assert spread["probabilistic"] > 1.2 * spread["knn"]
+
+
+@unconverged
+def test_rank_is_how_many_columns_q_has(stripes):
+    uncertainty = {}
+    for rank in (0, 5):
+        fit = field_of(stripes, rank=rank)
+        assert fit.model_.prior.low_rank.shape == (2, 150, rank)
+        uncertainty[rank] = T.factor_uncertainty(fit).mean()
+    assert uncertainty[5] > 1.1 * uncertainty[0]

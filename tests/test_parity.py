@@ -19,15 +19,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = parity.load()
 CALLABLE = ("class", "constructor", "method", "function")
 CALLS = [row for row in ROWS if row["kind"] in CALLABLE and row["value"] != "(undefined)"]
-MODES = [row for row in ROWS if row["kind"] == "mode" and row["status"] != "planned"]
+MODES = [row for row in ROWS if row["kind"] == "mode"]
 MEMBERS = [row for row in ROWS if row["kind"] in ("attribute", "property")]
-# What the part of the package that is still being written will hold.
-TO_COME = "tests/test_spatial.py"
-SPATIAL_WORDS = """
-    spatial local kernel multigroup num_inducing lengthscale sigma group_diff_param jitter
-    train_lengthscale cholesky_mode diagonal_only inducing_allocation K precompute_knn neighbors
-    coordinates groups
-"""
 
 
 def name_of(row) -> str:
@@ -61,7 +54,7 @@ def test_no_cell_is_empty():
     for row in ROWS:
         for column in parity.COLUMNS:
             assert row[column], f"{row['reference']}: {column}"
-        assert row["status"] in ("same", "extended", "different", "planned")
+        assert row["status"] in ("same", "extended", "different")
         assert row["status"] == "same" or len(row["why"]) > 3, f"{row['reference']}: why?"
     names = [row["reference"] for row in ROWS]
     assert len(names) == len(set(names))
@@ -75,16 +68,8 @@ def test_tests_that_are_named_exist():
         functions[f"tests/{file.name}"] = found
     for row in ROWS:
         for test in row["tests"]:
-            if row["status"] == "planned" and test == TO_COME:
-                continue
             file, _, function = test.partition("::")
             assert function in functions.get(file, ()), f"{row['reference']}: no {test}"
-
-
-def test_only_what_is_spatial_is_planned():
-    planned = [row["reference"] for row in ROWS if row["status"] == "planned"]
-    for name in planned:
-        assert name[name.index("(") + 1 : -1].split("=")[0] in SPATIAL_WORDS.split(), name
 
 
 def test_the_page_shows_the_table():

@@ -36,6 +36,23 @@ def test_fit_logs_its_choices_and_takes_overrides(counts, caplog):
         pnmf_pyro.fit(counts, np.zeros((80, 2)))
 
 
+@pytest.mark.parametrize(
+    ("most", "parameters", "local"),
+    [(100, {}, False), (70, {}, True), (70, {"local": False}, False), (100, {"local": True}, True)],
+)
+def test_fit_conditions_many_places_on_neighbours_and_says_so(
+    counts, caplog, monkeypatch, most, parameters, local
+):
+    monkeypatch.setattr("pnmf_pyro.recipe.ALL_INDUCING", most)
+    places = np.random.default_rng(0).uniform(size=(80, 2))
+    with caplog.at_level(logging.INFO, logger="pnmf_pyro"):
+        model = pnmf_pyro.fit(counts, places, n_components=2, tol=1e-2, **parameters)
+    assert model.local is local
+    assert ("80 places, each conditioned on its neighbours" in caplog.text) is local
+    assert ("80 places, summarised by inducing points" in caplog.text) is not local
+    assert hasattr(model.model_.prior, "neighborhoods") is local
+
+
 def test_fit_takes_size_factors(counts):
     s = np.linspace(0.5, 2, 80)
     model = pnmf_pyro.fit(counts, n_components=2, size_factors=s)

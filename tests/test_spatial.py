@@ -295,8 +295,6 @@ def test_bad_groups(data):
             multi.fit(X, coordinates=x, groups=groups)
     with pytest.raises(ValueError, match="multigroup=True"):
         PNMF(2, **STEPS).fit(X, coordinates=x, groups=labels)
-    with pytest.raises(ValueError, match="local=True is not available"):
-        PNMF(2, local=True, **STEPS).fit(X, coordinates=x)
 
 
 def test_places_on_a_line_and_a_group_of_one(data):

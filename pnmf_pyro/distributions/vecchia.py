@@ -162,6 +162,8 @@ def kl_terms(
     diagonal: Tensor,
     low_rank: Tensor | None = None,
     spots: Any = None,
+    *,
+    roughness: Tensor | None = None,
 ) -> Tensor:
     """Return one term of KL(N(mean, V V^T + diag(d)) || p) for each component and spot.
 
@@ -175,6 +177,9 @@ def kl_terms(
     spots : array of int, shape (n,), optional
         Spots whose terms are wanted; all unless given. N / n times their sum has the divergence
         as its expectation, where spots are drawn uniformly.
+    roughness : Tensor of shape (L, N), optional
+        The sum over columns of ``r_i(V_.r)^2`` at all spots, where it is known: V may be fixed
+        while m and d move.
 
     Returns
     -------
@@ -187,7 +192,11 @@ def kl_terms(
     precision = torch.from_numpy(p.factor.precision_diagonal).to(device)[:, take]
     squares = residuals(p.factor, mean - p.loc.to(device), spots).square()
     if low_rank is not None:
-        squares = squares + residuals(p.factor, low_rank, spots).square().sum(-1)
+        squares = squares + (
+            residuals(p.factor, low_rank, spots).square().sum(-1)
+            if roughness is None
+            else roughness[:, take]
+        )
     own = diagonal[:, take].double()
     terms = precision * own + squares / variance - 1 + variance.log() - own.log()
     if low_rank is not None:
@@ -281,7 +290,8 @@ def predict(
     Parameters
     ----------
     kernels : sequence of (callable, float)
-        Covariance and k(x, x) of each of the L components, see :func:`conditional_weights`.
+        Covariance and k(x, x) of each of the L components, see :func:`conditional_weights`. Those
+        that are the same are worked out once.
     features : ndarray or Tensor of shape (N, q)
     new_features : ndarray or Tensor of shape (n, q)
     neighbors : ndarray of int, shape (n, K)
@@ -298,12 +308,15 @@ def predict(
     sources, targets = (torch.as_tensor(x, dtype=torch.float64) for x in (features, new_features))
     near = torch.as_tensor(neighbors, dtype=torch.long)
     means = torch.as_tensor(loc, dtype=torch.float64).reshape(-1).expand(len(mean))
+    known = {
+        pair: conditional_weights(targets, sources, near, *pair) for pair in dict.fromkeys(kernels)
+    }
     parts = []
-    for l, (covariance, variance) in enumerate(kernels):
-        weights, conditional = conditional_weights(targets, sources, near, covariance, variance)
+    for l, pair in enumerate(kernels):
+        weights, conditional = known[pair]
         centred = (mean[l].double() - means[l])[near]
         spread = conditional + (weights.square() * diagonal[l].double()[near]).sum(1)
-        if low_rank is not None:
+        if low_rank is not None and low_rank.shape[-1]:
             spread = spread + _combined(weights, near, low_rank[l].double()).square().sum(1)
         parts.append((means[l] + (weights * centred).sum(1), spread))
     predicted, variances = zip(*parts, strict=True)

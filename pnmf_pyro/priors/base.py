@@ -111,6 +111,10 @@ class Prior(nn.Module, ABC):
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Start q(F) from what is known of each F_il: N(mean_il, scale_il^2), of shape (L, N)."""
 
+    def refinements(self) -> list[Callable[[], None]]:
+        """Return what is to be done to q once training has settled, before it settles once more."""
+        return []
+
     @contextmanager
     def local_sites(self, batch: Batch, samples: pyro.plate) -> Iterator[None]:
         """Enter the plates, components by samples, in which F of a batch is drawn."""

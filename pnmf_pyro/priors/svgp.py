@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -25,6 +25,7 @@ from pnmf_pyro.distributions.sites import SiteNormal
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.remembered import Remembered
 
 CHOLESKY_MODES = ("exp", "softplus")
 
@@ -67,12 +68,11 @@ class _SiteInducing(_Family):
         super().__init__()
         self.site_shift = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
         self.site_precision = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
-        self._gram: tuple[Tensor, Tensor] | None = None
+        self._once = Remembered()
 
     def distribution(self, A: Tensor) -> SiteNormal:
-        if self._gram is None or self._gram[0] is not A:
-            self._gram = A, A.mT @ A
-        return SiteNormal(self.site_shift, self.site_precision, *self._gram)
+        gram = self._once("gram", (A,), lambda: A.mT @ A)
+        return SiteNormal(self.site_shift, self.site_precision, A, gram)
 
     def marginals(self, q: SiteNormal, A: Tensor) -> tuple[Tensor, Tensor]:
         return q.marginals(A)
@@ -242,7 +242,7 @@ class SVGP(Prior):
         self.register_buffer("inducing_groups", inducing.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.q = self._family(cholesky_mode, diagonal_only, use_natural_gradients)
-        self._known: dict[str, tuple[Any, Any]] = {}
+        self._once = Remembered()
 
     @property
     def places(self) -> Places:
@@ -328,30 +328,23 @@ class SVGP(Prior):
         A, _ = self._design(None)
         if not self.q.natural:  # its graph is consumed by a step
             return self.q.distribution(A)
-        state = _state((*self.q.parameters(), *self.kernel.buffers()))
-        return self._once("posterior", state, lambda: self.q.distribution(A))
+        made_of = (*self.q.parameters(), *self.kernel.buffers())
+        return self._once("posterior", made_of, lambda: self.q.distribution(A))
 
     def _design(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """A (C, M, n) and the variance that u leaves (C, n), at samples; made once."""
-        state = _state(self.kernel.buffers())
-        A, rest = self._once("design", state, lambda: self._design_at(self.places))
+        A, rest = self._once("design", self.kernel.buffers(), lambda: self._design_at(self.places))
         return take(A, index), take(rest, index)
 
     @torch.no_grad()
     def _design_at(self, places: Places) -> tuple[Tensor, Tensor]:
-        Lz = self._once("factor", _state(self.kernel.buffers()), self._factor)
+        Lz = self._once("factor", self.kernel.buffers(), self._factor)
         A = torch.linalg.solve_triangular(Lz, self.kernel(self.inducing, places), upper=False)
         rest = self.kernel.variance[:, None] - A.square().sum(-2)
         return A, rest.clamp_min(self.jitter * self.kernel.variance[:, None])
 
     def _factor(self) -> Tensor:
         return jittered_cholesky(self.kernel(self.inducing, self.inducing), self.jitter)
-
-    def _once(self, what: str, state: Any, make: Callable[[], Any]) -> Any:
-        known = self._known.get(what)
-        if known is None or known[0] != state:
-            self._known[what] = known = (state, make())
-        return known[1]
 
     def _level(self, u: Tensor, A: Tensor) -> Tensor:
         """Mean of F given u (..., L, M), of shape (..., L, n)."""
@@ -420,8 +413,3 @@ class FieldAt:
         """
         u = self.prior._posterior().sample((n_draws,))
         return lambda index: self.prior._jointly(u, self.places.take(index))
-
-
-def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Something that changes whenever one of the tensors does."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

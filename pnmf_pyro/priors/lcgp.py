@@ -1,0 +1,372 @@
+"""Gaussian-process fields that condition each place on its neighbours (LCGP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro.distributions import Normal
+from torch import Tensor, nn
+
+from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.data import Batch, take
+from pnmf_pyro.distributions.local_fields import LocalPosterior, LocalPrior
+from pnmf_pyro.distributions.vecchia import predict
+from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.neighborhoods import Neighborhoods
+from pnmf_pyro.optimizers import ClosedForm
+from pnmf_pyro.places import Places
+from pnmf_pyro.priors.base import Draws, Prior
+
+# How well conjugate gradients solve for means, in posterior standard deviations, and how many
+# steps they take at most from where the mean was before.
+TOLERANCE = 0.03
+MOST_ITERATIONS = 20
+
+# Numbers in the arrays that posterior draws are worked out in.
+BLOCK = 1 << 24
+
+
+class _Sites(nn.Module):
+    """Mean m and variance d, with the observations that q behaves as if it had made.
+
+    The site of a sample is one normal observation of precision `curvature` h; `pull` is h times
+    what was observed.
+    """
+
+    curvature: Tensor
+    pull: Tensor
+
+    def __init__(self, L: int, N: int, cholesky_mode: str):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
+        self.diagonal = nn.Parameter(torch.ones(L, N, dtype=torch.float64))
+        for name in ("curvature", "pull"):
+            self.register_buffer(name, torch.zeros(L, N, dtype=torch.float64))
+
+    def for_divergence(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance without gradient: that of the likelihood is left, which sites need."""
+        return self.loc.detach(), self.diagonal.detach()
+
+    def site_curvature(self, precision_diagonal: Tensor) -> Tensor:
+        return self.curvature
+
+    @torch.no_grad()
+    def assign(self, loc: Tensor, diagonal: Tensor, curvature: Tensor, pull: Tensor) -> None:
+        self.loc.copy_(loc)
+        self.diagonal.copy_(diagonal)
+        self.curvature.copy_(curvature)
+        self.pull.copy_(pull)
+
+
+class _Scaled(nn.Module):
+    """Mean m and standard deviation sqrt(d), trained by their gradients."""
+
+    def __init__(self, L: int, N: int, cholesky_mode: str):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
+        self.scale = PositiveParameter((L, N), cholesky_mode).double()
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.scale.data.square()
+
+    def for_divergence(self) -> tuple[Tensor, Tensor]:
+        return self.loc, self.diagonal
+
+    def site_curvature(self, precision_diagonal: Tensor) -> Tensor:
+        """The h for which d = 1 / (Q_ii + h), as where the bound is highest."""
+        return (1 / self.diagonal - precision_diagonal).clamp_min(0)
+
+    @torch.no_grad()
+    def assign(self, loc: Tensor, diagonal: Tensor, curvature: Tensor, pull: Tensor) -> None:
+        self.loc.copy_(loc)
+        self.scale.assign(diagonal.sqrt())
+
+
+class LCGP(Prior):
+    r"""A level plus a Gaussian process that conditions each place on K others, with none left out.
+
+    .. math:: F_{\cdot l} \sim N(\mathrm{mean}_l, Q_l^{-1}), \qquad
+        Q = (I - B)^T \mathrm{diag}(1 / v) (I - B),
+
+    see :mod:`pnmf_pyro.vecchia_factor`; with K = N - 1 nothing is approximated. The variational
+    family has mean m and covariance V V^T + diag(d), for each component. In training V has no
+    columns. When that has settled, V is given the posterior's smooth part
+    (:meth:`~pnmf_pyro.vecchia_posterior.VecchiaPosterior.smooth_part`), with which all else settles
+    once more.
+
+    Parameters
+    ----------
+    kernel : SpatialKernel
+        For one set of hyperparameters, or one for each component.
+    places : Places of shape (N,)
+        Of the samples.
+    L : int
+        Number of components.
+    K : int
+        Neighbours of a place, N - 1 where it is larger.
+    neighbors : {'knn', 'probabilistic'}
+        How they are chosen among the places before it, see :mod:`pnmf_pyro.neighbors`.
+    precompute_knn : bool
+        Keep neighbours and their weights. Otherwise they are found at each step: for the batch
+        alone in standard training, for all places by natural gradients.
+    rank : int
+        R, the columns of V; 0 for independent marginals.
+    cholesky_mode : {'exp', 'softplus'}
+        How sqrt(d) stays positive in standard training.
+    use_natural_gradients : bool
+        Hold q so that :meth:`natural_optimizer` can move it.
+    seed : int
+        Of V, and of neighbours where chance has a part.
+    dtype : torch.dtype
+        Of F; everything inside is float64.
+
+    Attributes
+    ----------
+    mean : Tensor of shape (L,)
+        Level of each component.
+    low_rank : Tensor of shape (L, N, R)
+        V.
+    """
+
+    place_coordinates: Tensor
+    place_groups: Tensor | None
+    mean: Tensor
+    low_rank: Tensor
+
+    def __init__(
+        self,
+        kernel: SpatialKernel,
+        places: Places,
+        L: int,
+        *,
+        K: int = 50,
+        neighbors: str = "knn",
+        precompute_knn: bool = True,
+        rank: int = 20,
+        cholesky_mode: str = "exp",
+        use_natural_gradients: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.L, self.N, self.rank = L, len(places), rank
+        self.kernel, self.dtype, self.seed = kernel, dtype, seed
+        self.register_buffer("place_coordinates", places.coordinates)
+        self.register_buffer("place_groups", places.groups)
+        self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
+        self.register_buffer("low_rank", torch.zeros(L, self.N, 0, dtype=dtype))
+        self.q = (_Sites if use_natural_gradients else _Scaled)(L, self.N, cholesky_mode)
+        self.neighborhoods = Neighborhoods(kernel, places, L, K, neighbors, precompute_knn, seed)
+
+    @property
+    def places(self) -> Places:
+        """Places of the samples."""
+        return Places(self.place_coordinates, self.place_groups)
+
+    def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw F from the prior, shape (L, n)."""
+        with self.local_sites(batch, samples):
+            return pyro.sample("F", self._prior(batch.samples))
+
+    def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
+        """Draw F from q, shape (L, n)."""
+        with self.local_sites(batch, samples):
+            return pyro.sample("F", self.marginal(batch.samples))
+
+    def marginal(self, index: Tensor | None = None) -> LocalPosterior:
+        """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
+        q = self.q
+        return LocalPosterior(
+            q.loc, q.diagonal, self.low_rank, index, self.dtype, q.for_divergence()
+        )
+
+    @torch.no_grad()
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
+        shared = self._shared(n_draws)
+        return lambda index: self._drawn(shared, index).to(self.dtype)
+
+    def at(self, places: Places) -> LocalFieldAt:
+        """Return q(F) at other places."""
+        return LocalFieldAt(self, places)
+
+    def distributions(
+        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
+    ) -> tuple[Any, ...]:
+        """Return q(F) and p(F), each of shape (L, n); at other places the marginals of p(F)."""
+        if coordinates is None:
+            return self.marginal(index), self._prior(index)
+        q = self.at(Places(coordinates.double(), groups)).marginal()
+        level = self.mean[:, None].to(self.dtype).expand_as(q.loc)
+        sigma = self.kernel.sigma[:, None].to(self.dtype).expand_as(q.loc)
+        return q, Normal(level, sigma, validate_args=False)
+
+    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
+        """Return the optimiser that takes natural-gradient steps on q."""
+        if not isinstance(self.q, _Sites):
+            raise ValueError("natural gradients need LCGP(..., use_natural_gradients=True).")
+        return SiteSteps(self, lr)
+
+    @torch.no_grad()
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        """Set q to the posterior from observations `mean` of F with noise `scale`, (L, N)."""
+        curvature = scale.double().square().reciprocal()
+        pull = curvature * mean.double()
+        level = self.mean[:, None].expand_as(pull)
+        self.low_rank = self.low_rank[..., :0]
+        self.q.assign(*self.solve(curvature, pull, level), curvature, pull)
+
+    def solve(self, curvature: Tensor, pull: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the best d of a q whose sites are given, each (L, N).
+
+        Parameters
+        ----------
+        curvature, pull : Tensor of shape (L, N)
+            Precision of each site, and that times what it observed.
+        start : Tensor of shape (L, N)
+            Near the mean.
+        """
+        posterior, level = self.neighborhoods.posterior, self.mean[:, None]
+        h = curvature.cpu()
+        found = posterior.solve(
+            h,
+            (pull - curvature * level).cpu(),
+            (start - level).cpu(),
+            tolerance=TOLERANCE,
+            max_iterations=MOST_ITERATIONS,
+        )
+        mean = level + torch.from_numpy(found.x).to(level)
+        return mean, torch.from_numpy(posterior.conditional_variances(h)).to(level)
+
+    def refinements(self) -> list[Callable[[], None]]:
+        """Give q the posterior's smooth part, once training has settled without it."""
+        return [self.correlate] if self.rank else []
+
+    @torch.no_grad()
+    def correlate(self) -> None:
+        """Set V from draws of the posterior of the present sites, which have `seed`."""
+        posterior = self.neighborhoods.posterior
+        diagonal = torch.from_numpy(posterior.factor.precision_diagonal).to(self.mean)
+        curvature = self.q.site_curvature(diagonal).cpu()
+        at_once = max(1, BLOCK // (self.L * self.N))
+        V = torch.empty(self.L, self.N, self.rank, dtype=self.dtype)
+        for start in range(0, self.rank, at_once):
+            part = V[..., start : start + at_once]
+            columns = posterior.smooth_part(curvature, part.shape[-1], self.seed + start)
+            part.copy_(torch.from_numpy(columns) * (part.shape[-1] / self.rank) ** 0.5)
+        self.low_rank = V.to(self.mean.device)
+
+    def _prior(self, index: Tensor | None) -> LocalPrior:
+        return LocalPrior(self.neighborhoods, self.mean, index, self.dtype)
+
+    def _shared(self, n_draws: int) -> Tensor:
+        """What draws at all places have in common, (E, L, R)."""
+        return torch.randn(n_draws, self.L, self.low_rank.shape[-1]).to(self.low_rank)
+
+    @torch.no_grad()
+    def _drawn(self, shared: Tensor, index: Tensor | None) -> Tensor:
+        V, loc = take(self.low_rank, index, dim=1), take(self.q.loc, index)
+        smooth = torch.einsum("lnr,elr->eln", V, shared)
+        noise = torch.randn(smooth.shape).to(loc)
+        return loc + smooth + take(self.q.diagonal, index).sqrt() * noise
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.low_rank = torch.empty_like(state_dict[f"{prefix}low_rank"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LocalFieldAt:
+    """q(F) of an LCGP at other places than those of its samples.
+
+    Parameters
+    ----------
+    prior : LCGP
+    places : Places of shape (N,)
+    """
+
+    def __init__(self, prior: LCGP, places: Places):
+        self.prior, self.places = prior, places
+        self.L, self.N = prior.L, len(places)
+
+    @torch.no_grad()
+    def marginal(self, index: Tensor | None = None) -> Normal:
+        """Return q(F_il) at the places `index` (all if None), with loc and scale (L, n).
+
+        Each given the K nearest samples.
+        """
+        prior, places = self.prior, self.places.take(index)
+        near = prior.neighborhoods.nearest_to(places)
+        kernels, rows = prior.neighborhoods.kernels(), prior.neighborhoods.rows(places)
+        q = (t.cpu() for t in (prior.q.loc, prior.q.diagonal, prior.low_rank, prior.mean))
+        mean, variance = predict(kernels, *rows, near, *q)
+        loc, scale = (t.to(prior.mean.device, prior.dtype) for t in (mean, variance.sqrt()))
+        return Normal(loc, scale, validate_args=False)
+
+    @torch.no_grad()
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of places to draws of q(F), (n_draws, L, n).
+
+        Places that are asked for together are conditioned on one another; those of different calls
+        have in common what V says.
+        """
+        prior = self.prior
+        shared, level = prior._shared(n_draws), prior.mean[:, None, None].cpu()
+
+        @torch.no_grad()
+        def draw(index: Tensor | None) -> Tensor:
+            conditionals = prior.neighborhoods.conditionals(self.places.take(index))
+            used = torch.from_numpy(conditionals.used).to(prior.mean.device)
+            known = prior._drawn(shared, used).movedim(0, -1).cpu() - level
+            noise = torch.randn(self.L, len(conditionals.order), n_draws, dtype=torch.float64)
+            drawn = torch.from_numpy(conditionals.draw(known.numpy(), noise.numpy()))
+            return (level + drawn).movedim(-1, 0).to(prior.mean.device, prior.dtype)
+
+        return draw
+
+
+class SiteSteps(ClosedForm):
+    r"""Natural-gradient steps on the q of an LCGP.
+
+    With g the slope of the expected log-likelihood in the mean m_i and h its negative curvature,
+    the natural gradient of a normal q with any covariance asks for the precision Q + diag(h) and
+    the mean of its posterior from observations m_i + g_i / h_i of precision h_i, the sites (Khan
+    and Lin 2017). A step of size rho goes that far from the old sites to the new ones, each in its
+    natural parameters (h, h m + g); those of samples outside the batch stay. Then the mean is one
+    solve with Q + diag(h), and d = 1 / (Q_ii + h_i), the maximum of the bound over a diagonal.
+
+    Parameters
+    ----------
+    prior : LCGP
+    lr : float
+        1 / weight of the divergence; a schedule multiplies it by rho.
+    """
+
+    def __init__(self, prior: LCGP, lr: float = 1.0):
+        super().__init__([prior.q.loc, prior.q.diagonal], {"lr": lr})
+        self.prior, self.kl_weight = prior, 1 / lr
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the sites of the batch, and q to the posterior from all sites."""
+        prior, q, index = self.prior, cast(_Sites, self.prior.q), self.batch.samples
+        if q.loc.grad is None or q.diagonal.grad is None:
+            return
+        gradients = take(q.loc.grad, index), take(q.diagonal.grad, index)
+        share = gradients[0].shape[1] / prior.N
+        h = 2 * share * gradients[1]  # of a loss
+        target = h * take(q.loc, index) - share * gradients[0]
+        lr, weight = self.param_groups[0]["lr"], self.kl_weight * self.batch.prior_scale
+        for site, new in ((q.curvature, h), (q.pull, target)):
+            moved = take(site, index)
+            moved = moved + lr * (new - weight * moved)
+            if index is None:
+                site.copy_(moved)
+            else:
+                site.index_copy_(1, index, moved)
+        mean, diagonal = prior.solve(q.curvature, q.pull, q.loc)
+        q.loc.copy_(mean)
+        q.diagonal.copy_(diagonal)
