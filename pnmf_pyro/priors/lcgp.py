@@ -202,8 +202,8 @@ class LCGP(Prior):
             return self.marginal(index), self._prior(index)
         q = self.at(Places(coordinates.double(), groups)).marginal()
         level = self.mean[:, None].to(self.dtype).expand_as(q.loc)
-        sigma = self.kernel.sigma[:, None].to(self.dtype).expand_as(q.loc)
-        return q, Normal(level, sigma, validate_args=False)
+        scale = self.kernel.variance.sqrt()[:, None].to(self.dtype).expand_as(q.loc)
+        return q, Normal(level, scale, validate_args=False)
 
     def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
         """Return the optimiser that takes natural-gradient steps on q."""
