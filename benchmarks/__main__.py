@@ -33,6 +33,19 @@ from pnmf_pyro.distributions import mean_deviance
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
 
+# Which prior spatial fits have: the one that `fit` chooses by size, or another.
+PRIORS: dict[str, dict[str, bool]] = {
+    "chosen": {},
+    "svgp": {"local": False},
+    "lcgp": {"local": True},
+}
+
+SVGP_GROWTH = {
+    "M": (250, 500, 1000, 2000),
+    "N": (2000, 4000, 8000, 16000),
+    "L": (2, 4, 8, 16),
+}
+
 
 def benchmark(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
     """Register a benchmark under the name of its function."""
@@ -168,24 +181,26 @@ def overtake(X: Any, L: int, target: float, every: int) -> tuple[float, float, f
 def spatial(options: argparse.Namespace) -> None:
     """Deviance at held-out places of `fit(X, coords)`, and of other ways to predict there."""
     rows = [["data", "method", "mean deviance", "standard deviation over splits", "splits"]]
+    settings = {"kernel": options.kernel, **PRIORS[options.prior]}
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[float]] = {}
         for train, test in list(places.splits(name, whole))[: options.repeats]:
             seconds, (deviance, model) = timed(
-                lambda train=train, test=test: places.spatial(train, test, kernel=options.kernel)
+                lambda train=train, test=test: places.spatial(train, test, **settings)
             )
             line = {"fit(X, coords)": deviance}
             for K, value in places.neighbour_averages(train, test).items():
                 line[f"average of {K} neighbours"] = value
             if train.groups is not None:
-                line["groups pooled"] = places.pooled(train, test, kernel=options.kernel)
-                line["groups apart"] = places.separately(train, test, kernel=options.kernel)
+                line["groups pooled"] = places.pooled(train, test, **settings)
+                line["groups apart"] = places.separately(train, test, **settings)
             prior = model.model_.prior
             learned = {k: v.tolist() for k, v in prior.kernel.hyperparameters.items()}
             report(
                 benchmark="spatial",
                 data=name,
+                prior=options.prior,
                 seconds=seconds,
                 mib=peak_memory_mib(),
                 elbo=model.elbo_,
@@ -257,6 +272,47 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
         L=options.L,
         seconds=found,
         median_seconds=median(found),
+        mib_in_all=peak_memory_mib(),
+    )
+
+
+@benchmark
+def svgp(options: argparse.Namespace) -> None:
+    """Seconds of a natural step through inducing points, as M, N and L grow."""
+    start = {"M": 500, "N": 4000, "L": 4}
+    rows = [["what grows", "values", "ms a step", "log-log slope"]]
+    for name, values in SVGP_GROWTH.items():
+        lines = [in_new_process("svgp_step", **{**start, name: value}) for value in values]
+        seconds = [report(**{**line, "benchmark": "svgp"})["step_seconds"] for line in lines]
+        slope = np.polyfit(np.log(values), np.log(seconds), 1)[0]
+        shown = ", ".join(f"{1000 * one:.0f}" for one in seconds)
+        rows.append([name, ", ".join(map(str, values)), shown, f"{slope:.2f}"])
+    sys.stdout.write(table(rows))
+
+
+@benchmark
+def svgp_step(options: argparse.Namespace) -> dict[str, Any]:
+    """One natural step through inducing points, on a simulated tissue of 30 features."""
+    X, coordinates, _ = tables.tissue(options.N, 30, 0.2, options.L)
+    model = PNMF(
+        options.L,
+        **ours.NATURAL,
+        spatial=True,
+        num_inducing=options.M,
+        lengthscale=8.0,
+        max_iter=options.steps,
+        tol=0,
+        random_state=0,
+    )
+    times: list[float] = []
+    note = lambda *_: times.append(time.perf_counter())  # noqa: E731 - a callback of three arguments
+    ours.quietly(lambda: model.fit(X, coordinates=coordinates, callback=note, callback_interval=1))
+    return report(
+        benchmark="svgp_step",
+        M=options.M,
+        N=options.N,
+        L=options.L,
+        step_seconds=median(np.diff(times).tolist()),
         mib_in_all=peak_memory_mib(),
     )
 
@@ -359,6 +415,8 @@ def main() -> None:
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
     parser.add_argument("--kernel", default="Matern32", help="of spatial fits")
+    parser.add_argument("--prior", choices=PRIORS, default="chosen", help="of spatial fits")
+    parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
     parser.add_argument("--sizes", default="5000,10000,20000", help="numbers of places")
     parser.add_argument("--init", default=None, help="where fits of tissues start")
