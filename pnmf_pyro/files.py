@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from pnmf_pyro.anndata_bridge import add_results, import_anndata, results, settings
 from pnmf_pyro.persistence import write_archive
+from pnmf_pyro.results import counts_of
 
 
 @dataclass
@@ -82,12 +83,7 @@ def _read_h5ad(path: Path, layer: str | None) -> CountTable:
         adata = import_anndata().read_h5ad(path)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
-    if (layer is None and adata.X is None) or (layer is not None and layer not in adata.layers):
-        raise ValueError(
-            f"{path.name} has no {'X' if layer is None else f'layer {layer!r}'}; its layers are "
-            f"{list(adata.layers)}. Choose one by --layer."
-        )
-    X = adata.X if layer is None else adata.layers[layer]
+    X = counts_of(adata, layer)
     annotation = import_anndata().AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm))
     return CountTable(X, list(adata.obs_names), list(adata.var_names), annotation)
 
