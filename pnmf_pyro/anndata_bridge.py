@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pnmf_pyro.results import ModelResults, counts_of
+from pnmf_pyro.results import SPATIAL_KEY, ModelResults, counts_of
 
 logger = logging.getLogger("pnmf_pyro")
-
-# Where AnnData objects have their coordinates by convention.
-SPATIAL_KEY = "spatial"
 
 
 def import_anndata() -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pnmf_pyro.anndata_bridge import SPATIAL_KEY, AnnDataKeys
+from pnmf_pyro.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator import PNMF
-from pnmf_pyro.results import is_anndata
+from pnmf_pyro.results import SPATIAL_KEY, is_anndata
 
 logger = logging.getLogger("pnmf_pyro")
 

@@ -17,6 +17,9 @@ from sklearn.utils.validation import check_is_fitted
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
 from pnmf_pyro.validation import check_array
 
+# Where AnnData objects have their coordinates by convention.
+SPATIAL_KEY = "spatial"
+
 
 class Results(ABC):
     """Factors, loadings and places of a fit.
@@ -36,7 +39,7 @@ class Results(ABC):
     size_factors : ndarray of shape (n_samples,)
         1 where the fit had none.
     coordinates : ndarray of shape (n_samples, p), or None
-        Of a spatial fit.
+        Of a spatial fit; of any fit in an AnnData object that has them in obsm["spatial"].
     groups : ndarray of shape (n_samples,), or None
         Of a multi-group fit.
     """
@@ -143,15 +146,15 @@ class AnnDataResults(Results):
         self.feature_names = np.asarray(adata.var_names, dtype=str)
         stored = adata.obs.get(f"{key}_size_factors")
         self.size_factors = np.ones(adata.n_obs) if stored is None else stored.to_numpy()
-        self.coordinates = self._named(adata.obsm, "spatial_key")
-        self.groups = self._named(adata.obs, "batch_key")
-
-    def _named(self, table: Any, setting: str) -> np.ndarray | None:
-        name = self.settings.get(setting)
-        return None if name is None else np.asarray(table[name])
+        self.coordinates = _column(adata.obsm, self.settings.get("spatial_key", SPATIAL_KEY))
+        self.groups = _column(adata.obs, self.settings.get("batch_key"))
 
     def counts(self, X: Any = None) -> Any:  # noqa: D102 - the interface says it
         return counts_of(self.adata, self.settings.get("layer")) if X is None else X
+
+
+def _column(table: Any, name: str | None) -> np.ndarray | None:
+    return np.asarray(table[name]) if name is not None and name in table else None
 
 
 def is_anndata(X: Any) -> bool:
