@@ -19,7 +19,7 @@ extensions = [
     "numpydoc",
     "myst_nb",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 templates_path = ["_templates"]
 
 autosummary_generate = True
@@ -29,7 +29,10 @@ autodoc_inherit_docstrings = False  # only what this package wrote
 numpydoc_show_class_members = False  # the module pages list the members
 numpydoc_xref_param_type = False
 
-nb_execution_mode = "off"  # continuous integration executes the notebooks on its own
+# Continuous integration executes the notebooks on its own. Pages that say so run at each build.
+nb_execution_mode = "off"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -43,6 +46,9 @@ _PAGES = (
     "api_parity",
     "reference_examples",
     "performance",
+    "anndata",
+    "plots",
+    "interpretation",
     "architecture",
     "changelog",
 )

@@ -86,7 +86,7 @@ class Tissue:
         parts = [points[members] for members in sections]
         self.spot = spot_width(parts)
         self.width = max(float(np.ptp(part[:, 0])) for part in parts) or self.spot
-        self.points, self.cells = side_by_side(points, sections, look.y_down)
+        self.points, self.tops = side_by_side(points, sections, self.spot, look.y_down)
         low, high = self.points.min(0) - self.spot, self.points.max(0) + self.spot
         self.size = high - low
         self.bar = BAR * self.size[1] if look.scale_bar else 0.0
@@ -143,10 +143,11 @@ class Tissue:
 
     def annotate(self, ax: Any) -> None:
         """Write the names of the sections, and draw the scale bar."""
-        for name, (x, y) in zip(self.names, self.cells, strict=False):
+        edge = -self.spot / 2 if self.look.y_down else self.spot / 2
+        for name, (x, y) in zip(self.names, self.tops, strict=False):
             ax.annotate(
                 name,
-                (x, y),
+                (x, y + edge),
                 (0, 2),
                 textcoords="offset points",
                 fontsize=7,
@@ -180,7 +181,10 @@ def spot_width(sections: Sequence[np.ndarray]) -> float:
 
 
 def side_by_side(
-    points: np.ndarray, sections: Sequence[np.ndarray], y_down: bool = True
+    points: np.ndarray,
+    sections: Sequence[np.ndarray],
+    spot: float = 0.0,
+    y_down: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move sections into cells of a grid, in rows from the top, without changing their scale.
 
@@ -189,6 +193,8 @@ def side_by_side(
     points : ndarray of shape (n, 2)
     sections : sequence of ndarray
         Numbers of the points of each.
+    spot : float
+        Room between sections, beside a share of their size.
     y_down : bool
         Rows from the top go up in the second coordinate.
 
@@ -203,7 +209,7 @@ def side_by_side(
     columns = len(sections)
     if columns > ONE_ROW:
         columns = int(np.ceil(np.sqrt(columns)))
-    cell = size.max(0) * (1 + 2 * GAP, 1 + 4 * GAP)
+    cell = size.max(0) * (1 + 2 * GAP, 1 + 4 * GAP) + spot
     row, column = np.divmod(np.arange(len(sections)), columns)
     corner = np.stack([column, row if y_down else -row], 1) * cell + (cell - size) / 2
     moved = points.astype(np.float64)
