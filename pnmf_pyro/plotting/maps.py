@@ -223,7 +223,7 @@ def _scales(values: np.ndarray, look: MapStyle) -> list[tuple[float, float]]:
 
 def _colour_bars(axes: np.ndarray, shown: list[Any], look: MapStyle) -> None:
     """One bar beside each panel, or one for all."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     pairs: Any = [(shown[-1], list(axes))] if look.shared_scale else zip(shown, axes, strict=True)
     for one, beside in pairs:
@@ -237,6 +237,7 @@ def _colour_bars(axes: np.ndarray, shown: list[Any], look: MapStyle) -> None:
             pad=0.02,
             extend="max" if above else "neither",
             ticks=MaxNLocator(3),
+            format=ScalarFormatter(useOffset=False),
         )
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)

@@ -16,6 +16,9 @@ from pnmf_pyro.validation import check_count, check_positive
 # spots would be smaller than a pixel of the screen.
 SPOTS = 20_000
 
+# Samples up to which spots are drawn apart; of more, they cover the gaps of a square lattice.
+APART, COVERING = 1000, 2**0.5
+
 # Side of a pixel, and space between sections: in spacings, and as a share of a section's side.
 PIXEL = 1.5
 GAP = 0.06
@@ -47,8 +50,9 @@ class MapStyle:
         Draw one below the first panel.
     y_down : bool
         The second coordinate points down, as in images.
-    spot_size : float
-        Diameter of a spot, in distances to the nearest neighbour.
+    spot_size : float, optional
+        Diameter of a spot, in distances between neighbours: 1 unless given, and for more than
+        1,000 samples so wide that no gaps show.
     columns : int, optional
         Panels in a row.
     """
@@ -60,12 +64,13 @@ class MapStyle:
     unit_length: float = 1.0
     scale_bar: bool = True
     y_down: bool = True
-    spot_size: float = 1.0
+    spot_size: float | None = None
     columns: int | None = None
 
     def __post_init__(self) -> None:
         check_positive("unit_length", self.unit_length)
-        check_positive("spot_size", self.spot_size)
+        if self.spot_size is not None:
+            check_positive("spot_size", self.spot_size)
         if self.columns is not None:
             check_count("columns", self.columns)
 
@@ -99,7 +104,7 @@ class Tissue:
     def panel_size(self, n_panels: int) -> tuple[tuple[float, float], int]:
         """Width and height of a panel in inches, and how many to put in a row."""
         aspect = float(self.size[0] / abs(np.subtract(*self.limits[1])))
-        rows = -(-n_panels // int(np.clip(np.round(np.sqrt(1.8 * n_panels / aspect)), 1, 6)))
+        rows = -(-n_panels // int(np.clip(np.round(np.sqrt(2.4 * n_panels / aspect)), 1, 6)))
         columns = self.look.columns or -(-n_panels // rows)
         height = 2.3 if n_panels <= 6 else 1.7
         return (height * aspect + 0.7, height + 0.3), columns
@@ -116,7 +121,7 @@ class Tissue:
     def _spots(self, ax: Any, values: np.ndarray) -> Any:
         from matplotlib.collections import EllipseCollection
 
-        width = self.look.spot_size * self.spot
+        width = self.spot * (self.look.spot_size or (1.0 if len(values) <= APART else COVERING))
         spots = EllipseCollection(
             width,
             width,
