@@ -186,7 +186,8 @@ def spatial_scores(
         One row for each component or feature, with columns `component` or `feature`, `score` from
         0 to 1, `smooth` and `variance`. The score is NaN where the variance beyond noise is less
         than twice its standard error under a Poisson, :math:`\sqrt{2 / N}` times the mean noise:
-        there is nothing to explain. A structured array without pandas.
+        there is nothing to explain; and for a component that contributes less than one count in
+        all. A structured array without pandas.
 
     Raises
     ------
@@ -210,6 +211,8 @@ def spatial_scores(
     s = found.size_factors[:, None]
     parts = [_smooth_part(z, noise / s, codes, means) for z, noise in blocks]
     score, smooth, variance = np.concatenate(parts, 1)
+    if of == "components":
+        score[contributions(found).sum(0) < 1] = np.nan
     return _table({**names, "score": score, "smooth": smooth, "variance": variance})
 
 

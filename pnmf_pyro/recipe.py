@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from pnmf_pyro.anndata_bridge import AnnDataKeys
+from pnmf_pyro.data import check_counts, library_size_factors
 from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.results import SPATIAL_KEY, is_anndata
+from pnmf_pyro.validation import check_choice
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -66,8 +68,8 @@ def fit(
     groups : array-like of shape (n_samples,), optional
         Slices or batches that share less than their places say: what they share is learned.
     n_components : int
-    size_factors : array-like of shape (n_samples,), optional
-        Positive factor on all rates of a sample.
+    size_factors : array-like of shape (n_samples,) or 'total', optional
+        Positive factor on all rates of a sample; `total` for its total count over their mean.
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
@@ -142,6 +144,9 @@ def _fit_arrays(
     size_factors: Any,
     parameters: dict[str, Any],
 ) -> PNMF:
+    if isinstance(size_factors, str):
+        check_choice("size_factors", size_factors, ("total",))
+        size_factors = library_size_factors(check_counts(X))
     chosen = {**(RECIPE if coords is None else _spatial(len(coords), groups)), **parameters}
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())

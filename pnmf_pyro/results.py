@@ -63,6 +63,16 @@ class Results(ABC):
         """Standard deviation of a log-normal: mean * sqrt(exp(sigma^2) - 1)."""
         return self.factors * np.sqrt(np.expm1(np.square(self.log_factors_sd)))
 
+    def summary(self) -> dict[str, Any]:
+        """Return what there is to say in numbers, by name."""
+        return {
+            "samples": len(self.factors),
+            "features": len(self.loadings),
+            "components": self.n_components,
+            "steps": len(self.elbo_history),
+            "ELBO at the last step (nats)": f"{self.elbo_history[-1]:.6g}",
+        }
+
     @abstractmethod
     def counts(self, X: Any = None) -> Any:
         """Return the counts of the fit: X itself, unless the source keeps them.

@@ -172,6 +172,18 @@ def test_scores_tell_smooth_from_rough_and_from_noise():
     assert found["score"].notna().sum() < 15
 
 
+def test_a_component_without_counts_has_no_score(counts, places):
+    adata = anndata.AnnData(
+        counts,
+        obsm={"X_pnmf": np.ones((80, 2)), "X_pnmf_log_sd": np.ones((80, 2)), "spatial": places},
+        varm={"PNMF_loadings": np.stack([counts.mean(0), 1e-9 * counts[0]], 1)},
+        uns={"pnmf": {"elbo_history": [0.0]}},
+    )
+    score = spatial_scores(adata)["score"]
+    assert np.isfinite(score[0])
+    assert np.isnan(score[1])
+
+
 def test_a_section_is_no_neighbour_of_another(scaled, places):
     """Differences between sections are not smooth variation within them."""
     model, frame, _ = scaled

@@ -57,6 +57,7 @@ ORDER = (
     "plotting.diagnostics",
     "plotting",
     "files",
+    "report",
     "cli",
     "",
 )

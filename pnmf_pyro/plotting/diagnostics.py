@@ -12,7 +12,7 @@ from pnmf_pyro.hyperparameters import HyperparameterSearch
 from pnmf_pyro.places import extent, spacing
 from pnmf_pyro.plotting.figures import BLUE, one_axes, plain
 from pnmf_pyro.random_state import check_random_state
-from pnmf_pyro.results import is_anndata, results_of
+from pnmf_pyro.results import Results, is_anndata, results_of
 from pnmf_pyro.validation import check_array
 
 # Lengthscales of a profile that are tried without being asked for.
@@ -52,7 +52,7 @@ def plot_elbo(history: Any, ax: Any = None, *, label: str | None = None, key: st
 
 
 def _elbo_values(history: Any, key: str) -> np.ndarray:
-    if is_anndata(history) or hasattr(history, "get_params"):
+    if isinstance(history, Results) or is_anndata(history) or hasattr(history, "get_params"):
         return results_of(history, key).elbo_history
     return check_array("history", history).astype(np.float64)
 
