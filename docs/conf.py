@@ -1,10 +1,17 @@
 """Sphinx configuration: python -m sphinx -W --keep-going -b html docs docs/_build."""
 
 import configparser
+import shutil
 from pathlib import Path
 
 _setup = configparser.ConfigParser()
 _setup.read(Path(__file__).parent.parent / "setup.cfg")
+
+# The notebooks with their outputs are pages too; Sphinx reads only what is in its own folder.
+_tutorials = Path(__file__).parent / "tutorials"
+_tutorials.mkdir(exist_ok=True)
+for _notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
+    shutil.copy(_notebook, _tutorials)
 
 project = "pnmf_pyro"
 author = _setup["metadata"]["author"]
@@ -52,7 +59,7 @@ _PAGES = (
     "architecture",
     "changelog",
 )
-html_sidebars: dict[str, list[str]] = {page: [] for page in _PAGES}
+html_sidebars: dict[str, list[str]] = {page: [] for page in (*_PAGES, "tutorials/*")}
 
 
 def _skip(app, what, name, obj, skip, options):

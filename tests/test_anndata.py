@@ -128,6 +128,8 @@ def test_layer_size_factors_and_names():
 @pytest.mark.filterwarnings("ignore:.*zarr v2:UserWarning")
 @pytest.mark.parametrize("format", ["h5ad", "zarr"])
 def test_results_survive_a_file(format, spatial, tmp_path):
+    if format == "zarr":
+        pytest.importorskip("zarr", reason="zarr is not installed")
     adata, model = spatial
     path = tmp_path / f"section.{format}"
     getattr(adata, f"write_{format}")(path)
@@ -238,6 +240,17 @@ def test_warnings_of_what_may_be_a_mistake():
     with pytest.warns(UserWarning, match="2 sections") as caught:
         pnmf_pyro.fit(adata, **QUICK)
     assert caught[0].filename == __file__
+
+
+def test_a_view_of_real_sections(data_file):
+    adata = anndata.read_h5ad(data_file("st_breast_4sections"))
+    totals = np.ravel(adata.X.sum(0))
+    part = adata[::5, np.argsort(-totals)[:30]]
+    model = pnmf_pyro.fit(part, batch_key="section", size_factors="total", **QUICK)
+    assert_holds(part, model)
+    assert model.groups_ == sorted(adata.obs["section"].unique())
+    score = pnmf_pyro.spatial_scores(part, of="features")["score"]
+    assert score.notna().mean() > 0.9
 
 
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
