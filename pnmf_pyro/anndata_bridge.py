@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from pnmf_pyro.results import SPATIAL_KEY, ModelResults, counts_of
 
@@ -151,7 +152,7 @@ class AnnDataKeys:
 
 
 def _is_whole(X: Any) -> bool:
-    entries = X.data if hasattr(X, "toarray") else np.asarray(X)
+    entries = X.data if sp.issparse(X) else X
     return bool((entries == np.round(entries)).all())
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from sklearn.utils.validation import check_is_fitted
 
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
@@ -218,7 +219,7 @@ def counts_of(adata: Any, layer: str | None = None) -> Any:
     for read in ("to_memory", "compute"):  # of a file, of dask
         if hasattr(X, read):
             return getattr(X, read)()
-    return X if hasattr(X, "toarray") else X[:]
+    return X if sp.issparse(X) else np.asarray(X)
 
 
 def chosen_components(components: Sequence[int] | int | None, n_components: int) -> list[int]:

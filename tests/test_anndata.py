@@ -165,8 +165,9 @@ def test_a_file_that_stays_on_disk(matrix, tmp_path):
     assert_holds(anndata.read_h5ad(path), model)
 
 
-def test_views(tmp_path):
-    adata = section()
+@pytest.mark.parametrize("matrix", [sp.csr_matrix, np.asarray])
+def test_views(matrix, tmp_path):
+    adata = section(matrix=matrix)
     view = adata[:40]
     model = pnmf_pyro.fit(view, **FLAT)
     assert not view.is_view
