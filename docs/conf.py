@@ -1,10 +1,17 @@
 """Sphinx configuration: python -m sphinx -W --keep-going -b html docs docs/_build."""
 
 import configparser
+import shutil
 from pathlib import Path
 
 _setup = configparser.ConfigParser()
 _setup.read(Path(__file__).parent.parent / "setup.cfg")
+
+# The notebooks with their outputs are pages too; Sphinx reads only what is in its own folder.
+_tutorials = Path(__file__).parent / "tutorials"
+_tutorials.mkdir(exist_ok=True)
+for _notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
+    shutil.copy(_notebook, _tutorials)
 
 project = "pnmf_pyro"
 author = _setup["metadata"]["author"]
@@ -19,7 +26,7 @@ extensions = [
     "numpydoc",
     "myst_nb",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 templates_path = ["_templates"]
 
 autosummary_generate = True
@@ -29,7 +36,10 @@ autodoc_inherit_docstrings = False  # only what this package wrote
 numpydoc_show_class_members = False  # the module pages list the members
 numpydoc_xref_param_type = False
 
-nb_execution_mode = "off"  # continuous integration executes the notebooks on its own
+# Continuous integration executes the notebooks on its own. Pages that say so run at each build.
+nb_execution_mode = "off"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -43,10 +53,13 @@ _PAGES = (
     "api_parity",
     "reference_examples",
     "performance",
+    "anndata",
+    "plots",
+    "interpretation",
     "architecture",
     "changelog",
 )
-html_sidebars: dict[str, list[str]] = {page: [] for page in _PAGES}
+html_sidebars: dict[str, list[str]] = {page: [] for page in (*_PAGES, "tutorials/*")}
 
 
 def _skip(app, what, name, obj, skip, options):

@@ -98,8 +98,8 @@ for ax, pixels, title in zip(
     ax.imshow(pixels.reshape(8, 8), vmin=0, vmax=highest)
     ax.set_title(title)
     ax.set_axis_off()
-axes[2].errorbar(range(1, 11), middle, (middle - low, high - middle), fmt="o", capsize=3)
-axes[2].set(xlabel="component", ylabel="factor exp F", yscale="log", xticks=range(1, 11))
+axes[2].errorbar(range(10), middle, (middle - low, high - middle), fmt="o", capsize=3)
+axes[2].set(xlabel="component", ylabel="factor exp F", yscale="log", xticks=range(10))
 
 # %% [markdown]
 # New samples get factors from the fitted loadings; `score` is a bound on their mean

@@ -1,4 +1,4 @@
-"""The command line: pnmf-pyro fit and pnmf-pyro demo."""
+"""The command line: pnmf-pyro fit, plot and demo."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import check_counts, library_size_factors, thin_counts
 from pnmf_pyro.distributions import mean_deviance
 from pnmf_pyro.estimator import PNMF
-from pnmf_pyro.files import check_results_path, read_counts, write_results
+from pnmf_pyro.files import check_results_path, read_counts, read_fit, write_results
 from pnmf_pyro.recipe import fit
+from pnmf_pyro.report import check_report_path, write_report
 from pnmf_pyro.transforms import get_factors, get_loadings
 
 TRAIN_FRACTION = 0.5
@@ -91,6 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         help="set any parameter of pnmf_pyro.PNMF, such as --set mode=expanded; may be repeated",
     )
     fitting.set_defaults(run=_fit)
+    plot = commands.add_parser(
+        "plot",
+        help="draw a report on a fit",
+        description="Draw maps, top features, loadings and the course of a fit that is in an .h5ad "
+        "file, as fit writes it, or in a model saved by PNMF.save.",
+    )
+    plot.add_argument("fit", metavar="FIT", help=".h5ad with results, or .npz by PNMF.save")
+    plot.add_argument("--out", "-o", required=True, help="where to write it: .png or .html")
+    plot.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
+    plot.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
+    plot.set_defaults(run=_plot)
     demo = commands.add_parser(
         "demo",
         help="fit scikit-learn's digits and compare with other models",
@@ -136,6 +148,12 @@ def _fit(options: argparse.Namespace) -> None:
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {options.out}\n"
     )
+
+
+def _plot(options: argparse.Namespace) -> None:
+    check_report_path(options.out)
+    write_report(read_fit(options.fit), options.out, key=options.key, unit=options.unit)
+    sys.stdout.write(f"wrote {options.out}\n")
 
 
 def _model(options: argparse.Namespace, X: Any, **parameters: Any) -> PNMF:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -489,7 +491,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     def _check_counts(self, X: Any, reset: bool) -> Counts:
         if isinstance(X, torch.Tensor):
             X = as_counts(X.detach()).numpy()
-        X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        with warnings.catch_warnings():
+            if sp.issparse(X):  # which cannot hold names, to be compared with those of the fit
+                warnings.filterwarnings("ignore", "X does not have valid feature names")
+            X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype="numeric")
         counts = check_counts(X)
         if reset:
             warn_empty(counts, getattr(self, "feature_names_in_", None))

@@ -14,7 +14,9 @@ import scipy.io
 import scipy.sparse as sp
 
 from pnmf_pyro.anndata_bridge import add_results, import_anndata, results, settings
+from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.persistence import write_archive
+from pnmf_pyro.results import counts_of
 
 
 @dataclass
@@ -78,18 +80,17 @@ def read_counts(path: str | Path, layer: str | None = None, transpose: bool = Fa
 
 
 def _read_h5ad(path: Path, layer: str | None) -> CountTable:
-    try:
-        adata = import_anndata().read_h5ad(path)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
-    if (layer is None and adata.X is None) or (layer is not None and layer not in adata.layers):
-        raise ValueError(
-            f"{path.name} has no {'X' if layer is None else f'layer {layer!r}'}; its layers are "
-            f"{list(adata.layers)}. Choose one by --layer."
-        )
-    X = adata.X if layer is None else adata.layers[layer]
+    adata = _open_h5ad(path)
+    X = counts_of(adata, layer)
     annotation = import_anndata().AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm))
     return CountTable(X, list(adata.obs_names), list(adata.var_names), annotation)
+
+
+def _open_h5ad(path: Path) -> Any:
+    try:
+        return import_anndata().read_h5ad(path)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
 
 
 def _read_npz(path: Path) -> CountTable:
@@ -161,6 +162,29 @@ def write_results(path: str | Path, model: Any, table: CountTable) -> None:
         adata.var_names = table.feature_names or adata.var_names
     add_results(adata, model)
     adata.write_h5ad(path)
+
+
+def read_fit(path: str | Path) -> Any:
+    """Read an AnnData object with results, or a saved model.
+
+    Parameters
+    ----------
+    path : path
+        .h5ad, or .npz as written by :meth:`PNMF.save`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file is not there, or cannot be read as a fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"FIT must be a file; there is no {path}.")
+    if path.suffix == ".npz":
+        return PNMF.load(path)
+    if path.suffix == ".h5ad":
+        return _open_h5ad(path)
+    raise ValueError(f"FIT must end in .h5ad or .npz; got {path.name}.")
 
 
 def check_results_path(path: str | Path) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+
+from pnmf_pyro.anndata_bridge import AnnDataKeys
+from pnmf_pyro.data import check_counts, library_size_factors
 from pnmf_pyro.estimator import PNMF
+from pnmf_pyro.results import SPATIAL_KEY, is_anndata
+from pnmf_pyro.validation import check_choice
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -53,14 +59,19 @@ def fit(
     *,
     n_components: int = 10,
     size_factors: Any = None,
+    layer: str | None = None,
+    spatial_key: str | None = SPATIAL_KEY,
+    batch_key: str | None = None,
+    key_added: str = "pnmf",
+    copy: bool = False,
     **parameters: Any,
-) -> PNMF:
+) -> Any:
     """Fit a factorisation with settings that need no tuning.
 
     Parameters
     ----------
-    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
-        Counts.
+    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features), or AnnData
+        Counts. What the fit finds is written into an AnnData object, see Notes.
     coords : array-like of shape (n_samples, p), optional
         Where the samples are, in any unit: the factors are then smooth in space. Up to 1,500
         samples are all inducing points; more are conditioned on their neighbours (`local=True`),
@@ -68,15 +79,41 @@ def fit(
     groups : array-like of shape (n_samples,), optional
         Slices or batches that share less than their places say: what they share is learned.
     n_components : int
-    size_factors : array-like of shape (n_samples,), optional
-        Positive factor on all rates of a sample.
+    size_factors : array-like of shape (n_samples,) or 'total', optional
+        Positive factor on all rates of a sample; `total` for its total count over their mean.
+    layer : str, optional
+        This and what follows is for AnnData: the layer that holds the counts, X unless given.
+    spatial_key : str or None
+        Of the coordinates, in obsm. Where they are there the fit is spatial, unless this is None
+        or `spatial` false.
+    batch_key : str, optional
+        Column of obs that takes the place of `groups`, such as the section of each sample.
+        Without it all samples are of one section.
+    key_added : str
+        Of the results.
+    copy : bool
+        Write to a copy of the AnnData object, which is returned as well.
     **parameters
         Any parameter of :class:`PNMF`, in place of the recommended value.
 
     Returns
     -------
-    PNMF
-        Fitted.
+    PNMF, or (PNMF, AnnData) with `copy`
+        Fitted; and the copy with the results.
+
+    Raises
+    ------
+    ValueError
+        For input or parameters that cannot be used; the message says what to change.
+
+    Notes
+    -----
+    With key_added="pnmf", an AnnData object receives obsm["X_pnmf"], the factors E exp F;
+    obsm["X_pnmf_sd"], their standard deviation; obsm["X_pnmf_log_sd"], that of F;
+    varm["PNMF_loadings"]; uns["pnmf"], with parameters, seed, version, ELBO and its history and the
+    keys that were read; and obs["pnmf_size_factors"] where there are any. A view becomes an object
+    of its own, as whenever something is written to it. An object backed by a file keeps the results
+    in memory until its `write` is called.
 
     Examples
     --------
@@ -87,6 +124,40 @@ def fit(
     >>> model.components_.shape
     (2, 20)
     """
+    keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
+    if is_anndata(X):
+        if coords is not None or groups is not None:
+            raise ValueError(
+                "coords and groups of an AnnData object are named by spatial_key and batch_key; "
+                "leave coords and groups out."
+            )
+        return _fit_anndata(X, keys, n_components, size_factors, parameters)
+    keys.refuse()
+    return _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+
+
+def _fit_anndata(
+    adata: Any, keys: AnnDataKeys, n_components: int, size_factors: Any, parameters: dict[str, Any]
+) -> Any:
+    """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
+    X, coords, groups = keys.read(adata, parameters.get("spatial"))
+    model = _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+    model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
+    written = keys.write(adata, model)
+    return (model, written) if keys.copy else model
+
+
+def _fit_arrays(
+    X: Any,
+    coords: Any,
+    groups: Any,
+    n_components: int,
+    size_factors: Any,
+    parameters: dict[str, Any],
+) -> PNMF:
+    if isinstance(size_factors, str):
+        check_choice("size_factors", size_factors, ("total",))
+        size_factors = library_size_factors(check_counts(X))
     chosen = {**(RECIPE if coords is None else _spatial(len(coords), groups)), **parameters}
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())

@@ -57,6 +57,11 @@ def test_fit_takes_size_factors(counts):
     s = np.linspace(0.5, 2, 80)
     model = pnmf_pyro.fit(counts, n_components=2, size_factors=s)
     np.testing.assert_allclose(model.model_.size_factors, s, rtol=1e-6)
+    model = pnmf_pyro.fit(counts, n_components=2, size_factors="total")
+    totals = counts.sum(1)
+    np.testing.assert_allclose(model.model_.size_factors, totals / totals.mean(), rtol=1e-6)
+    with pytest.raises(ValueError, match="size_factors must be one of 'total'"):
+        pnmf_pyro.fit(counts, size_factors="depth")
 
 
 def test_fit_reaches_a_higher_bound_than_adam(counts):

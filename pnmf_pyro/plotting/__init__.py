@@ -1,0 +1,35 @@
+"""Pictures of a fit: a fitted model or an AnnData object in, matplotlib Axes out.
+
+No function shows or saves a figure, and none changes matplotlib's settings. Colour maps are
+perceptually uniform and safe for the colour-blind.
+"""
+
+from pnmf_pyro.plotting.diagnostics import (
+    lengthscale_profile,
+    plot_elbo,
+    plot_lengthscale_profile,
+)
+from pnmf_pyro.plotting.features import (
+    plot_component_images,
+    plot_factor_correlation,
+    plot_loadings,
+    plot_top_features,
+)
+from pnmf_pyro.plotting.figures import new_figure
+from pnmf_pyro.plotting.maps import plot_factors, plot_spatial, plot_uncertainty
+from pnmf_pyro.plotting.tissue import MapStyle
+
+__all__ = [
+    "MapStyle",
+    "lengthscale_profile",
+    "new_figure",
+    "plot_component_images",
+    "plot_elbo",
+    "plot_factor_correlation",
+    "plot_factors",
+    "plot_lengthscale_profile",
+    "plot_loadings",
+    "plot_spatial",
+    "plot_top_features",
+    "plot_uncertainty",
+]

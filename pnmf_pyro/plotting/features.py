@@ -1,0 +1,199 @@
+"""Components as their features see them, and as they see one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pnmf_pyro.interpretation import contributions, feature_scores, top_features
+from pnmf_pyro.plotting.figures import BLUE, one_axes, panels, plain
+from pnmf_pyro.results import chosen_components, results_of
+from pnmf_pyro.validation import check_count
+
+# Rows of a heat map of loadings that are made without being asked for, at most about.
+ROWS = 60
+
+# Components up to which the entries of a matrix of correlations are written out.
+WRITTEN_OUT = 10
+
+
+def plot_top_features(
+    fit: Any,
+    n: int = 10,
+    by: str = "weight",
+    *,
+    components: Sequence[int] | int | None = None,
+    axes: Any = None,
+    key: str = "pnmf",
+) -> np.ndarray:
+    """Show the first features of each component as bars.
+
+    Parameters
+    ----------
+    fit : PNMF or AnnData
+    n : int
+        Features of a component.
+    by : {'weight', 'specificity'}
+        What they are ranked by and what the bars show, see
+        :func:`~pnmf_pyro.interpretation.feature_scores`.
+    components : sequence of int, optional
+        Which, counted from 0; all unless given.
+    axes : array of matplotlib Axes, optional
+        One for each component; a new figure unless given.
+    key : str
+        `key_added` of the fit, for AnnData.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, one for each component
+    """
+    found = results_of(fit, key)
+    table = top_features(found, n, by)
+    chosen = chosen_components(components, found.n_components)
+    axes = panels(len(chosen), (2.0, 0.6 + 0.15 * n), 5, axes)
+    for ax, number in zip(axes, chosen, strict=True):
+        rows = table[table["component"] == number]
+        ax.barh(rows["rank"], rows[by], color=BLUE, height=0.7)
+        ax.set_yticks(rows["rank"], list(rows["feature"]), fontsize=7)
+        ax.set_ylim(n + 0.6, 0.4)
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(axis="x", labelsize=7)
+        ax.set_title(f"component {number}", fontsize=9)
+        plain(ax)
+    return axes
+
+
+def plot_loadings(
+    fit: Any,
+    n: int | None = None,
+    by: str = "specificity",
+    ax: Any = None,
+    *,
+    cmap: str = "viridis",
+    key: str = "pnmf",
+) -> Any:
+    """Show as a heat map how components share the counts of their first features.
+
+    A row is a feature, and sums to 1 over components: the part of its expected counts that comes
+    from each. Features stand in the order of the component in whose ranking they come first.
+
+    Parameters
+    ----------
+    fit : PNMF or AnnData
+    n : int, optional
+        Features of each component; as many as can be read unless given, from 2 to 8.
+    by : {'weight', 'specificity'}
+        What they are ranked by, see :func:`~pnmf_pyro.interpretation.feature_scores`.
+    ax : matplotlib Axes, optional
+        Drawn in a new figure unless given.
+    cmap : str
+        Colour map.
+    key : str
+        `key_added` of the fit, for AnnData.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    found = results_of(fit, key)
+    L = found.n_components
+    n = int(np.clip(ROWS // L, 2, 8)) if n is None else check_count("n", n)
+    rows = first_features(found, n, by)
+    expected = contributions(found, "feature")[rows]
+    share = expected / np.maximum(expected.sum(1, keepdims=True), np.finfo(float).tiny)
+    ax = one_axes(ax, (1.6 + 0.3 * L, 0.8 + 0.15 * len(rows)))
+    image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(rows)), found.feature_names[rows], fontsize=7)
+    ax.set_xticks(range(L))
+    ax.tick_params(length=0, labelsize=7)
+    ax.set_xlabel("component", fontsize=9)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.5, aspect=20, pad=0.02)
+    bar.set_label("share of a feature's counts", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return ax
+
+
+def first_features(found: Any, n: int, by: str) -> np.ndarray:
+    """Return numbers of the first n features of each component, without repetition."""
+    scores = np.asarray([feature_scores(found, by)[f"pnmf{l}"] for l in range(found.n_components)])
+    ranked = np.argsort(-scores, axis=1, kind="stable")[:, :n].ravel()
+    _, first = np.unique(ranked, return_index=True)
+    return ranked[np.sort(first)]
+
+
+def plot_factor_correlation(
+    fit: Any, ax: Any = None, *, cmap: str = "RdBu_r", key: str = "pnmf"
+) -> Any:
+    """Show how the logarithms of the factors correlate over samples (Pearson).
+
+    Parameters
+    ----------
+    fit : PNMF or AnnData
+    ax : matplotlib Axes, optional
+        Drawn in a new figure unless given.
+    cmap : str
+        Diverging colour map.
+    key : str
+        `key_added` of the fit, for AnnData.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    found = results_of(fit, key)
+    L = found.n_components
+    correlation = np.atleast_2d(np.corrcoef(np.log(found.factors), rowvar=False))
+    side = 1.6 + 0.26 * max(L, 6)
+    ax = one_axes(ax, (side + 0.6, side))
+    image = ax.imshow(correlation, cmap=cmap, vmin=-1, vmax=1)
+    if L <= WRITTEN_OUT:
+        for row, column in np.ndindex(L, L):
+            value = correlation[row, column]
+            colour = "white" if abs(value) > 0.6 else "black"
+            ax.text(column, row, f"{value:.1f}", color=colour, ha="center", va="center", fontsize=7)
+    ax.set(xticks=range(L), yticks=range(L))
+    ax.tick_params(length=0, labelsize=7)
+    ax.set_xlabel("component", fontsize=9)
+    ax.set_ylabel("component", fontsize=9)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, aspect=20, pad=0.02)
+    bar.set_label("correlation of log-factors", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return ax
+
+
+def plot_component_images(
+    components: Any, shape: tuple[int, int], axes: Any = None, *, cmap: str = "viridis"
+) -> np.ndarray:
+    """Show each component's loadings as an image, for features that are pixels.
+
+    Each panel has a colour scale of its own, from zero; components are counted from 0.
+
+    Parameters
+    ----------
+    components : ndarray of shape (n_components, n_features), or PNMF
+        Non-negative loadings, or a fitted estimator.
+    shape : tuple of int
+        Height and width; their product is n_features.
+    axes : array of matplotlib Axes, optional
+        One for each component; a new figure with five to a row unless given.
+    cmap : str
+        Colour map.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes
+    """
+    images = np.asarray(getattr(components, "components_", components))
+    if images.ndim != 2 or images.shape[1] != shape[0] * shape[1]:
+        raise ValueError(
+            f"components must have shape (n_components, {shape[0] * shape[1]}) for images of "
+            f"{shape[0]} x {shape[1]} pixels; got {images.shape}."
+        )
+    axes = panels(len(images), (1.5, 1.7), 5, axes)
+    for number, (ax, image) in enumerate(zip(axes, images, strict=True)):
+        ax.set_axis_off()
+        ax.imshow(image.reshape(shape), cmap=cmap, vmin=0)
+        ax.set_title(f"component {number}", fontsize=9)
+    return axes

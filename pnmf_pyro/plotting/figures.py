@@ -1,0 +1,79 @@
+"""Figures and their panels; the only file that imports matplotlib's pyplot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# One colour of viridis, for bars and lines.
+BLUE = "#31688e"
+
+# Widest figure that is made without being asked for, in inches.
+WIDEST = 12.0
+
+
+def pyplot() -> Any:
+    """Import pyplot, or say how to install matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib. Install it with: pip install 'pnmf-pyro[plot]'"
+        ) from error
+    return plt
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return a figure of `size` inches that no window manager knows of, for saving to a file."""
+    pyplot()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def one_axes(ax: Any, size: tuple[float, float]) -> Any:
+    """Return `ax`, or the axes of a new figure of `size` inches if it is None."""
+    return pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def panels(n: int, size: tuple[float, float], columns: int, axes: Any = None) -> np.ndarray:
+    """Return axes of n panels, in rows of a new figure unless they are given.
+
+    Parameters
+    ----------
+    n : int
+    size : tuple of float
+        Width and height of a panel in inches; all are smaller where a row would be wider than a
+        page.
+    columns : int
+        Panels in a row, at most.
+    axes : array of matplotlib Axes, optional
+        At least n; those that are left over are hidden.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, shape (n,)
+    """
+    if axes is None:
+        columns = min(columns, n)
+        rows = -(-n // columns)
+        width, height = np.array(size) * min(1.0, WIDEST / (size[0] * columns))
+        _, axes = pyplot().subplots(
+            rows,
+            columns,
+            figsize=(width * columns, height * rows),
+            squeeze=False,
+            layout="constrained",
+        )
+    flat = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+    if len(flat) < n:
+        raise ValueError(f"axes must be at least {n}, one for each panel; got {len(flat)}.")
+    for ax in flat[n:]:
+        ax.set_axis_off()
+    return flat[:n]
+
+
+def plain(ax: Any) -> None:
+    """Take away the frame's upper and right side."""
+    ax.spines[["top", "right"]].set_visible(False)

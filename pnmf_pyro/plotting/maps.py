@@ -1,0 +1,243 @@
+"""Maps: values at places, one panel for each quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pnmf_pyro.plotting.figures import panels
+from pnmf_pyro.plotting.tissue import MapStyle, Tissue
+from pnmf_pyro.results import (
+    SPATIAL_KEY,
+    Results,
+    chosen_components,
+    counts_of,
+    is_anndata,
+    results_of,
+)
+from pnmf_pyro.validation import check_array
+
+# Share of the values that has its own colour; the highest, if far above, all have the last one.
+SHOWN = 0.995
+
+
+def plot_factors(
+    fit: Any,
+    components: Sequence[int] | int | None = None,
+    *,
+    coordinates: Any = None,
+    groups: Any = None,
+    axes: Any = None,
+    key: str = "pnmf",
+    **style: Any,
+) -> np.ndarray:
+    """Map the factors E exp F, one panel for each component, on scales that begin at 0.
+
+    Parameters
+    ----------
+    fit : PNMF or AnnData
+    components : sequence of int, optional
+        Which, counted from 0; all unless given.
+    coordinates : array-like of shape (n_samples, 2), optional
+        Those of the fit unless given; needed where it knew no space.
+    groups : array-like of shape (n_samples,) or str, optional
+        Sections, drawn side by side; of AnnData, a column of obs. Those of the fit unless given.
+    axes : array of matplotlib Axes, optional
+        One for each panel; a new figure unless given.
+    key : str
+        `key_added` of the fit, for AnnData.
+    **style
+        See :class:`MapStyle`.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, one for each panel
+    """
+    found, chosen, drawn = _component_maps(fit, components, coordinates, groups, key)
+    return plot_spatial(
+        values=found.factors[:, chosen], axes=axes, **drawn, **{"lowest": 0.0, **style}
+    )
+
+
+def plot_uncertainty(
+    fit: Any,
+    components: Sequence[int] | int | None = None,
+    *,
+    coordinates: Any = None,
+    groups: Any = None,
+    axes: Any = None,
+    key: str = "pnmf",
+    **style: Any,
+) -> np.ndarray:
+    """Map the standard deviation of the log-factors F, the relative uncertainty of the factors.
+
+    Parameters
+    ----------
+    fit, components, coordinates, groups, axes, key, **style
+        As for :func:`plot_factors`.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, one for each panel
+    """
+    found, chosen, drawn = _component_maps(fit, components, coordinates, groups, key)
+    sd = found.log_factors_sd[:, chosen]
+    drawn["titles"] = [f"{title}: sd of F" for title in drawn["titles"]]
+    return plot_spatial(values=sd, axes=axes, **drawn, **{"cmap": "cividis", **style})
+
+
+def _component_maps(
+    fit: Any, components: Any, coordinates: Any, groups: Any, key: str
+) -> tuple[Results, list[int], dict[str, Any]]:
+    """Results, which components, and what their maps have in common."""
+    found = results_of(fit, key)
+    chosen = chosen_components(components, found.n_components)
+    return (
+        found,
+        chosen,
+        {
+            "places": found.coordinates if coordinates is None else coordinates,
+            "groups": found.groups if groups is None else _labels(fit, groups),
+            "titles": [f"component {number}" for number in chosen],
+        },
+    )
+
+
+def plot_spatial(
+    places: Any,
+    values: Any,
+    groups: Any = None,
+    *,
+    titles: Sequence[str] | None = None,
+    axes: Any = None,
+    **style: Any,
+) -> np.ndarray:
+    """Map any values, one panel for each column.
+
+    Axes are equal, spots as wide as the spacing of the places, and large sections are drawn as
+    images of means. Several sections stand side by side in each panel.
+
+    Parameters
+    ----------
+    places : array-like of shape (n_samples, 2), PNMF or AnnData
+        Coordinates, or what holds them.
+    values : array-like of shape (n_samples,) or (n_samples, n_panels), str or sequence of str
+        Numbers; of AnnData, also names of columns of obs and of features.
+    groups : array-like of shape (n_samples,) or str, optional
+        Section of each sample; of AnnData, also a column of obs.
+    titles : sequence of str, optional
+        Of the panels.
+    axes : array of matplotlib Axes, optional
+        One for each panel; a new figure unless given.
+    **style
+        See :class:`MapStyle`.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, one for each panel
+
+    Raises
+    ------
+    ValueError
+        For values, coordinates or groups that do not fit one another.
+    """
+    look = MapStyle(**style)
+    if isinstance(values, str) or isinstance(values[0], str):
+        names = np.atleast_1d(values)
+        titles = list(names) if titles is None else titles
+        values = np.stack([_named_values(places, name) for name in names], 1)
+    values = check_array("values", values)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"values must be of shape (n_samples, n_panels); got {values.shape}.")
+    n_panels = values.shape[1]
+    titles = [""] * n_panels if titles is None else titles
+    if len(titles) != n_panels:
+        raise ValueError(f"titles must be {n_panels}, one for each panel; got {len(titles)}.")
+    tissue = Tissue(_coordinates(places), _labels(places, groups), len(values), look)
+    axes = panels(n_panels, *tissue.panel_size(n_panels), axes)
+    scales = _scales(values, look)
+    shown = []
+    for ax, column, limits, title in zip(axes, values.T, scales, titles, strict=True):
+        shown.append(tissue.draw(ax, column, limits))
+        ax.set_title(title, fontsize=9)
+    tissue.annotate(axes[0])
+    _colour_bars(axes, shown, look)
+    return axes
+
+
+def _coordinates(places: Any) -> Any:
+    if is_anndata(places):
+        if SPATIAL_KEY not in places.obsm:
+            raise ValueError(
+                f"places has no obsm[{SPATIAL_KEY!r}]; pass its coordinates in place of it."
+            )
+        return places.obsm[SPATIAL_KEY]
+    if hasattr(places, "components_"):
+        return results_of(places).coordinates
+    if places is None:
+        raise ValueError(
+            "coordinates must be given, of shape (n_samples, 2): the fit knows no space; got None."
+        )
+    return places
+
+
+def _labels(places: Any, groups: Any) -> Any:
+    if isinstance(groups, str):
+        return np.asarray(_named(places, "groups", groups, features=False))
+    return groups
+
+
+def _named_values(places: Any, name: str) -> np.ndarray:
+    """Numbers of a column of obs, or counts of a feature."""
+    values = _named(places, "values", name)
+    return check_array(
+        f"values={name!r}", values.toarray() if hasattr(values, "toarray") else values
+    ).ravel()
+
+
+def _named(places: Any, what: str, name: str, features: bool = True) -> Any:
+    """A column of obs, or of X."""
+    if not is_anndata(places):
+        raise ValueError(f"{what}={name!r} names a column of an AnnData object; got no AnnData.")
+    if name in places.obs:
+        return places.obs[name]
+    if features and name in places.var_names:
+        return counts_of(places[:, [name]])
+    where = "adata.obs or adata.var_names" if features else "adata.obs"
+    raise ValueError(f"{what}={name!r} is not in {where}; obs has {list(places.obs)}.")
+
+
+def _scales(values: np.ndarray, look: MapStyle) -> list[tuple[float, float]]:
+    """Lowest and highest value with a colour of its own, for each panel."""
+    columns = [values] * values.shape[1] if look.shared_scale else list(values.T)
+    scales = []
+    for column in columns:
+        low = np.nanmin(column) if look.lowest is None else look.lowest
+        high = np.nanquantile(column, SHOWN)
+        scales.append((float(low), float(high) if high > low else float(low) + 1.0))
+    return scales
+
+
+def _colour_bars(axes: np.ndarray, shown: list[Any], look: MapStyle) -> None:
+    """One bar beside each panel, or one for all."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    pairs: Any = [(shown[-1], list(axes))] if look.shared_scale else zip(shown, axes, strict=True)
+    for one, beside in pairs:
+        described = shown if look.shared_scale else [one]
+        above = any(np.nanmax(part.get_array()) > part.get_clim()[1] for part in described)
+        bar = axes[0].figure.colorbar(
+            one,
+            ax=beside,
+            shrink=0.7,
+            aspect=20,
+            pad=0.02,
+            extend="max" if above else "neither",
+            ticks=MaxNLocator(3),
+            format=ScalarFormatter(useOffset=False),
+        )
+        bar.ax.tick_params(labelsize=7)
+        bar.outline.set_visible(False)

@@ -1,0 +1,231 @@
+"""Sections of tissue, or other places, laid out and drawn on in one panel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from pnmf_pyro.places import GroupCodes, check_coordinates
+from pnmf_pyro.validation import check_count, check_positive
+
+# Samples up to which each is drawn as a spot. Of more, the mean in each pixel of an image is shown:
+# spots would be smaller than a pixel of the screen.
+SPOTS = 20_000
+
+# Samples up to which spots are drawn apart; of more, they cover the gaps of a square lattice.
+APART, COVERING = 1000, 2**0.5
+
+# Side of a pixel, and space between sections: in spacings, and as a share of a section's side.
+PIXEL = 1.5
+GAP = 0.06
+
+# Room below for the scale bar and above for names of sections, as a share of the height.
+BAR, NAME = 0.16, 0.06
+
+# Sections in one row, up to which there is only one.
+ONE_ROW = 4
+
+
+@dataclass(frozen=True)
+class MapStyle:
+    """How maps are drawn.
+
+    Parameters
+    ----------
+    cmap : str
+        Colour map.
+    shared_scale : bool
+        One colour scale for all panels, rather than one for each.
+    lowest : float, optional
+        Value of the first colour; the lowest one unless given.
+    unit : str
+        Of lengths, such as "µm", for the scale bar.
+    unit_length : float
+        Length of one unit of the coordinates, in `unit`.
+    scale_bar : bool
+        Draw one below the first panel.
+    y_down : bool
+        The second coordinate points down, as in images.
+    spot_size : float, optional
+        Diameter of a spot, in distances between neighbours: 1 unless given, and for more than
+        1,000 samples so wide that no gaps show.
+    columns : int, optional
+        Panels in a row.
+    """
+
+    cmap: str = "viridis"
+    shared_scale: bool = False
+    lowest: float | None = None
+    unit: str = ""
+    unit_length: float = 1.0
+    scale_bar: bool = True
+    y_down: bool = True
+    spot_size: float | None = None
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("unit_length", self.unit_length)
+        if self.spot_size is not None:
+            check_positive("spot_size", self.spot_size)
+        if self.columns is not None:
+            check_count("columns", self.columns)
+
+
+class Tissue:
+    """One section, or several side by side, on which values can be drawn."""
+
+    def __init__(self, coordinates: Any, labels: Any, n: int, look: MapStyle):
+        points = check_coordinates(coordinates, n, 2).numpy()
+        self.look = look
+        self.names: list[str] = []
+        codes = np.zeros(n, dtype=np.int64)
+        if labels is not None:
+            groups = GroupCodes.of(labels, n)
+            self.names = [str(name) for name in groups.names]
+            codes = groups.encode(labels, n).numpy()
+        sections = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        parts = [points[members] for members in sections]
+        self.spot = spot_width(parts)
+        self.width = max(float(np.ptp(part[:, 0])) for part in parts) or self.spot
+        self.points, self.tops = side_by_side(points, sections, self.spot, look.y_down)
+        low, high = self.points.min(0) - self.spot, self.points.max(0) + self.spot
+        self.size = high - low
+        self.bar = BAR * self.size[1] if look.scale_bar else 0.0
+        name = NAME * self.size[1] if self.names else 0.0
+        below, above = high[1] + self.bar, low[1] - name
+        if not look.y_down:
+            below, above = low[1] - self.bar, high[1] + name
+        self.limits = (low[0], high[0]), (below, above)
+
+    def panel_size(self, n_panels: int) -> tuple[tuple[float, float], int]:
+        """Width and height of a panel in inches, and how many to put in a row."""
+        aspect = float(self.size[0] / abs(np.subtract(*self.limits[1])))
+        rows = -(-n_panels // int(np.clip(np.round(np.sqrt(2.4 * n_panels / aspect)), 1, 6)))
+        columns = self.look.columns or -(-n_panels // rows)
+        height = 2.3 if n_panels <= 6 else 1.7
+        return (height * aspect + 0.7, height + 0.3), columns
+
+    def draw(self, ax: Any, values: np.ndarray, limits: tuple[float, float]) -> Any:
+        """Draw one panel, and return what a colour bar describes."""
+        kind = self._spots if len(values) <= SPOTS else self._image
+        shown = kind(ax, values)
+        shown.set(cmap=self.look.cmap, clim=limits, rasterized=True)
+        ax.set(aspect="equal", xlim=self.limits[0], ylim=self.limits[1])
+        ax.set_axis_off()
+        return shown
+
+    def _spots(self, ax: Any, values: np.ndarray) -> Any:
+        from matplotlib.collections import EllipseCollection
+
+        width = self.spot * (self.look.spot_size or (1.0 if len(values) <= APART else COVERING))
+        spots = EllipseCollection(
+            width,
+            width,
+            0,
+            units="xy",
+            offsets=self.points,
+            offset_transform=ax.transData,
+            array=values,
+            linewidth=0,
+        )
+        return ax.add_collection(spots)
+
+    def _image(self, ax: Any, values: np.ndarray) -> Any:
+        low, side = self.points.min(0) - self.spot, PIXEL * self.spot
+        cells = ((self.points - low) / side).astype(np.int64)
+        shape = cells.max(0) + 2
+        flat = np.ravel_multi_index(tuple(cells.T), tuple(shape))
+        seen = np.bincount(flat, minlength=shape.prod())
+        total = np.bincount(flat, values, minlength=shape.prod())
+        mean = np.divide(total, seen, out=np.full(len(seen), np.nan), where=seen > 0)
+        (left, bottom), (right, top) = low, low + side * shape
+        extent = (left, right, bottom, top)
+        return ax.imshow(mean.reshape(shape).T, origin="lower", extent=extent)
+
+    def annotate(self, ax: Any) -> None:
+        """Write the names of the sections, and draw the scale bar."""
+        edge = -self.spot / 2 if self.look.y_down else self.spot / 2
+        for name, (x, y) in zip(self.names, self.tops, strict=False):
+            ax.annotate(
+                name,
+                (x, y + edge),
+                (0, 2),
+                textcoords="offset points",
+                fontsize=7,
+                ha="center",
+                va="bottom",
+                annotation_clip=False,
+            )
+        if not self.look.scale_bar:
+            return
+        length = round_length(0.4 * self.width * self.look.unit_length)
+        left, below = self.limits[0][0] + self.spot, self.limits[1][0]
+        y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
+        ax.plot(
+            [left, left + length / self.look.unit_length], [y, y], "k-", lw=2, solid_capstyle="butt"
+        )
+        text = f"{length:g} {self.look.unit}".strip()
+        ax.annotate(
+            text, (left, y), (0, -3), textcoords="offset points", fontsize=7, va="top", ha="left"
+        )
+
+
+def spot_width(sections: Sequence[np.ndarray]) -> float:
+    """Median distance to the third nearest place: of a lattice the spacing, of others about it."""
+    gaps = []
+    for points in sections:
+        points = np.unique(points, axis=0)
+        k = min(4, len(points))
+        if k > 1:
+            gaps.append(cKDTree(points).query(points, k=[k])[0][:, 0])
+    return float(np.median(np.concatenate(gaps))) if gaps else 1.0
+
+
+def side_by_side(
+    points: np.ndarray,
+    sections: Sequence[np.ndarray],
+    spot: float = 0.0,
+    y_down: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move sections into cells of a grid, in rows from the top, without changing their scale.
+
+    Parameters
+    ----------
+    points : ndarray of shape (n, 2)
+    sections : sequence of ndarray
+        Numbers of the points of each.
+    spot : float
+        Room between sections, beside a share of their size.
+    y_down : bool
+        Rows from the top go up in the second coordinate.
+
+    Returns
+    -------
+    points : ndarray of shape (n, 2)
+    tops : ndarray of shape (n_sections, 2)
+        Middle of the upper side of each section.
+    """
+    low = np.stack([points[members].min(0) for members in sections])
+    size = np.stack([points[members].max(0) for members in sections]) - low
+    columns = len(sections)
+    if columns > ONE_ROW:
+        columns = int(np.ceil(np.sqrt(columns)))
+    cell = size.max(0) * (1 + 2 * GAP, 1 + 4 * GAP) + spot
+    row, column = np.divmod(np.arange(len(sections)), columns)
+    corner = np.stack([column, row if y_down else -row], 1) * cell + (cell - size) / 2
+    moved = points.astype(np.float64)
+    for members, start, end in zip(sections, low, corner, strict=True):
+        moved[members] += end - start if len(sections) > 1 else 0
+    low = corner if len(sections) > 1 else low
+    top = low[:, 1] if y_down else low[:, 1] + size[:, 1]
+    return moved, np.stack([low[:, 0] + size[:, 0] / 2, top], 1)
+
+
+def round_length(length: float) -> float:
+    """Return the largest of 1, 2 or 5 times a power of ten that is not above `length`."""
+    power = 10.0 ** np.floor(np.log10(length))
+    return float(max(step for step in (1, 2, 5) if step * power <= length * (1 + 1e-9)) * power)
