@@ -18,7 +18,7 @@ from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_gr
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing
 from pnmf_pyro.places import Places
-from pnmf_pyro.priors import SVGP, svgp
+from pnmf_pyro.priors import SVGP, families
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import evaluate_elbo, train
 from tests import dense_fields
@@ -332,7 +332,7 @@ def test_draws_of_sites_have_their_moments():
 def test_training_by_sites_is_training_in_natural_parameters(batch_size, monkeypatch):
     fields = []
     for sites in (0, 100):
-        monkeypatch.setattr("pnmf_pyro.priors.svgp.SITES", sites)
+        monkeypatch.setattr("pnmf_pyro.priors.families.SITES", sites)
         prior = assigned(N=10, M=8)
         model, counts = factorization(prior)
         batches = Batches(counts, batch_size, generator=torch_generator(1))
@@ -347,7 +347,7 @@ def test_training_by_sites_is_training_in_natural_parameters(batch_size, monkeyp
             warn=False,
         )
         fields.append(prior.marginal())
-    assert isinstance(prior.q, svgp._SiteInducing)
+    assert isinstance(prior.q, families.SiteInducing)
     torch.testing.assert_close(fields[0].loc, fields[1].loc)
     torch.testing.assert_close(fields[0].scale, fields[1].scale)
 

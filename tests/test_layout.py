@@ -37,6 +37,7 @@ ORDER = (
     "space",
     "priors.base",
     "priors.gaussian",
+    "priors.families",
     "priors.svgp",
     "priors.lcgp",
     "priors",

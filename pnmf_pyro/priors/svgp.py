@@ -2,174 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MultivariateNormal, Normal
-from torch import Tensor, nn
+from pyro.distributions import Normal
+from torch import Tensor
 
 from pnmf_pyro.cholesky import jittered_cholesky
-from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, take
-from pnmf_pyro.distributions.fields import (
-    FieldMarginals,
-    NaturalNormal,
-    WhitenedPrior,
-    marginals_of,
-    weighted_gram,
-)
-from pnmf_pyro.distributions.sites import SiteNormal
+from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedPrior
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.priors.families import family
 from pnmf_pyro.remembered import Remembered
 
 CHOLESKY_MODES = ("exp", "softplus")
 
 # Places up to which what u leaves is drawn jointly, at a cost of the third power of their number.
 JOINTLY = 2000
-
-# Samples for each inducing point up to which q(u) is held in sites: the two forms train alike, at
-# N^3 operations a step against 3 N M^2 + M^3.
-SITES = 1.8
-
-
-class _Family(nn.Module, ABC):
-    """What q(u) is held in. A of shape (C, M, N) makes the field at the samples, A^T u."""
-
-    natural = False
-
-    @abstractmethod
-    def distribution(self, A: Tensor) -> Any:
-        """Return q(u)."""
-
-    @abstractmethod
-    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of A^T u, for an A of some samples or of other places."""
-
-    def at_samples(self, q: Any, A: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the same at samples, with gradients."""
-        return self.marginals(q, take(A, index))
-
-    @abstractmethod
-    def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:
-        """Set q(u) to the posterior from sites with shift b and precision w, (L, N)."""
-
-
-class _SiteInducing(_Family):
-    """q(u) in its sites, for natural gradients with nearly as many inducing points as samples."""
-
-    natural = True
-
-    def __init__(self, L: int, N: int):
-        super().__init__()
-        self.site_shift = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
-        self.site_precision = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
-        self._once = Remembered()
-
-    def distribution(self, A: Tensor) -> SiteNormal:
-        gram = self._once("gram", (A,), lambda: A.mT @ A)
-        return SiteNormal(self.site_shift, self.site_precision, A, gram)
-
-    def marginals(self, q: SiteNormal, A: Tensor) -> tuple[Tensor, Tensor]:
-        return q.marginals(A)
-
-    def at_samples(self, q: SiteNormal, A: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean, variance = q.at_sites()
-        return take(mean, index), take(variance, index)
-
-    @torch.no_grad()
-    def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:
-        self.site_shift.copy_(shift)
-        self.site_precision.copy_(precision)
-
-
-class _DenseFamily(_Family):
-    """With a matrix of the size of S."""
-
-    def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:
-        theta1 = (A @ shift[..., None])[..., 0]
-        inverse = weighted_gram(A, precision)
-        inverse.diagonal(dim1=-2, dim2=-1).add_(1)
-        self._set(theta1, inverse)
-
-    @abstractmethod
-    def _set(self, theta1: Tensor, precision: Tensor) -> None:
-        """Set S^{-1} m and S^{-1}, of shape (L, M) and (L, M, M)."""
-
-
-class _NaturalInducing(_DenseFamily):
-    """q(u) in natural parameters theta1 (L, M) and theta2 (L, M, M)."""
-
-    natural = True
-
-    def __init__(self, L: int, M: int):
-        super().__init__()
-        self.theta1 = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
-        self.theta2 = nn.Parameter(-torch.eye(M, dtype=torch.float64).repeat(L, 1, 1) / 2)
-
-    def distribution(self, A: Tensor) -> NaturalNormal:
-        return NaturalNormal(self.theta1, self.theta2)
-
-    def marginals(self, q: NaturalNormal, A: Tensor) -> tuple[Tensor, Tensor]:
-        return q.marginals(A)
-
-    @torch.no_grad()
-    def _set(self, theta1: Tensor, precision: Tensor) -> None:
-        self.theta1.copy_(theta1)
-        self.theta2.copy_(-precision / 2)
-
-
-class _CovarianceInducing(_DenseFamily):
-    """q(u) in its means and what makes its covariance, with standard deviations u_scale (L, M)."""
-
-    def __init__(self, L: int, M: int, cholesky_mode: str):
-        super().__init__()
-        self.u_loc = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
-        self.u_scale = PositiveParameter((L, M), cholesky_mode).double()
-
-    def marginals(self, q: Any, A: Tensor) -> tuple[Tensor, Tensor]:
-        return marginals_of(q, A)
-
-    @torch.no_grad()
-    def _set(self, theta1: Tensor, precision: Tensor) -> None:
-        tril = torch.linalg.cholesky(precision)
-        self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
-        self._spread(precision, tril)
-
-    @abstractmethod
-    def _spread(self, precision: Tensor, tril: Tensor) -> None:
-        """Set the covariance from its inverse and the Cholesky factor of that, (L, M, M)."""
-
-
-class _CholeskyInducing(_CovarianceInducing):
-    """With the Cholesky factor of the covariance, (L, M, M), of which u_scale is the diagonal."""
-
-    def __init__(self, L: int, M: int, cholesky_mode: str):
-        super().__init__(L, M, cholesky_mode)
-        self.u_below = nn.Parameter(torch.zeros(L, M, M, dtype=torch.float64))
-
-    def distribution(self, A: Tensor) -> Any:
-        tril = self.u_below.tril(-1) + torch.diag_embed(self.u_scale.data)
-        return MultivariateNormal(self.u_loc, scale_tril=tril, validate_args=False).to_event(1)
-
-    def _spread(self, precision: Tensor, tril: Tensor) -> None:
-        scale = torch.linalg.cholesky(torch.cholesky_inverse(tril))
-        self.u_below.copy_(scale)
-        self.u_scale.assign(scale.diagonal(dim1=-2, dim2=-1))
-
-
-class _DiagonalInducing(_CovarianceInducing):
-    """Of independent normals, each with its conditional variance."""
-
-    def distribution(self, A: Tensor) -> Any:
-        return Normal(self.u_loc, self.u_scale.data, validate_args=False).to_event(2)
-
-    def _spread(self, precision: Tensor, tril: Tensor) -> None:
-        self.u_scale.assign(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
 
 
 class SVGP(Prior):
@@ -241,7 +94,14 @@ class SVGP(Prior):
         self.register_buffer("inducing_coordinates", inducing.coordinates)
         self.register_buffer("inducing_groups", inducing.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
-        self.q = self._family(cholesky_mode, diagonal_only, use_natural_gradients)
+        self.q = family(
+            L,
+            self.M,
+            self.N,
+            cholesky_mode,
+            diagonal_only=diagonal_only,
+            natural=use_natural_gradients,
+        )
         self._once = Remembered()
 
     @property
@@ -313,15 +173,6 @@ class SVGP(Prior):
         precision = scale.double().square().reciprocal()
         shift = precision * (mean.double() - self.mean[:, None])
         self.q.assign(self._design(None)[0], shift, precision)
-
-    def _family(self, cholesky_mode: str, diagonal_only: bool, natural: bool) -> _Family:
-        if diagonal_only:
-            return _DiagonalInducing(self.L, self.M, cholesky_mode)
-        if not natural:
-            return _CholeskyInducing(self.L, self.M, cholesky_mode)
-        if self.N <= SITES * self.M:
-            return _SiteInducing(self.L, self.N)
-        return _NaturalInducing(self.L, self.M)
 
     def _posterior(self) -> Any:
         """q(u), made once for each state of its parameters."""
