@@ -89,9 +89,12 @@ class AnnDataKeys:
             Where there is a layer of counts and X is none, and where there seem to be several
             sections that no `batch_key` tells apart.
         """
-        X = self._counts(adata)
+        return self._counts(adata), *self.places(adata, spatial)
+
+    def places(self, adata: Any, spatial: bool | None = None) -> tuple[Any, Any]:
+        """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
-        return X, coordinates, self._groups(adata, coordinates)
+        return coordinates, self._groups(adata, coordinates)
 
     def _counts(self, adata: Any) -> Any:
         if adata.isbacked and adata.is_view and not self.copy:

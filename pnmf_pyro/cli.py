@@ -18,13 +18,21 @@ from sklearn.decomposition import NMF
 from sklearn.metrics import mean_poisson_deviance
 
 from pnmf_pyro import plotting
+from pnmf_pyro.anndata_bridge import AnnDataKeys
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import check_counts, library_size_factors, thin_counts
 from pnmf_pyro.distributions import mean_deviance
 from pnmf_pyro.estimator import PNMF
-from pnmf_pyro.files import check_results_path, read_counts, read_fit, write_results
+from pnmf_pyro.files import (
+    CountTable,
+    check_results_path,
+    read_counts,
+    read_fit,
+    write_results,
+)
 from pnmf_pyro.recipe import fit
 from pnmf_pyro.report import check_report_path, write_report
+from pnmf_pyro.results import SPATIAL_KEY
 from pnmf_pyro.transforms import get_factors, get_loadings
 
 TRAIN_FRACTION = 0.5
@@ -84,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         help="scale the rates of each sample by its total count (default: none)",
     )
     fitting.add_argument(
+        "--spatial-key",
+        default=SPATIAL_KEY,
+        help="coordinates in obsm of an .h5ad file: the factors are then smooth in space "
+        "(default: %(default)s, where it is there)",
+    )
+    fitting.add_argument("--no-space", action="store_true", help="leave coordinates alone")
+    fitting.add_argument("--batch-key", help="column of obs of an .h5ad file with sections")
+    fitting.add_argument(
         "--set",
         action="append",
         default=[],
@@ -137,8 +153,11 @@ def _fit(options: argparse.Namespace) -> None:
     s = None
     if options.size_factors == "total":
         s = library_size_factors(check_counts(table.X))
+    coords, groups = _places(options, table)
     started = time.perf_counter()
-    model = _model(options, table.X, size_factors=s, **dict(options.set))
+    model = _model(
+        options, table.X, coords=coords, groups=groups, size_factors=s, **dict(options.set)
+    )
     seconds = time.perf_counter() - started
     write_results(options.out, model, table)
     _say(options)(
@@ -148,6 +167,17 @@ def _fit(options: argparse.Namespace) -> None:
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {options.out}\n"
     )
+
+
+def _places(options: argparse.Namespace, table: CountTable) -> tuple[Any, Any]:
+    """Coordinates and groups of an .h5ad file, where there are any."""
+    spatial_key = None if options.no_space else options.spatial_key
+    keys = AnnDataKeys(None, spatial_key, options.batch_key)
+    if table.annotation is not None:
+        return keys.places(table.annotation)
+    if keys != AnnDataKeys(None, spatial_key and SPATIAL_KEY):
+        raise ValueError("--spatial-key and --batch-key are for .h5ad files; leave them out.")
+    return None, None
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -27,9 +27,9 @@ def files(counts, tmp_path):
     sparse = sp.csr_matrix(counts)
     adata = anndata.AnnData(
         sparse,
-        obs=pd.DataFrame({"region": "a"}, index=SAMPLES),
+        obs=pd.DataFrame({"region": np.repeat(["a", "b"], 40)}, index=SAMPLES),
         var=pd.DataFrame(index=FEATURES),
-        obsm={"spatial": np.ones((80, 2))},
+        obsm={"spatial": np.random.default_rng(0).uniform(size=(80, 2))},
         layers={"counts": sparse * 2},
     )
     paths = {kind: tmp_path / f"counts.{kind}" for kind in ("h5ad", "npz", "mtx", "csv", "tsv")}
@@ -42,6 +42,14 @@ def files(counts, tmp_path):
     paths["csv.gz"] = tmp_path / "counts.csv.gz"
     paths["csv.gz"].write_bytes(gzip.compress(paths["csv"].read_bytes()))
     return paths
+
+
+def test_fit_in_space_over_sections(files, tmp_path):
+    out = tmp_path / "factors.h5ad"
+    assert fit(files["h5ad"], "--out", out, "--batch-key", "region", "--set", "tol=0.05") == 0
+    parameters = anndata.read_h5ad(out).uns["pnmf"]["parameters"]
+    assert parameters["spatial"]
+    assert parameters["multigroup"]
 
 
 @pytest.mark.parametrize("kind", ["h5ad", "npz", "mtx", "csv", "tsv", "csv.gz"])
@@ -62,15 +70,16 @@ def fit(*arguments):
 
 def test_fit_h5ad(files, tmp_path):
     out = tmp_path / "factors.h5ad"
-    assert fit(files["h5ad"], "--out", out, "--layer", "counts", "--size-factors", "total") == 0
+    options = ("--layer", "counts", "--size-factors", "total", "--no-space")
+    assert fit(files["h5ad"], "--out", out, *options) == 0
     adata = anndata.read_h5ad(out)
     assert adata.obsm["X_pnmf"].shape == (80, 3)
     assert adata.obsm["X_pnmf_sd"].shape == (80, 3)
     assert adata.varm["PNMF_loadings"].shape == (25, 3)
     assert list(adata.obs_names) == SAMPLES
     assert list(adata.var_names) == FEATURES
-    assert adata.obs["region"].eq("a").all()
-    assert (adata.obsm["spatial"] == 1).all()
+    assert adata.obs["region"].eq(np.repeat(["a", "b"], 40)).all()
+    assert adata.obsm["spatial"].shape == (80, 2)
     settings = adata.uns["pnmf"]
     assert settings["parameters"]["n_components"] == 3
     assert len(settings["elbo_history"]) == settings["n_iter"]
@@ -104,6 +113,9 @@ def test_the_standard_deviation_is_that_of_exp_F(fitted):
         (["{h5ad}", "--out", "{}/absent/a.npz"], "no "),
         (["{h5ad}", "--out", "{}/a.npz", "--layer", "raw"], "its layers are ['counts']"),
         (["{csv}", "--out", "{}/a.npz", "--layer", "raw"], "is for .h5ad files"),
+        (["{csv}", "--out", "{}/a.npz", "--batch-key", "region"], "are for .h5ad files"),
+        (["{h5ad}", "--out", "{}/a.npz", "--spatial-key", "um"], "which has ['spatial']"),
+        (["{h5ad}", "--out", "{}/a.npz", "--batch-key", "lab"], "which has ['region']"),
         (["{bad}", "--out", "{}/a.npz"], "cannot be read as a .csv table"),
         (["{h5ad}", "--out", "{}/a.npz", "--set", "tol=-1"], "tol"),
     ],
