@@ -192,10 +192,13 @@ class Neighborhoods:
     ) -> tuple[Tensor, Tensor]:
         """Weights (C, n, K) and variances (L, n) of targets given their neighbours."""
         kernels = self.kernels()[: len(self.kernel.variance)]
-        with torch.no_grad():
-            parts = [conditional_weights(targets, sources, near, *pair, names) for pair in kernels]
-        weights, variances = zip(*parts, strict=True)
-        return torch.stack(weights), torch.stack(variances).expand(self.L, -1)
+        weights = torch.empty(len(kernels), *near.shape, dtype=torch.float64)
+        variances = torch.empty(len(kernels), len(near), dtype=torch.float64)
+        for c, pair in enumerate(kernels):  # into place: all weights are the largest array there is
+            with torch.no_grad():
+                found = conditional_weights(targets, sources, near, *pair, names)
+            weights[c], variances[c] = found
+        return weights, variances.expand(self.L, -1)
 
     @property
     def _grouped(self) -> bool:

@@ -26,7 +26,7 @@ TOLERANCE = 0.03
 MOST_ITERATIONS = 20
 
 # Numbers in the arrays that posterior draws are worked out in.
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 
 
 class _Sites(nn.Module):
