@@ -46,6 +46,8 @@ ORDER = (
     "parameters",
     "estimator",
     "recipe",
+    "statistics",
+    "replicates",
     "posterior_checks",
     "plotting",
     "anndata_bridge",
