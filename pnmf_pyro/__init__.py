@@ -3,8 +3,10 @@
 from importlib.metadata import version
 
 from pnmf_pyro.estimator import PNMF
+from pnmf_pyro.matching import match_factors
 from pnmf_pyro.posterior_checks import posterior_predictive_check, prior_predictive_check
 from pnmf_pyro.recipe import fit
+from pnmf_pyro.selection import select_n_components
 
 __version__ = version("pnmf-pyro")
 
@@ -12,6 +14,8 @@ __all__ = [
     "PNMF",
     "__version__",
     "fit",
+    "match_factors",
     "posterior_predictive_check",
     "prior_predictive_check",
+    "select_n_components",
 ]

@@ -25,7 +25,7 @@ which leaves the data a little less variable around the fit than a Poisson, into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data import check_counts
+from pnmf_pyro.frames import as_frame
 from pnmf_pyro.places import GroupCodes, Places, check_coordinates
 from pnmf_pyro.random_state import RandomState
 from pnmf_pyro.replicates import replicated_counts
@@ -169,7 +170,7 @@ class PredictiveCheck:
         """
         if of is None:
             rows = [one.row for one in self.results]
-            return _frame({name: [row[name] for row in rows] for name in rows[0]})
+            return as_frame({name: [row[name] for row in rows] for name in rows[0]})
         chosen = [one for one in self.results if one.statistic.of == of]
         if not chosen:
             known = sorted({one.statistic.of for one in self.results})
@@ -180,7 +181,7 @@ class PredictiveCheck:
             columns[name] = one.observed
             columns[f"{name}_replicated"] = one.replicated.mean(0, dtype=np.float64)
             columns[f"{name}_p_value"] = one.p_values
-        return _frame(columns)
+        return as_frame(columns)
 
     def verdict(self) -> str:
         """Say in words what the model misses."""
@@ -383,11 +384,3 @@ def _compare(
         for (one, labels), seen, values in zip(statistics, observed, replicated, strict=True)
     ]
     return PredictiveCheck(results, n_draws, kind)
-
-
-def _frame(columns: Mapping[str, Any]) -> Any:
-    try:
-        import pandas as pd
-    except ImportError:
-        return dict(columns)
-    return pd.DataFrame(columns)

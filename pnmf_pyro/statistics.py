@@ -60,7 +60,7 @@ def variance_to_mean(table: Table, axis: int) -> np.ndarray:
     """Variance along an axis divided by the mean, 1 for a Poisson; 0 where all counts are 0."""
     n = table.shape[axis]
     mean = total(table, axis) / n
-    variance = _vector((table * table).sum(axis=axis, dtype=np.float64)) / n - mean**2
+    variance = _vector((table**2).sum(axis=axis, dtype=np.float64)) / n - mean**2
     return np.divide(variance, mean, out=np.zeros_like(mean), where=mean > 0)
 
 
@@ -143,7 +143,7 @@ def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
     """
     n, all_weights = len(weights.indptr) - 1, weights.sum()
     mean = total(table, 0) / n
-    square = _vector((table * table).sum(axis=0, dtype=np.float64)) - n * mean**2
+    square = _vector((table**2).sum(axis=0, dtype=np.float64)) - n * mean**2
     ends = weights.sum(0) + weights.sum(1)
     product = _vector((table * (weights @ table)).sum(axis=0, dtype=np.float64))
     product = product - mean * _vector(ends @ table) + mean**2 * all_weights
