@@ -41,6 +41,7 @@ from pnmf_pyro.replicates import replicated_counts
 from pnmf_pyro.statistics import NAMES, Statistic, named_statistics
 from pnmf_pyro.training import progress_bar
 from pnmf_pyro.transforms import fitted_module
+from pnmf_pyro.validation import check_count
 
 # p-value below which a statistic is reported as misfit.
 FLAGGED = 0.01
@@ -372,6 +373,7 @@ def _compare(
     verbose: int,
 ) -> PredictiveCheck:
     """Work out the statistics of a table and of its replicates, in one pass over these."""
+    check_count("n_draws", n_draws)
     observed = [one(table) for one, _ in statistics]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
     with progress_bar(n_draws, verbose, f"{kind} predictive") as progress:

@@ -68,14 +68,18 @@ def replicated_counts(
     ndarray or csr_array of shape (N, D)
     """
     module = fitted_module(model)
-    check_count("n_draws", n_draws)
+    program = _without_counts(module.model) if prior else module.guide
+    rows = torch.arange(module.N, device=module.W.device)
+    blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
+    left, group = check_count("n_draws", n_draws), 1
     generator = torch_generator(random_state)
-    latents = _without_counts(module.model) if prior else module.guide
-    left, group = n_draws, 1
     while left > 0:
         n = min(group, left)
-        with drawing_from(generator, module.W.device), pyro.validation_enabled(False):
-            tables = _tables(module, _draw(latents, n), sparse)
+        with drawing_from(generator, module.W.device):
+            latents = draw_latents(program, n)
+            drawn = [_as_tables(draw_counts(module, latents, block), sparse) for block in blocks]
+        tables = [_joined(parts) for parts in zip(*drawn, strict=True)]
+        del drawn
         group = max(1, min(GROUP, HELD_ENTRIES // max(1, tables[0].size)))
         left -= n
         yield from tables
@@ -88,22 +92,33 @@ def _without_counts(model: Program) -> Program:
 
 
 @dataclass(frozen=True)
-class _Latents:
-    """Draws of latent variables, and the dimension of samples of those that have one."""
+class Latents:
+    """Draws of latent variables for all samples.
+
+    Attributes
+    ----------
+    values : dict of Tensor
+        By site, the draws leading.
+    dims : dict of int
+        The dimension of samples, for the sites that have one.
+    """
 
     values: dict[str, Tensor]
     dims: dict[str, int]
 
     def of(self, samples: Tensor) -> dict[str, Tensor]:
+        """Return the values for some of the samples."""
         return {
             name: value.index_select(self.dims[name], samples) if name in self.dims else value
             for name, value in self.values.items()
         }
 
 
-def _draw(program: Program, n: int) -> _Latents:
-    sites = poutine.trace(torch.no_grad()(program)).get_trace(ALL).nodes.items()
-    drawn = Predictive(program, num_samples=n)(ALL)
+def draw_latents(program: Program, n_draws: int) -> Latents:
+    """Draw all latent variables of a program, jointly over samples, `n_draws` times."""
+    with pyro.validation_enabled(False):
+        sites = poutine.trace(torch.no_grad()(program)).get_trace(ALL).nodes.items()
+        drawn = Predictive(program, num_samples=n_draws)(ALL)
     drawn.pop("X", None)
     dims = {
         name: frame.dim - site["fn"].event_dim
@@ -111,25 +126,27 @@ def _draw(program: Program, n: int) -> _Latents:
         for frame in site.get("cond_indep_stack", ())
         if name in drawn and frame.name == "samples"
     }
-    return _Latents(drawn, dims)
+    return Latents(drawn, dims)
 
 
-def _tables(module: Any, latents: _Latents, sparse: bool) -> list[Table]:
-    """Counts given draws of the latent variables, a table for each."""
-    rows = torch.arange(module.N, device=module.W.device)
-    blocks = [
-        _block(module, latents.of(samples), Batch(samples=samples), sparse)
-        for samples in rows.split(max(1, BLOCK_ENTRIES // module.D))
-    ]
-    join = sp.vstack if sparse else np.concatenate
-    return [join(parts) if len(parts) > 1 else parts[0] for parts in zip(*blocks, strict=True)]
+def draw_counts(module: Any, latents: Latents, samples: Tensor) -> Tensor:
+    """Draw counts of some samples given each draw of the latent variables, (n_draws, n, D)."""
+    predictive = Predictive(
+        module.model, posterior_samples=latents.of(samples), return_sites=("X",)
+    )
+    with pyro.validation_enabled(False):
+        drawn = predictive(Batch(samples=samples))["X"]
+    return drawn.reshape(-1, len(samples), module.D)
 
 
-def _block(module: Any, latents: dict[str, Tensor], batch: Batch, sparse: bool) -> list[Table]:
-    assert batch.samples is not None
-    drawn = Predictive(module.model, posterior_samples=latents, return_sites=("X",))(batch)["X"]
-    tables = drawn.reshape(-1, len(batch.samples), module.D).cpu().numpy()
+def _as_tables(drawn: Tensor, sparse: bool) -> list[Table]:
+    tables = drawn.cpu().numpy()
     return [_compressed(table) for table in tables] if sparse else list(tables)
+
+
+def _joined(parts: tuple[Any, ...]) -> Table:
+    join = sp.vstack if sp.issparse(parts[0]) else np.concatenate
+    return join(parts) if len(parts) > 1 else parts[0]
 
 
 def _compressed(table: np.ndarray) -> sp.csr_array:

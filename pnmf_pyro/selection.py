@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -59,19 +60,9 @@ class ComponentSelection:
         return self.deviance.mean(1)
 
     @property
-    def excess(self) -> np.ndarray:
-        """Mean held-out deviance above that of the best number, (n_tried,)."""
-        return self.mean_deviance - self.mean_deviance.min()
-
-    @property
     def standard_error(self) -> np.ndarray:
-        """Standard error of `excess` over thinnings, (n_tried,); 0 for the best number itself.
-
-        The difference is taken within each thinning, whose own ease or difficulty is the same for
-        all numbers of components and so does not count.
-        """
-        above = self.deviance - self.deviance[np.argmin(self.mean_deviance)]
-        return above.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
+        """Standard error of the mean over thinnings, (n_tried,)."""
+        return self.deviance.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
 
     @property
     def best(self) -> int:
@@ -80,8 +71,13 @@ class ComponentSelection:
 
     @property
     def chosen(self) -> int:
-        """Smallest number whose deviance is within one standard error of the best one's."""
-        return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
+        """Smallest number whose mean deviance is within one standard error of the lowest.
+
+        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3).
+        """
+        lowest = np.argmin(self.mean_deviance)
+        enough = self.mean_deviance[lowest] + self.standard_error[lowest]
+        return self.n_components[int(np.argmax(self.mean_deviance <= enough))]
 
     def table(self) -> Any:
         """Return a row for each number of components.
@@ -94,7 +90,6 @@ class ComponentSelection:
             {
                 "n_components": list(self.n_components),
                 "deviance": self.mean_deviance,
-                "excess": self.excess,
                 "standard_error": self.standard_error,
                 "stability": self.stability.mean(1),
                 "chosen": [number == self.chosen for number in self.n_components],
@@ -186,7 +181,7 @@ def select_n_components(
     numbers = _checked_numbers(n_components, max(counts.shape))
     if check_count("n_seeds", n_seeds) < 2:
         raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
-    if not 0 < train_fraction < 1:
+    if not isinstance(train_fraction, Real) or not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]

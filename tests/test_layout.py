@@ -52,6 +52,8 @@ ORDER = (
     "posterior_checks",
     "matching",
     "selection",
+    "check_plots",
+    "arviz_bridge",
     "plotting",
     "anndata_bridge",
     "files",
