@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from pnmf_pyro.data import check_counts
@@ -69,43 +70,46 @@ def to_arviz(
             f"counts are {size:.3g} numbers, more than {MOST_COUNTS:.3g}. Pass samples= and "
             "features= to choose some, or fewer n_draws."
         )
+    seen = {} if X is None else {"observed_data": {"counts": _observed(module, X, rows, columns)}}
     F, counts = _draws(module, rows, columns, n_draws, random_state)
-    names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))
-    coords = {
+    groups: dict[str, dict[str, Any]] = {
+        "posterior": {"log_factors": (("chain", "draw", "sample", "component"), F[None])},
+        "posterior_predictive": {"counts": (("chain", "draw", "sample", "feature"), counts[None])},
+        "constant_data": {"loadings": (("feature", "component"), get_loadings(model)[columns])},
+        **seen,
+    }
+    coords = _coordinates(model, module, rows, columns, n_draws)
+    sets = {name: _dataset(xarray, variables, coords) for name, variables in groups.items()}
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return arviz.InferenceData(**sets)
+    return xarray.DataTree.from_dict(sets)
+
+
+def _dataset(xarray: Any, variables: dict[str, Any], coords: dict[str, np.ndarray]) -> Any:
+    used = {dim for dims, _ in variables.values() for dim in dims}
+    return xarray.Dataset(variables, {dim: coords[dim] for dim in coords if dim in used})
+
+
+def _coordinates(
+    model: Any, module: Any, rows: np.ndarray, columns: np.ndarray, n_draws: int
+) -> dict[str, np.ndarray]:
+    """Names along each dimension."""
+    names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))[columns]
+    return {
         "chain": np.zeros(1, int),
         "draw": np.arange(n_draws),
         "sample": rows,
-        "feature": names[columns].astype(str if names.dtype == object else names.dtype),
+        "feature": names.astype(str) if names.dtype == object else names,
         "component": np.arange(module.L),
     }
 
-    def dataset(**variables: tuple[tuple[str, ...], np.ndarray]) -> Any:
-        used = {dim for dims, _ in variables.values() for dim in dims}
-        return xarray.Dataset(variables, {dim: coords[dim] for dim in coords if dim in used})
 
-    by_draw = ("chain", "draw", "sample")
-    groups = {
-        "posterior": dataset(log_factors=((*by_draw, "component"), F[None])),
-        "posterior_predictive": dataset(counts=((*by_draw, "feature"), counts[None])),
-        "constant_data": dataset(
-            loadings=(("feature", "component"), np.asarray(get_loadings(model))[columns])
-        ),
-    }
-    if X is not None:
-        seen = check_counts(X).numpy()
-        if seen.shape != (module.N, module.D):
-            raise ValueError(f"X must have shape {(module.N, module.D)}; got {seen.shape}.")
-        chosen = seen[rows][:, columns]
-        dense = chosen.toarray() if hasattr(chosen, "toarray") else chosen
-        groups["observed_data"] = dataset(counts=(("sample", "feature"), dense))
-    return _container(arviz, xarray, groups)
-
-
-def _container(arviz: Any, xarray: Any, groups: dict[str, Any]) -> Any:
-    """Groups of data sets as the installed ArviZ holds them; its version 1 has no class of its own."""
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.InferenceData(**groups)
-    return xarray.DataTree.from_dict(groups)
+def _observed(module: Any, X: Any, rows: np.ndarray, columns: np.ndarray) -> tuple[Any, Any]:
+    seen = check_counts(X).numpy()
+    if seen.shape != (module.N, module.D):
+        raise ValueError(f"X must have shape {(module.N, module.D)}; got {seen.shape}.")
+    chosen = seen[rows][:, columns]
+    return ("sample", "feature"), chosen.toarray() if sp.issparse(chosen) else chosen
 
 
 def _draws(

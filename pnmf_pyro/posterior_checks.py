@@ -1,4 +1,4 @@
-r"""Posterior and prior predictive checks: does the model make tables like the data?
+r"""Posterior and prior predictive checks: whether the model makes tables like the data.
 
 For a statistic T the check compares T(X) with its values for tables that the model makes
 (:mod:`~pnmf_pyro.replicates`). Where T has a number for each feature or sample, one p-value for
@@ -72,7 +72,7 @@ class StatisticCheck:
         z = tables - tables.mean(0, dtype=np.float64)
         np.divide(z, spread, out=z, where=spread > 0)
         S = np.mean(z**2, axis=1)
-        return z[0], float(np.mean(S >= S[0]))
+        return z[0], float(np.mean(S[0] <= S))
 
     @property
     def z(self) -> np.ndarray:
@@ -197,7 +197,7 @@ class PredictiveCheck:
         return (
             f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
             f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "
-            "distribution):\n" + "\n".join(lines)
+            "distribution); one cause can move several:\n" + "\n".join(lines)
         )
 
 
@@ -260,9 +260,7 @@ def posterior_predictive_check(
     True
     """
     table, chosen = _prepare(model, X, (coordinates, groups), statistics)
-    tables = replicated_counts(
-        model, n_draws, sparse=sp.issparse(table), random_state=random_state
-    )
+    tables = replicated_counts(model, n_draws, sparse=sp.issparse(table), random_state=random_state)
     return _compare(table, chosen, tables, n_draws, "posterior", int(verbose))
 
 

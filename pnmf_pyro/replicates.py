@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pnmf_pyro.data import Batch
 from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.statistics import Table
 from pnmf_pyro.transforms import fitted_module
 from pnmf_pyro.validation import check_count
 
-Table = np.ndarray | sp.csr_array
 Program = Callable[[Batch], Any]
 
 # Stored entries that the tables of one group of draws may have together, and how many these are.
@@ -117,12 +117,12 @@ class Latents:
 def draw_latents(program: Program, n_draws: int) -> Latents:
     """Draw all latent variables of a program, jointly over samples, `n_draws` times."""
     with pyro.validation_enabled(False):
-        sites = poutine.trace(torch.no_grad()(program)).get_trace(ALL).nodes.items()
+        trace: Any = poutine.trace(torch.no_grad()(program)).get_trace(ALL)
         drawn = Predictive(program, num_samples=n_draws)(ALL)
     drawn.pop("X", None)
     dims = {
         name: frame.dim - site["fn"].event_dim
-        for name, site in sites
+        for name, site in trace.nodes.items()
         for frame in site.get("cond_indep_stack", ())
         if name in drawn and frame.name == "samples"
     }

@@ -111,7 +111,6 @@ class ComponentSelection:
         return " ".join(parts) + "\n" + CAVEATS
 
 
-
 def select_n_components(
     X: Any,
     n_components: Iterable[int] = range(2, 13),
@@ -216,10 +215,9 @@ class _Trial:
             size_factors=self.size_factors,
             **{"random_state": seed, **self.parameters},
         )
-        exposure = (1 - self.fraction) / self.fraction
+        factors = torch.as_tensor(get_factors(model)) * (1 - self.fraction) / self.fraction
         if self.size_factors is not None:
-            exposure = exposure * self.size_factors[:, None]
-        factors = torch.as_tensor(get_factors(model) * exposure)
+            factors = factors * torch.as_tensor(self.size_factors)[:, None]
         W = torch.as_tensor(get_loadings(model)).to(factors)
         loadings = np.zeros((train.shape[1], number))
         loadings[seen] = W.numpy()

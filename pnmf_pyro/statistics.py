@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import scipy.sparse as sp
 from pnmf_pyro.neighbors import nearest
 from pnmf_pyro.places import Places
 
-Table = np.ndarray | sp.csr_array
+# Counts (N, D) as an ndarray or a scipy csr_array, whose operators are the same.
+Table = Any
 
 # Features between which correlations are taken: of the highest totals.
 CORRELATED = 50
@@ -155,7 +157,7 @@ def _vector(values: Any) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
 
 
-_ON_AXES: dict[str, tuple[Callable[[Table, int], np.ndarray], str, str]] = {
+_ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "total": (
         total,
         "the model expects too few counts",
@@ -178,24 +180,6 @@ _ON_AXES: dict[str, tuple[Callable[[Table, int], np.ndarray], str, str]] = {
         "the model makes larger counts than there are: its factors may vary too much",
     ),
 }
-
-_CORRELATION = Statistic(
-    "correlation",
-    "pair of features",
-    correlations,
-    "features go together more than the components explain: try more components",
-    "features go together less than the model says",
-)
-
-_MORAN = Statistic(
-    "moran",
-    "feature",
-    moran,
-    "neighbouring samples are more alike than the model makes them: try a spatial model, more "
-    "components or a shorter lengthscale",
-    "neighbouring samples are less alike than the model makes them: the counts have noise that a "
-    "Poisson does not, or the lengthscale is too long",
-)
 
 NAMES = (*_ON_AXES, "correlation", "moran")
 
@@ -221,21 +205,44 @@ def named_statistics(
         For "moran" without places.
     """
     if name == "correlation":
-        chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
-        first, second = (chosen[index] for index in np.triu_indices(len(chosen), 1))
-        labels = [(feature_names[a], feature_names[b]) for a, b in zip(first, second, strict=True)]
-        function = lambda X: correlations(X, chosen)  # noqa: E731
-        return [replace(_CORRELATION, function=function, labels=labels)] if labels else []
+        return _correlation(table, feature_names)
     if name == "moran":
-        if places is None:
-            raise ValueError(
-                "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
-                "check a spatial model."
-            )
-        weights = neighbor_weights(places).astype(table.dtype)
-        return [replace(_MORAN, function=lambda X: moran(X, weights))]
-    function_on, above, below = _ON_AXES[name]
+        return [_moran(places, table.dtype)]
+    function, above, below = _ON_AXES[name]
     return [
-        Statistic(name, of, lambda X, axis=axis: function_on(X, axis), above, below)
+        Statistic(name, of, partial(function, axis=axis), above, below)
         for of, axis in (("feature", 0), ("sample", 1))
     ]
+
+
+def _correlation(table: Table, feature_names: Sequence[Any]) -> list[Statistic]:
+    """Of the most abundant features; none where there is only one."""
+    chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
+    pairs = zip(*(chosen[index] for index in np.triu_indices(len(chosen), 1)), strict=True)
+    labels = [(feature_names[first], feature_names[second]) for first, second in pairs]
+    statistic = Statistic(
+        "correlation",
+        "pair of features",
+        partial(correlations, features=chosen),
+        "features go together more than the components explain: try more components",
+        "features go together less than the model says, as noise beyond a Poisson makes them",
+        labels,
+    )
+    return [statistic] if labels else []
+
+
+def _moran(places: Places | None, dtype: Any) -> Statistic:
+    if places is None:
+        raise ValueError(
+            "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
+            "check a spatial model."
+        )
+    return Statistic(
+        "moran",
+        "feature",
+        partial(moran, weights=neighbor_weights(places).astype(dtype)),
+        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
+        "components or a shorter lengthscale",
+        "neighbouring samples are less alike than the model makes them: the counts have noise that "
+        "a Poisson does not, or the lengthscale is too long",
+    )

@@ -218,9 +218,7 @@ def test_the_result(misfit):
     by_feature = result.table("feature")
     assert list(by_feature["feature"]) == list(model.feature_names_in_)
     np.testing.assert_allclose(by_feature["maximum"], X.max(0))
-    np.testing.assert_array_equal(
-        by_feature["total_p_value"], result["total", "feature"].p_values
-    )
+    np.testing.assert_array_equal(by_feature["total_p_value"], result["total", "feature"].p_values)
     pairs = result.table("pair of features")
     assert pairs["pair of features"][0] == ("gene0", "gene1")
 
@@ -313,9 +311,12 @@ def test_prior_predictive_check(misfit):
     found = prior_predictive_check(shifted, X, statistics="total", n_draws=100, random_state=0)
     assert found["total", "feature"].p_value < 0.02
     assert found["total", "feature"].z.mean() > 3
-    assert "too few counts" in prior_predictive_check(
-        shifted, X, statistics="total", n_draws=150, random_state=0
-    ).verdict()
+    assert (
+        "too few counts"
+        in prior_predictive_check(
+            shifted, X, statistics="total", n_draws=150, random_state=0
+        ).verdict()
+    )
 
 
 def test_without_pandas(monkeypatch):
