@@ -112,7 +112,7 @@ def plot_selection(selection: ComponentSelection, axes: Any = None) -> np.ndarra
         capsize=3,
         ms=5,
     )
-    left.set_ylabel("held-out deviance\n(mean, ± 1 standard error)")
+    left.set_ylabel("held-out deviance\n(± 1 s.e. of the difference)")
     lowest, highest = selection.stability.min(1), selection.stability.max(1)
     right.fill_between(numbers, lowest, highest, color=USUAL, alpha=0.3, lw=0)
     right.plot(numbers, selection.stability.mean(1), "o-", color=USUAL, ms=5)

@@ -60,9 +60,19 @@ class ComponentSelection:
         return self.deviance.mean(1)
 
     @property
+    def excess(self) -> np.ndarray:
+        """Mean held-out deviance above that of the best number, (n_tried,)."""
+        return self.mean_deviance - self.mean_deviance.min()
+
+    @property
     def standard_error(self) -> np.ndarray:
-        """Standard error of the mean over thinnings, (n_tried,)."""
-        return self.deviance.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
+        """Standard error of `excess` over thinnings, (n_tried,); 0 for the best number itself.
+
+        The difference is taken within each thinning: how hard its counts are to predict is the same
+        for all numbers of components and does not count.
+        """
+        above = self.deviance - self.deviance[np.argmin(self.mean_deviance)]
+        return above.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
 
     @property
     def best(self) -> int:
@@ -73,11 +83,10 @@ class ComponentSelection:
     def chosen(self) -> int:
         """Smallest number whose mean deviance is within one standard error of the lowest.
 
-        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3).
+        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), with the standard
+        error of the difference.
         """
-        lowest = np.argmin(self.mean_deviance)
-        enough = self.mean_deviance[lowest] + self.standard_error[lowest]
-        return self.n_components[int(np.argmax(self.mean_deviance <= enough))]
+        return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
 
     def table(self) -> Any:
         """Return a row for each number of components.
@@ -90,6 +99,7 @@ class ComponentSelection:
             {
                 "n_components": list(self.n_components),
                 "deviance": self.mean_deviance,
+                "excess": self.excess,
                 "standard_error": self.standard_error,
                 "stability": self.stability.mean(1),
                 "chosen": [number == self.chosen for number in self.n_components],

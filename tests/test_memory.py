@@ -74,15 +74,15 @@ def test_large_sparse_tables_stay_sparse(large):
 
 
 def test_predictive_checks_stay_sparse(large):
-    """Two tables of 4 GB if they were dense, in less than a quarter of that."""
-    y = torch.empty(20_000, 50_000, device="meta")
+    """A table of 800 MB if it were dense, in half of that."""
+    y = torch.empty(20_000, 10_000, device="meta")
     model = PoissonFactorization(GaussianPrior(y, 2), y, 2)
     model.W.assign(torch.full((20_000, 2), 1e-4))
-    with at_most(900):
+    with at_most(400):
         result = posterior_predictive_check(
-            model, large, statistics=["total", "zero_fraction", "correlation"], n_draws=2
+            model, large[:10_000], statistics=["total", "zero_fraction", "correlation"], n_draws=1
         )
-    assert [len(one.observed) for one in result.results] == [20_000, 50_000] * 2 + [1225]
+    assert [len(one.observed) for one in result.results] == [20_000, 10_000] * 2 + [1225]
 
 
 @pytest.fixture(scope="module")
