@@ -71,7 +71,7 @@ def _scatter(ax: Any, one: StatisticCheck) -> None:
         )
     both = np.concatenate([expected, one.observed])
     low, high = both.min(), both.max()
-    if low > 0 and high > 30 * low:
+    if low > 0 and high > max(1, 30 * low):  # shares stay on a linear scale
         ax.set(xscale="log", yscale="log")
     ax.axline((low, low), (high, high if high > low else low + 1), color=SEEN, lw=0.8, zorder=0)
     ax.set_xlabel("replicated (mean)", fontsize=8)

@@ -193,11 +193,12 @@ class PredictiveCheck:
                 f"tables of the {self.kind} predictive distribution (all p >= {FLAGGED}). That is "
                 "no proof of the model: it says that these statistics see nothing wrong."
             )
+        common = "; one cause can move several" if len(flagged) > 1 else ""
         lines = [f"- {one.sentence}" for one in sorted(flagged, key=lambda one: one.p_value)]
         return (
             f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
             f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "
-            "distribution); one cause can move several:\n" + "\n".join(lines)
+            f"distribution){common}:\n" + "\n".join(lines)
         )
 
 

@@ -113,7 +113,7 @@ class ComponentSelection:
         parts = [
             f"Held-out counts are predicted best with {self.best} components; {self.chosen} is the "
             "smallest number within one standard error of that.",
-            f"With {self.chosen}, components of different halves of the counts match with a mean "
+            f"With {self.chosen}, components of different thinnings match with a mean "
             f"cosine of {self.stability[position].mean():.2f} (1: the same components each time).",
         ]
         if edge is not None and len(self.n_components) > 1:
