@@ -20,7 +20,8 @@ conservative: more so the more directly T is fitted. Totals are fitted almost ex
 ever fail; the shape of the distribution of counts, zeros, maxima and correlations are not
 (Meng 1994; Robins, van der Vaart and Ventura 2000; Bayarri and Berger 2000). S is one-sided on
 purpose. A two-sided test of the mean z-score would turn the slight overfitting of the loadings,
-which leaves the data a little less variable around the fit than a Poisson, into alarms.
+which leaves the data a little less variable around the fit than a Poisson, into alarms; S sees it
+only where it is large, with far too many components for few samples.
 """
 
 from __future__ import annotations
