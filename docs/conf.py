@@ -49,6 +49,8 @@ html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
 _PAGES = (
     "index",
     "model",
+    "checks",
+    "choosing_k",
     "differences",
     "api_parity",
     "reference_examples",

@@ -5,7 +5,10 @@ from importlib.metadata import version
 from pnmf_pyro import interpretation, plotting, transforms
 from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.interpretation import contributions, feature_scores, spatial_scores, top_features
+from pnmf_pyro.matching import match_factors
+from pnmf_pyro.posterior_checks import posterior_predictive_check, prior_predictive_check
 from pnmf_pyro.recipe import fit
+from pnmf_pyro.selection import select_n_components
 
 __version__ = version("pnmf-pyro")
 
@@ -16,7 +19,11 @@ __all__ = [
     "feature_scores",
     "fit",
     "interpretation",
+    "match_factors",
     "plotting",
+    "posterior_predictive_check",
+    "prior_predictive_check",
+    "select_n_components",
     "spatial_scores",
     "top_features",
     "transforms",

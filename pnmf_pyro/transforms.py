@@ -150,7 +150,7 @@ def factor_samples(
     ndarray or Tensor of shape (n_samples, n_data_samples, n_components)
     """
     check_count("n_samples", n_samples)
-    module, field = _module(model), _field(model, coordinates, groups)
+    module, field = fitted_module(model), _field(model, coordinates, groups)
     with torch.no_grad(), drawing_from(torch_generator(random_state), module.W.device):
         draws = field.draws(n_samples)
         drawn = (lambda index: draws(index).exp()) if return_exp else draws
@@ -171,7 +171,7 @@ def get_loadings(model: Any, return_tensor: bool = False) -> Array:
     -------
     ndarray or Tensor of shape (n_features, n_components)
     """
-    return _output(_module(model).W.data, return_tensor)
+    return _output(fitted_module(model).W.data, return_tensor)
 
 
 def get_prior(model: Any) -> Prior:
@@ -186,7 +186,7 @@ def get_prior(model: Any) -> Prior:
     Prior
         A :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F).
     """
-    return _module(model).prior
+    return fitted_module(model).prior
 
 
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
@@ -366,7 +366,8 @@ def transform_W(
     return _output(W, False)  # type: ignore[return-value]
 
 
-def _module(model: Any) -> PoissonFactorization:
+def fitted_module(model: Any) -> PoissonFactorization:
+    """Return the Pyro model and guide of a fitted estimator, or those that are given."""
     if isinstance(model, PoissonFactorization):
         return model
     if not hasattr(model, "fit"):
@@ -383,7 +384,7 @@ def _module(model: Any) -> PoissonFactorization:
 
 def _field(model: Any, coordinates: Any, groups: Any) -> Field:
     """q(F) of a fitted model, at its samples or at the places that are given."""
-    prior = _module(model).prior
+    prior = fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:

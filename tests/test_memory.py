@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pnmf_pyro import PNMF
+from pnmf_pyro import PNMF, posterior_predictive_check
 from pnmf_pyro import transforms as T
 from pnmf_pyro.counts import BLOCK_ENTRIES
 from pnmf_pyro.models import PoissonFactorization
@@ -71,6 +71,18 @@ def test_large_sparse_tables_stay_sparse(large):
         inferred = T.transform_F(large, T.get_loadings(model), max_iter=2, E=1)
         assert inferred.shape == (50_000, 2)
         assert np.isfinite(inferred).all()
+
+
+def test_predictive_checks_stay_sparse(large):
+    """A table of 800 MB if it were dense, in half of that."""
+    y = torch.empty(20_000, 10_000, device="meta")
+    model = PoissonFactorization(GaussianPrior(y, 2), y, 2)
+    model.W.assign(torch.full((20_000, 2), 1e-4))
+    with at_most(400):
+        result = posterior_predictive_check(
+            model, large[:10_000], statistics=["total", "zero_fraction", "correlation"], n_draws=1
+        )
+    assert [len(one.observed) for one in result.results] == [20_000, 10_000] * 2 + [1225]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,9 @@ from pnmf_pyro.validation import check_choice
 
 MODES = ("simple", "expanded", "lower-bound")
 
+# Mean rate below which events are drawn one by one and not a Poisson number for each entry.
+SPARSE_RATE = 0.2
+
 
 class PoissonFactors(TorchDistribution):
     r"""X_ij ~ Poisson(s_i sum_l W_jl exp F_il), independent over i and j.
@@ -75,9 +78,21 @@ class PoissonFactors(TorchDistribution):
         return self.rate
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw counts of shape sample_shape + batch_shape + (d,)."""
+        """Draw counts of shape sample_shape + batch_shape + (d,).
+
+        Where most of them are zero, it is the single events that are drawn, at a cost that does
+        not grow with the number of zeros.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            return torch.poisson(self.rate.expand(self._extended_shape(torch.Size(sample_shape))))
+            factors = self._scaled(self.log_factors.exp())
+            entries = factors.shape[:-2].numel() * factors.shape[-1] * len(self.loadings)
+            expected = factors.sum(-1, dtype=torch.float64) @ self.loadings.sum(0).double()
+            if not expected.sum() < SPARSE_RATE * entries:
+                return torch.poisson(self.rate.expand(shape))
+            repeated = factors.expand(*sample_shape, *factors.shape)
+            rows = repeated.movedim(-2, 0).reshape(factors.shape[-2], -1)
+            return _count_events(rows, self.loadings).reshape(shape)
 
     def log_prob(self, value: Any) -> Tensor:
         """Return the log density of each sample's row.
@@ -214,6 +229,28 @@ class PoissonFactors(TorchDistribution):
 
     def _scaled(self, factors: Tensor) -> Tensor:
         return factors if self.size_factors is None else factors * self.size_factors
+
+
+def _count_events(factors: Tensor, loadings: Tensor) -> Tensor:
+    """Draw X_ij ~ Poisson(sum_l factors_li W_jl) from its events, a dense (n, d) tensor.
+
+    Sample i has Poisson(factors_li sum_j W_jl) events of component l, and each falls on feature j
+    with probability W_jl / sum_j W_jl: their counts are independent Poisson with the rates of X.
+    """
+    (_, n), d = factors.shape, len(loadings)
+    numbers = torch.poisson(factors * loadings.sum(0)[:, None]).long()
+    ladders = loadings.T.double().cumsum(1)
+    features = [
+        torch.searchsorted(
+            ladder, ladder[-1] * torch.rand(m, dtype=ladder.dtype, device=ladder.device), right=True
+        )
+        for ladder, m in zip(ladders, numbers.sum(1).tolist(), strict=True)
+    ]
+    samples = torch.arange(n, device=factors.device).expand_as(numbers)
+    rows = torch.repeat_interleave(samples.reshape(-1), numbers.reshape(-1))
+    events = rows * d + torch.cat(features).clamp_max(d - 1)
+    table = factors.new_zeros(n * d)
+    return table.scatter_add_(0, events, table.new_ones(len(events))).reshape(n, d)
 
 
 def mean_deviance(value: Any, factors: Tensor, loadings: Tensor) -> float:

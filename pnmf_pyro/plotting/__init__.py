@@ -4,6 +4,7 @@ No function shows or saves a figure, and none changes matplotlib's settings. Col
 perceptually uniform and safe for the colour-blind.
 """
 
+from pnmf_pyro.plotting.checks import plot_predictive_check, plot_selection
 from pnmf_pyro.plotting.diagnostics import (
     lengthscale_profile,
     plot_elbo,
@@ -29,6 +30,8 @@ __all__ = [
     "plot_factors",
     "plot_lengthscale_profile",
     "plot_loadings",
+    "plot_predictive_check",
+    "plot_selection",
     "plot_spatial",
     "plot_top_features",
     "plot_uncertainty",
