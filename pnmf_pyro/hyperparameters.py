@@ -42,7 +42,7 @@ NEAREST = 16
 NEAREST_ELSEWHERE = 8
 
 # Samples that are predicted, at most: drawn at random from larger data.
-JUDGED = 1000
+JUDGED = 500
 
 # Where the search begins: numbers of lengthscales from the spacing to the extent, and sigmas.
 GRID_LENGTHSCALES = 8

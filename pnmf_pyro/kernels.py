@@ -94,13 +94,15 @@ class SpatialKernel(nn.Module):
 
     def forward(self, a: Places, b: Places) -> Tensor:
         """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
+        if a is b:
+            return self._among(a)
         distance = _distances(a.coordinates, b.coordinates)
         groups = None if a.groups is None else a.groups[..., :, None]
         others = None if b.groups is None else b.groups[..., None, :]
         return self._at(distance, self._closeness(groups, others), a.coordinates.shape[-1])
 
-    def among(self, places: Places) -> Tensor:
-        """Return what `forward` does for places and themselves, with half of the work."""
+    def _among(self, places: Places) -> Tensor:
+        """Covariance of places and themselves, with half of the work."""
         n, coordinates, groups = len(places), places.coordinates, places.groups
         i, j = torch.tril_indices(n, n, device=coordinates.device)
         distance = _distances(coordinates, coordinates).flatten(-2).index_select(-1, n * i + j)

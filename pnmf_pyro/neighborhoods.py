@@ -230,7 +230,8 @@ class Neighborhoods:
         kernel = self.kernel.one(c)
 
         def covariance(A: Tensor, B: Tensor) -> Tensor:
-            return (kernel.among(self._of(A)) if A is B else kernel(self._of(A), self._of(B)))[0]
+            places = self._of(A)
+            return kernel(places, places if A is B else self._of(B))[0]
 
         return covariance, float(kernel.variance)
 
