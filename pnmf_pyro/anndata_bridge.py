@@ -166,7 +166,7 @@ def _warn_several_sections(adata: Any) -> None:
             f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key tells them "
             "apart: places of different sections count as neighbours. Pass batch_key=.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -42,7 +42,7 @@ NEAREST = 16
 NEAREST_ELSEWHERE = 8
 
 # Samples that are predicted, at most: drawn at random from larger data.
-JUDGED = 500
+JUDGED = 1000
 
 # Where the search begins: numbers of lengthscales from the spacing to the extent, and sigmas.
 GRID_LENGTHSCALES = 8
@@ -317,11 +317,12 @@ class HyperparameterSearch:
                 tried = [values]
                 for point in product(*(grids[name] for name in names)):
                     new = zip(names, point, strict=True)
-                    shared = {k: torch.full_like(values[k], float(value)) for k, value in new}
+                    shared = {k: values[k].new_tensor([value]) for k, value in new}
                     tried.append({**values, **shared})
                 losses = [float(self.loss(one, mean)) for one in tried]
                 values = tried[int(np.nanargmin(losses))]
-        return values, mean
+        n_sets = len(self.kernel.sigma)
+        return {k: v.expand(n_sets).clone() for k, v in values.items()}, mean
 
     def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Give each component hyperparameters of its own, by L-BFGS-B in their logarithms.

@@ -38,6 +38,34 @@ class ClosedForm(Optimizer):
         self.batch = batch
 
 
+class EveryNth(ClosedForm):
+    """Step with an optimiser once in `n` times, at the first of them.
+
+    For parameters whose steps cost more than those of the others, which move in the meantime.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+    n : int
+    """
+
+    def __init__(self, optimizer: Optimizer, n: int):
+        super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups  # shared: schedules change them
+        self.optimizer, self.n, self.turn = optimizer, n, 0
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the batch that the gradients are of."""
+        if isinstance(self.optimizer, ClosedForm):
+            self.optimizer.prepare(batch)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step if it is the turn."""
+        if self.turn % self.n == 0:
+            self.optimizer.step()
+        self.turn += 1
+
+
 class NaturalGradient(ClosedForm):
     r"""Natural-gradient steps on normal distributions held in their natural parameters.
 

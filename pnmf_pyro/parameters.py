@@ -32,6 +32,7 @@ from pnmf_pyro.optimizers import (
     ClosedFormScale,
     Constant,
     Decreasing,
+    EveryNth,
     OneCycle,
     Plateau,
     Schedule,
@@ -45,9 +46,6 @@ from pnmf_pyro.validation import DEVICES
 
 # A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
 WARM_UP_TOL = 10
-
-# When a fit has settled: an ELBO without noise can be judged sooner.
-SETTLED: dict[bool, dict[str, int]] = {True: {"window": 5, "patience": 1}, False: {}}
 
 # Draws for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
@@ -257,7 +255,7 @@ class Parameters(BaseEstimator):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)
-            return [self._stage(source, "lower-bound", self.tol), last]
+            return [self._stage(source, "lower-bound", WARM_UP_TOL * self.tol), last]
         if self.warm_up and self.mode != "lower-bound":
             return [self._stage(model, "lower-bound", WARM_UP_TOL * self.tol), last]
         return [last]
@@ -294,9 +292,15 @@ class Parameters(BaseEstimator):
             FactorizationELBO(mode, self.E, natural, self.kl_weight),
             [optimizer for optimizer, _ in steps],
             schedules,
-            Convergence(tol, start=warm_up, **SETTLED[monotone]),
+            Convergence(tol, start=warm_up, **self._settled(model, monotone)),
             monotone,
         )
+
+    def _settled(self, model: PoissonFactorization, monotone: bool) -> dict[str, int]:
+        """When a fit has settled: an ELBO without noise can be judged sooner."""
+        if not monotone:
+            return {}
+        return {"window": max(5, 2 * model.prior.steps_apart), "patience": 1}
 
     def _empty_model(
         self,
@@ -375,7 +379,9 @@ class Parameters(BaseEstimator):
         steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
-            steps.append((model.prior.natural_optimizer(1 / self.kl_weight), for_q))
+            natural = model.prior.natural_optimizer(1 / self.kl_weight)
+            apart = 1 if noisy_q else model.prior.steps_apart
+            steps.append((EveryNth(natural, apart) if apart > 1 else natural, for_q))
         else:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":

@@ -33,7 +33,6 @@ RECIPE: dict[str, Any] = {
 SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",
-    "tol": 1e-3,
     "spatial": True,
     "train_lengthscale": True,
     "train_sigma": True,

@@ -49,11 +49,14 @@ class Prior(nn.Module, ABC):
         Number of components and of samples.
     matrix_entries : int
         Of the matrices that a step multiplies or factorises, beside the counts.
+    steps_apart : int
+        How many steps of the loadings there are to each natural step of q, where that costs more.
     """
 
     L: int
     N: int
     matrix_entries: int = 0
+    steps_apart: int = 1
 
     @abstractmethod
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:

@@ -136,6 +136,7 @@ class LCGP(Prior):
     place_groups: Tensor | None
     mean: Tensor
     low_rank: Tensor
+    steps_apart = 3
 
     def __init__(
         self,

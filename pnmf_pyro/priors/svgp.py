@@ -71,6 +71,7 @@ class SVGP(Prior):
     inducing_coordinates: Tensor
     inducing_groups: Tensor | None
     mean: Tensor
+    steps_apart = 3
 
     def __init__(
         self,
