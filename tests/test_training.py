@@ -6,9 +6,10 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batches
+from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.optimizers import ClosedForm, EveryNth
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import Convergence, evaluate_elbo, train
@@ -108,3 +109,22 @@ def test_elbo_of_all_data_is_the_same_in_one_batch_or_many(problem):
     whole = evaluate_elbo(model, batches, objective, torch_generator(0))
     parts = evaluate_elbo(model, Batches(batches.counts, 17), objective, torch_generator(0))
     assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_every_nth_step_is_taken_at_the_learning_rate_of_its_schedule():
+    x = torch.nn.Parameter(torch.zeros(1))
+    steps = EveryNth(torch.optim.SGD([x], lr=1.0), 3)
+    seen = []
+    for turn in range(7):
+        x.grad = -torch.ones(1)
+        steps.param_groups[0]["lr"] = 10.0**turn
+        steps.step()
+        seen.append(float(x))
+    np.testing.assert_allclose(seen, [1, 1, 1, 1001, 1001, 1001, 1001001])
+
+
+def test_every_nth_tells_the_optimizer_of_the_batch():
+    inner = ClosedForm([torch.nn.Parameter(torch.zeros(1))], {})
+    batch = Batch(samples=torch.arange(2))
+    EveryNth(inner, 2).prepare(batch)
+    assert inner.batch is batch
