@@ -119,7 +119,7 @@ def test_every_nth_step_is_taken_at_the_learning_rate_of_its_schedule():
         x.grad = -torch.ones(1)
         steps.param_groups[0]["lr"] = 10.0**turn
         steps.step()
-        seen.append(float(x))
+        seen.append(float(x.detach()))
     np.testing.assert_allclose(seen, [1, 1, 1, 1001, 1001, 1001, 1001001])
 
 
