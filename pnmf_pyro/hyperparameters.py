@@ -41,6 +41,9 @@ CRITERIA = ("leave-one-out", "elbo")
 NEAREST = 16
 NEAREST_ELSEWHERE = 8
 
+# Of L-BFGS-B; more change predictions by less than splits of the data do.
+ITERATIONS = 10
+
 # Samples that are predicted, at most: drawn at random from larger data.
 JUDGED = 1000
 
@@ -360,7 +363,7 @@ class HyperparameterSearch:
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
-            options={"maxiter": 20},
+            options={"maxiter": ITERATIONS},
         )
         with torch.no_grad():
             return unpack(torch.from_numpy(found.x).to(mean))
