@@ -380,7 +380,7 @@ class Parameters(BaseEstimator):
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
             natural = model.prior.natural_optimizer(1 / self.kl_weight)
-            apart = 1 if noisy_q else model.prior.steps_apart
+            apart = model.prior.steps_apart if self.warm_up and not noisy_q else 1
             steps.append((EveryNth(natural, apart) if apart > 1 else natural, for_q))
         else:
             by_gradient += model.prior.parameters()

@@ -292,7 +292,7 @@ def test_a_spatial_model_knows_its_places():
     random = np.random.default_rng(0)
     places = random.uniform(size=(40, 2))
     X = random.poisson(5 * np.exp(np.sin(6 * places[:, :1])) * np.ones(6))
-    parameters = NATURAL | {"spatial": True, "lengthscale": 0.3, "max_iter": 60, "tol": 0}
+    parameters = NATURAL | {"spatial": True, "lengthscale": 0.3, "max_iter": 20, "tol": 0}
     model = PNMF(1, random_state=0, **parameters).fit(X, coordinates=places)
     result = posterior_predictive_check(model, X, n_draws=20, random_state=0)
     again = posterior_predictive_check(model, X, places, n_draws=20, random_state=0)

@@ -31,7 +31,7 @@ STEPS = {
     "spatial": True,
     "init": "nndsvda",
     "random_state": 0,
-    "max_iter": 120,
+    "max_iter": 40,
     "tol": 1e-3,
     "lengthscale": 0.4,
 }
