@@ -19,6 +19,12 @@ NATURAL = {
 }
 
 
+def pytest_configure(config):
+    """Give each worker of pytest-xdist one thread: more of them than cores only wait."""
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def data_file():
     """Return a function from the name of a real data set to its path; skips where it is absent."""
