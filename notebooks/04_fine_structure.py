@@ -36,8 +36,8 @@ small = bool(os.environ.get("PNMF_SMALL"))  # fewer spots, for continuous integr
 # %% [markdown]
 # ## A section with stripes
 #
-# Three programmes: stripes four spots wide, a broad gradient, and small spots. A tenth of the places is
-# held out.
+# Three programmes: stripes four spots wide, a broad gradient, and small spots. A tenth of the places
+# is held out.
 
 # %%
 random = np.random.default_rng(0)
@@ -105,5 +105,5 @@ axes = plotting.plot_factors(fits["inducing points"])
 axes = plotting.plot_factors(fits["neighbours"])
 
 # %% [markdown]
-# The gradient is coarse: inducing points lose nothing of it and average more. The stripes are as fine as
-# the distance between inducing points, and are lost where none lies; neighbours keep them.
+# The gradient is coarse: inducing points lose nothing of it and average more. The stripes are as
+# fine as the distance between inducing points, and are lost where none lies; neighbours keep them.
