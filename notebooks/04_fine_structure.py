@@ -36,8 +36,8 @@ small = bool(os.environ.get("PNMF_SMALL"))  # fewer spots, for continuous integr
 # %% [markdown]
 # ## A section with stripes
 #
-# Three programmes: stripes four spots wide, a broad gradient, and small spots. A tenth of the places
-# is held out.
+# Three programmes: stripes four spots wide, a broad gradient, and small spots. A tenth of the
+# places is held out.
 
 # %%
 random = np.random.default_rng(0)
