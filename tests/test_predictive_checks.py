@@ -158,7 +158,7 @@ def test_p_values_are_uniform_for_one_more_table():
 
 
 def fit(X: np.ndarray, K: int = 3) -> PNMF:
-    return PNMF(K, random_state=0, scale_pf="auto", max_iter=200, **NATURAL).fit(X)
+    return PNMF(K, random_state=0, scale_pf="auto", max_iter=1000, **NATURAL).fit(X)
 
 
 def planted(seed: int, misfit: bool, N: int = 100, D: int = 30):
