@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="pnmf-pyro", description="Probabilistic non-negative matrix factorisation of counts."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (_fit_command(commands), _demo_command(commands)):
+        command.add_argument("--components", type=int, default=10, help="default: 10")
+        command.add_argument("--seed", type=int, default=0, help="default: 0")
+        command.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    _plot_command(commands)
+    return parser
+
+
+def _fit_command(commands: Any) -> argparse.ArgumentParser:
     fitting = commands.add_parser(
         "fit",
         help="factorise a table of counts",
@@ -108,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
         help="set any parameter of pnmf_pyro.PNMF, such as --set mode=expanded; may be repeated",
     )
     fitting.set_defaults(run=_fit)
+    return fitting
+
+
+def _plot_command(commands: Any) -> None:
     plot = commands.add_parser(
         "plot",
         help="draw a report on a fit",
@@ -119,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
     plot.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
     plot.set_defaults(run=_plot)
+
+
+def _demo_command(commands: Any) -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="fit scikit-learn's digits and compare with other models",
@@ -127,11 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default=".", help="folder for the picture (default: here)")
     demo.set_defaults(run=_demo)
-    for command in (fitting, demo):
-        command.add_argument("--components", type=int, default=10, help="default: 10")
-        command.add_argument("--seed", type=int, default=0, help="default: 0")
-        command.add_argument("--quiet", action="store_true", help="no progress bar, no report")
-    return parser
+    return demo
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -317,6 +317,8 @@ class HyperparameterSearch:
         with torch.no_grad():
             for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
                 names = [name for name in alike if name in self.names]
+                if not names:
+                    continue
                 tried = [values]
                 for point in product(*(grids[name] for name in names)):
                     new = zip(names, point, strict=True)

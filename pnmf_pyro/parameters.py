@@ -281,26 +281,23 @@ class Parameters(BaseEstimator):
         return [name for name, learned in wanted.items() if learned and self.spatial]
 
     def _stage(self, model: PoissonFactorization, mode: str, tol: float) -> Stage:
-        steps = self._steps(model, mode)
-        schedules = [schedule for _, schedule in steps]
-        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
         natural = self.training_mode == "natural"
         batched = self.batch_size is not None or self.y_batch_size is not None
         monotone = natural and mode == "lower-bound" and not batched
+        apart = model.prior.steps_apart if monotone and self.warm_up else 1
+        steps = self._steps(model, mode, apart)
+        schedules = [schedule for _, schedule in steps]
+        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
+        # An ELBO without noise can be judged sooner.
+        settled = {"window": max(5, 2 * apart), "patience": 1} if monotone else {}
         return Stage(
             model,
             FactorizationELBO(mode, self.E, natural, self.kl_weight),
             [optimizer for optimizer, _ in steps],
             schedules,
-            Convergence(tol, start=warm_up, **self._settled(model, monotone)),
+            Convergence(tol, start=warm_up, **settled),
             monotone,
         )
-
-    def _settled(self, model: PoissonFactorization, monotone: bool) -> dict[str, int]:
-        """When a fit has settled: an ELBO without noise can be judged sooner."""
-        if not monotone:
-            return {}
-        return {"window": max(5, 2 * model.prior.steps_apart), "patience": 1}
 
     def _empty_model(
         self,
@@ -363,7 +360,7 @@ class Parameters(BaseEstimator):
         )
 
     def _steps(
-        self, model: PoissonFactorization, mode: str
+        self, model: PoissonFactorization, mode: str, apart: int
     ) -> list[tuple[torch.optim.Optimizer, Schedule]]:
         """Optimisers of q, W and the prior's scale, with the schedules of their learning rates.
 
@@ -380,7 +377,6 @@ class Parameters(BaseEstimator):
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
             natural = model.prior.natural_optimizer(1 / self.kl_weight)
-            apart = model.prior.steps_apart if self.warm_up and not noisy_q else 1
             steps.append((EveryNth(natural, apart) if apart > 1 else natural, for_q))
         else:
             by_gradient += model.prior.parameters()

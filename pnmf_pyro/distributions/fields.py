@@ -24,7 +24,19 @@ from torch.distributions import constraints, register_kl
 from pnmf_pyro.cholesky import BLOCK, inverse_diagonal
 
 
-class FieldMarginals(Normal):
+class OneShape:
+    """A distribution that cannot be expanded to another batch shape."""
+
+    batch_shape: torch.Size
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """Return self, for its own batch shape."""
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise ValueError(f"a field of shape {tuple(self.batch_shape)} cannot be expanded.")
+        return self
+
+
+class FieldMarginals(OneShape, Normal):
     """Marginals of a field whose draws are joint.
 
     Parameters
@@ -38,12 +50,6 @@ class FieldMarginals(Normal):
     def __init__(self, loc: Tensor, scale: Tensor, draw: Callable[[int], Tensor]):
         self.draw = draw
         super().__init__(loc, scale, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FieldMarginals:
-        """Return self: a field has the shape that it has."""
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"a field of shape {tuple(self.batch_shape)} cannot be expanded.")
-        return self
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw jointly; differentiable in loc and scale as a draw from each marginal."""
@@ -65,7 +71,7 @@ def _kl_of_a_field(q: FieldMarginals, p: Normal) -> Tensor:
     return q.loc.new_zeros(q.batch_shape)
 
 
-class WhitenedNormal(TorchDistribution):
+class WhitenedNormal(OneShape, TorchDistribution):
     """N(m, S) over u of event shape (L, M): the base of those that train by natural gradients."""
 
     arg_constraints = {}  # noqa: RUF012 - torch's own interface
@@ -74,12 +80,6 @@ class WhitenedNormal(TorchDistribution):
 
     def __init__(self, L: int, M: int):
         super().__init__(torch.Size(), torch.Size([L, M]), validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> WhitenedNormal:
-        """Return self: only its own batch shape is possible."""
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"a batch of shape {tuple(self.batch_shape)} cannot be expanded.")
-        return self
 
 
 class NaturalNormal(WhitenedNormal):

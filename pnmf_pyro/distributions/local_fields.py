@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.data import take
-from pnmf_pyro.distributions.fields import FieldMarginals
+from pnmf_pyro.distributions.fields import FieldMarginals, OneShape
 from pnmf_pyro.distributions.vecchia import VecchiaNormal, residuals
 from pnmf_pyro.neighborhoods import Neighborhoods
 
 
-class LocalPrior(TorchDistribution):
+class LocalPrior(OneShape, TorchDistribution):
     """N(level, Q^-1) at some spots; Q is the precision that neighbourhoods give.
 
     Parameters
@@ -48,12 +48,6 @@ class LocalPrior(TorchDistribution):
         self.neighborhoods, self.level, self.spots, self.dtype = neighborhoods, level, spots, dtype
         n = len(neighborhoods.places) if spots is None else len(spots)
         super().__init__(torch.Size((len(level), n)), validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> LocalPrior:
-        """Return self: a field has the shape that it has."""
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"a field of shape {tuple(self.batch_shape)} cannot be expanded.")
-        return self
 
     @property
     def joint(self) -> VecchiaNormal:
@@ -118,12 +112,26 @@ class LocalPosterior(FieldMarginals):
         variance = own + V.double().square().sum(-1)
 
         def draw(n: int) -> Tensor:
-            shared = torch.randn(n, len(V), V.shape[-1], dtype=V.dtype, device=V.device)
-            smooth = torch.einsum("lnr,elr->eln", V, shared)
-            noise = torch.randn(n, *loc.shape, dtype=torch.float64, device=loc.device)
-            return loc + smooth + own.sqrt() * noise
+            return draw_given(torch.randn(n, len(V), V.shape[-1]).to(V), loc, own, V)
 
         super().__init__(loc.to(dtype), variance.sqrt().to(dtype), draw)
+
+
+def draw_given(shared: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor) -> Tensor:
+    """Draw from N(m, V V^T + diag(d)), given the standard normals that go with V.
+
+    Parameters
+    ----------
+    shared : Tensor of shape (E, L, R)
+    mean, diagonal : Tensor of shape (L, n)
+    low_rank : Tensor of shape (L, n, R)
+
+    Returns
+    -------
+    Tensor of shape (E, L, n)
+    """
+    smooth = torch.einsum("lnr,elr->eln", low_rank, shared)
+    return mean + smooth + diagonal.sqrt() * torch.randn(smooth.shape).to(mean)
 
 
 @register_kl(LocalPosterior, LocalPrior)

@@ -45,8 +45,8 @@ class Family(nn.Module, ABC):
         """Return mean and variance of A^T u, for an A of some samples or of other places."""
 
     def at_samples(self, q: Any, A: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the same at samples, with gradients."""
-        return self.marginals(q, take(A, index))
+        """Return the same at the samples `index`, whose A it is, with gradients."""
+        return self.marginals(q, A)
 
     @abstractmethod
     def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:

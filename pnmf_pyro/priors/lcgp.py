@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, take
-from pnmf_pyro.distributions.local_fields import LocalPosterior, LocalPrior
+from pnmf_pyro.distributions.local_fields import LocalPosterior, LocalPrior, draw_given
 from pnmf_pyro.distributions.vecchia import predict
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.neighborhoods import Neighborhoods
@@ -270,10 +270,8 @@ class LCGP(Prior):
 
     @torch.no_grad()
     def _drawn(self, shared: Tensor, index: Tensor | None) -> Tensor:
-        V, loc = take(self.low_rank, index, dim=1), take(self.q.loc, index)
-        smooth = torch.einsum("lnr,elr->eln", V, shared)
-        noise = torch.randn(smooth.shape).to(loc)
-        return loc + smooth + take(self.q.diagonal, index).sqrt() * noise
+        loc, diagonal = take(self.q.loc, index), take(self.q.diagonal, index)
+        return draw_given(shared, loc, diagonal, take(self.low_rank, index, dim=1))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.low_rank = torch.empty_like(state_dict[f"{prefix}low_rank"])

@@ -221,8 +221,8 @@ class SVGP(Prior):
     def _at_samples(
         self, q: Any, index: Tensor | None, draw_u: Callable[[int], Tensor]
     ) -> FieldMarginals:
-        moments = self.q.at_samples(q, self._design(None)[0], index)
-        return self._marginals(moments, self._design(index), draw_u)
+        design = self._design(index)
+        return self._marginals(self.q.at_samples(q, design[0], index), design, draw_u)
 
     def _marginals(
         self,
