@@ -4,7 +4,7 @@ For latent sites the divergence KL(q || p) is taken in closed form where torch h
 An observed :class:`PoissonFactors` whose log-factors are a normal draw of the guide is integrated
 by its own `expected_log_prob`. Everything else, such as a likelihood or a prior of the user's, is
 averaged over `n_draws` runs of guide and model. So the objective never asks which model it was
-given.
+given. What has a closed form needs no draw: to see it, guide and model are run at the means of q.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
 from torch.distributions import (
     Distribution,
+    Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
@@ -30,6 +32,7 @@ from torch.distributions import (
 )
 
 from pnmf_pyro.distributions import PoissonFactors
+from pnmf_pyro.distributions.fields import WhitenedNormal
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.validation import check_choice, check_count
 
@@ -81,7 +84,7 @@ class FactorizationELBO(ELBO):
             `log_likelihood`, the expected log-likelihood, and `kl`, the divergence of q from the
             prior; the ELBO is their difference.
         """
-        traces = self._get_trace(model, guide, args, kwargs)
+        traces = self._get_trace(model, _at_means(guide), args, kwargs)
         parts: dict[str, list[Tensor]] = {"log_likelihood": [], "kl": []}
         sampled = []
         for name, site in _sites(*traces):
@@ -90,9 +93,8 @@ class FactorizationELBO(ELBO):
                 sampled.append(name)
             else:
                 parts[_term_of(site)].append(_weighted_sum(value, site))
-        for draw in range(self.n_draws if sampled else 0):
-            if draw:
-                traces = self._get_trace(model, guide, args, kwargs)
+        for _ in range(self.n_draws if sampled else 0):
+            traces = self._get_trace(model, guide, args, kwargs)
             for name in sampled:
                 site = dict(_sites(*traces))[name]
                 value = _weighted_sum(_sampled(site, traces[1]), site)
@@ -101,7 +103,7 @@ class FactorizationELBO(ELBO):
         return {name: sum(values, zero) for name, values in parts.items()}
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Run the guide, and the model on its draws."""
+        """Run the guide, and the model on its values."""
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -153,6 +155,26 @@ class FactorizationELBO(ELBO):
         if loss.requires_grad:
             loss.backward()
         return value
+
+
+class _Means(Messenger):
+    """Give the normal sites of a program their means as values."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and _is_normal(msg["fn"]):
+            mean = msg["fn"].mean
+            msg["value"] = mean.view_as(mean)  # a tensor of its own, by which the site is known
+            msg["done"] = True
+
+
+def _at_means(guide: Program) -> Program:
+    return _Means()(guide)
+
+
+def _is_normal(distribution: Any) -> bool:
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return isinstance(distribution, (*NORMAL_MARGINALS, WhitenedNormal))
 
 
 def _sites(model_trace: Any, guide_trace: Any) -> list[tuple[str, Site]]:

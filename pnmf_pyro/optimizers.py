@@ -274,14 +274,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class Decreasing:
-    """The learning rate falls as (1 + step / delay) ** -forgetting, for noisy closed-form steps.
+    """The learning rate falls as start (1 + step / delay) ** -forgetting.
 
-    With `forgetting` in (0.5, 1] the steps satisfy the conditions of Robbins and Monro (1951), as
-    in stochastic variational inference (Hoffman et al. 2013).
+    For noisy closed-form steps. With `forgetting` in (0.5, 1] they satisfy the conditions of
+    Robbins and Monro (1951), as in stochastic variational inference (Hoffman et al. 2013).
     """
 
     delay: float = 10.0
     forgetting: float = 0.7
+    start: float = 1.0
 
     def warm_up(self, max_iter: int) -> int:
         """Return 0."""
@@ -290,7 +291,7 @@ class Decreasing:
     def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
         """Return a function that sets the learning rate of the next step."""
         scheduler = lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + step / self.delay) ** -self.forgetting
+            optimizer, lambda step: self.start * (1 + step / self.delay) ** -self.forgetting
         )
         return lambda elbo: scheduler.step()
 

@@ -47,6 +47,10 @@ from pnmf_pyro.validation import DEVICES
 # A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
 WARM_UP_TOL = 10
 
+# First step of q and W where batches see parts of a field: from a cold start, a whole step that the
+# samples of one batch ask for carries the others too far.
+PARTIAL = 0.3
+
 # Draws for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
 
@@ -369,10 +373,11 @@ class Parameters(BaseEstimator):
         """
         shared_q = not isinstance(model.prior, GaussianPrior)
         noisy_q = mode != "lower-bound" or self.y_batch_size is not None
-        noisy_q = noisy_q or (self.batch_size is not None and shared_q)
-        for_q = for_W = Decreasing() if noisy_q else Constant()
+        by_parts = self.batch_size is not None and shared_q
+        start = PARTIAL if by_parts else 1.0
+        for_q = for_W = Decreasing(start=start) if noisy_q or by_parts else Constant()
         if self.batch_size is not None:  # each batch sees W anew: average over many of them
-            for_W = Decreasing(delay=100.0)
+            for_W = Decreasing(delay=100.0, start=start)
         steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":

@@ -201,7 +201,7 @@ def train(
                 ):
                     svi.step(batch)
                     model.project_parameters()
-            except FloatingPointError as error:
+            except (FloatingPointError, torch.linalg.LinAlgError) as error:
                 result.failure = _describe_failure(error, iteration, model, objective, batch)
                 checkpoint.restore()
                 break
@@ -329,24 +329,33 @@ class _Checkpoint:
 
 
 def _describe_failure(
-    error: FloatingPointError,
+    error: Exception,
     iteration: int,
     model: Any,
     objective: FactorizationELBO,
     batch: Batch,
 ) -> str:
-    """Say which quantity was the first to be NaN or infinite: a parameter, or a term."""
+    """Say what went wrong: which quantity was the first to be NaN or infinite, where one was."""
+    if isinstance(error, torch.linalg.LinAlgError):
+        what = "the covariance of q(F) could not be factorised"
+    else:
+        what = f"{error}; {_culprit(model, objective, batch)} is the first that is not finite"
+    if iteration == 1:
+        raise FloatingPointError(
+            f"The fit failed at its first step: {what}. Check X for extreme values, or start from "
+            "another init."
+        ) from error
+    return f"{what}, at iteration {iteration}"
+
+
+def _culprit(model: Any, objective: FactorizationELBO, batch: Batch) -> str:
+    """Name a parameter or a term of the ELBO that is not finite."""
     culprit = _first_not_finite(dict(model.named_parameters()))
     if culprit is None:
         with torch.no_grad(), pyro.validation_enabled(False):
             terms = objective.terms(model.model, model.guide, batch)
         culprit = _first_not_finite(terms) or "ELBO"
-    if iteration == 1:
-        raise FloatingPointError(
-            f"{error} before the first step: {culprit} is not finite. Check X for extreme values, "
-            "or start from another init."
-        ) from error
-    return f"{error} at iteration {iteration}: {culprit} is the first quantity that is not finite"
+    return culprit
 
 
 def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:

@@ -1097,7 +1097,7 @@ def test_a_failed_fit_leaves_the_global_state_as_well(users_parameter):
         model.prior.mean[0, 0] = float("nan")
     before = global_state()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    with pytest.raises(FloatingPointError, match=r"before the first step: .*mean is not finite"):
+    with pytest.raises(FloatingPointError, match=r"at its first step: .*mean is the first"):
         train(
             model,
             Batches(as_counts(problem.X)),

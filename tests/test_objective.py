@@ -581,6 +581,42 @@ def test_elbo_of_two_data_sets_is_the_sum(sized, layout):
     assert_all_close([torch.cat([results[0][1][1], results[1][1][1]], 1)], [scale])
 
 
+def test_closed_forms_make_no_draws(problem, layout, monkeypatch):
+    model = model_of(problem)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a draw was made")
+
+    for of in (dist.Normal, torch.distributions.Normal):
+        monkeypatch.setattr(of, "rsample", refuse)
+        monkeypatch.setattr(of, "sample", refuse)
+    assert np.isfinite(elbo_of(model, Batch(counts_of(problem.X, layout))))
+
+
+@pytest.mark.parametrize("order", [("a", "F"), ("F", "a")])
+def test_sites_with_the_same_mean_are_told_apart(order):
+    """Both sites of this guide hold the very same tensor as their mean, with other scales."""
+    problem = ref.simulate(0, sized=False)
+    loc, scales = double(problem.mean), {"a": 2 * double(problem.scale), "F": double(problem.scale)}
+    likelihood = PoissonFactors(loc, double(problem.W))
+
+    def program(batch, guide):
+        drawn = {}
+        for name in order:
+            prior = dist.Normal(torch.zeros_like(loc), 1.0)
+            drawn[name] = pyro.sample(name, dist.Normal(loc, scales[name]) if guide else prior)
+        if not guide:
+            W = double(problem.W)
+            pyro.sample("X", PoissonFactors(drawn["F"], W), obs=as_counts(problem.X))
+
+    objective = FactorizationELBO("lower-bound")
+    with drawing(0):
+        terms = objective.terms(lambda b: program(b, False), lambda b: program(b, True), None)
+    q = dist.Normal(loc, scales["F"])
+    expected = likelihood.expected_log_prob(as_counts(problem.X), q, "lower-bound").sum()
+    torch.testing.assert_close(terms["log_likelihood"], expected.double())
+
+
 # --- PoissonFactors as a distribution
 
 

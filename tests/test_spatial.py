@@ -240,6 +240,21 @@ def test_jitter_is_added_to_the_variance(data):
     assert bound[0] > bound[1] + 1
 
 
+@pytest.mark.parametrize("batch_size", [8, 32])
+@pytest.mark.parametrize(
+    "prior",
+    [{"num_inducing": 70}, {"num_inducing": 20}, {"local": True, "K": 10}],
+    ids=["all inducing", "few inducing", "local"],
+)
+def test_minibatches_from_a_cold_start_do_not_run_away(prior, batch_size):
+    X, x, *_ = tissue(N=70)
+    settings = {**STEPS, "init": None, "max_iter": 300, **prior}
+    whole = PNMF(2, **settings).fit(X, coordinates=x)
+    batched = PNMF(2, **settings, batch_size=batch_size).fit(X, coordinates=x)
+    assert batched.elbo_ > whole.elbo_ - 0.3 * abs(whole.elbo_)
+    assert np.abs(log_factors(batched)).max() < 10
+
+
 def test_minibatches_come_near_the_whole(data, model):
     batched = fitted(data, batch_size=20, max_iter=200, tol=0)
     whole = fitted(data, max_iter=60, tol=0)

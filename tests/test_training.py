@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from pnmf_pyro import PNMF
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
@@ -63,12 +64,37 @@ def problem(counts):
     return model, Batches(data), FactorizationELBO("expanded", 2)
 
 
+def test_a_covariance_that_cannot_be_factorised_ends_a_fit_without_loss():
+    """A precision of q(u) that loses its sign during a step, as too long steps can make it."""
+    random = np.random.default_rng(0)
+    X, x = random.poisson(3, size=(30, 8)), random.uniform(size=(30, 2))
+
+    def break_it(model, iteration, elbo):
+        if iteration == 5:
+            with torch.no_grad():
+                model.model_.prior.q.theta2.neg_()
+
+    model = PNMF(
+        2,
+        spatial=True,
+        num_inducing=10,
+        mode="lower-bound",
+        training_mode="natural",
+        max_iter=20,
+        random_state=0,
+    )
+    with pytest.warns(ConvergenceWarning, match="covariance of q.* at iteration 6"):
+        model.fit(X, coordinates=x, callback=break_it, callback_interval=1)
+    assert model.n_iter_ == 5
+    assert np.isfinite(model.components_).all()
+
+
 def test_a_fit_from_nan_says_what_is_not_finite(problem):
     model, batches, objective = problem
     with torch.no_grad():
         model.prior.mean[0, 0] = torch.nan
     optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(FloatingPointError, match=r"prior\.q\.mean is not finite"):
+    with pytest.raises(FloatingPointError, match=r"prior\.q\.mean is the first"):
         train(model, batches, objective, [optimizer], torch_generator(0), max_iter=3)
 
 

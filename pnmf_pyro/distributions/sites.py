@@ -18,6 +18,7 @@ follows from
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class SiteNormal(WhitenedNormal):
             self.weights = self._discounted(shift)
             self.mean_at_sites = _times(gram, self.weights)
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """Mean m, of shape (L, M); a value without gradient."""
         return _times(self.A, self.weights)
