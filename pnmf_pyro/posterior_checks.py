@@ -185,9 +185,15 @@ class PredictiveCheck:
             columns[f"{name}_p_value"] = one.p_values
         return as_frame(columns)
 
+    @property
+    def flagged(self) -> list[StatisticCheck]:
+        """The statistics that the model does not reproduce, the smallest p-value first."""
+        found = [one for one in self.results if one.p_value < FLAGGED]
+        return sorted(found, key=lambda one: one.p_value)
+
     def verdict(self) -> str:
         """Say in words what the model misses."""
-        flagged = [one for one in self.results if one.p_value < FLAGGED]
+        flagged = self.flagged
         if not flagged:
             return (
                 f"None of the {len(self.results)} statistics tells the data from {self.n_draws} "
@@ -195,7 +201,7 @@ class PredictiveCheck:
                 "no proof of the model: it says that these statistics see nothing wrong."
             )
         common = "; one cause can move several" if len(flagged) > 1 else ""
-        lines = [f"- {one.sentence}" for one in sorted(flagged, key=lambda one: one.p_value)]
+        lines = [f"- {one.sentence}" for one in flagged]
         return (
             f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
             f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "
