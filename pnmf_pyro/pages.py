@@ -7,7 +7,7 @@ import html
 import io
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,10 @@ LINE, POINTS = 100, 10
 STYLE = """
 body{font-family:sans-serif;line-height:1.5;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 img{max-width:100%}
-p{white-space:pre-line;max-width:48em}
-table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeric:tabular-nums}
+h2{font-size:1.15em;margin:1.6em 0 .6em}
+section.table{max-width:100%;overflow-x:auto;display:inline-block;vertical-align:top;margin-right:2em}
+p{white-space:pre-line;max-width:48em;margin:0}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 .number{text-align:right}
 """
@@ -53,8 +55,24 @@ class Block(ABC):
         """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
 
 
+class Words(Block):
+    """A block of lines; as a string it is these lines."""
+
+    @property
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """Lines in letters of one width."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    def image(self) -> np.ndarray:
+        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
+        return _image_of_lines(self.heading, self.lines)
+
+
 @dataclass(frozen=True)
-class Text(Block):
+class Text(Words):
     """Paragraphs.
 
     Parameters
@@ -65,27 +83,28 @@ class Text(Block):
     heading: str
     text: str
 
+    @property
+    def lines(self) -> list[str]:
+        """Lines in letters of one width."""
+        return [part for line in self.text.splitlines() for part in textwrap.wrap(line, LINE)]
+
     def html(self) -> str:
         """Return it as HTML, without the heading."""
         return f"<p>{html.escape(self.text)}</p>"
 
-    def image(self) -> np.ndarray:
-        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-        return _image_of_text(self.heading, self.text)
-
 
 @dataclass(frozen=True)
-class Table(Block):
+class Table(Words):
     """Columns of equal length by name, of numbers or strings.
 
     Parameters
     ----------
     heading : str
-    columns : dict of sequences
+    columns : mapping of str to sequence
     """
 
     heading: str
-    columns: dict[str, Sequence[Any]]
+    columns: Mapping[str, Any]
 
     @cached_property
     def _cells(self) -> list[list[str]]:
@@ -100,27 +119,26 @@ class Table(Block):
         ]
 
     @property
-    def text(self) -> str:
-        """The table in letters of one width."""
+    def lines(self) -> list[str]:
+        """Lines in letters of one width."""
         widths = [max(map(len, column)) for column in zip(*self._cells, strict=True)]
-        aligned = ["rjust" if number else "ljust" for number in self._is_number]
-        return "\n".join(
-            "  ".join(
-                getattr(cell, how)(width)
-                for cell, how, width in zip(row, aligned, widths, strict=True)
-            ).rstrip()
-            for row in self._cells
-        )
+        signs = [">" if number else "<" for number in self._is_number]
+        form = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+        return [form.format(*row).rstrip() for row in self._cells]
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
-        head, *body = ["".join(map(_cell, row, self._is_number)) for row in self._cells]
+        kinds = [" class='number'" if number else "" for number in self._is_number]
+        tags = ["th"] + ["td"] * (len(self._cells) - 1)
+        head, *body = [
+            "".join(
+                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+                for cell, kind in zip(row, kinds, strict=True)
+            )
+            for tag, row in zip(tags, self._cells, strict=True)
+        ]
         rows = "".join(f"<tr>{row}</tr>" for row in body)
-        return f"<table><thead><tr>{head.replace('td', 'th')}</tr></thead>{rows}</table>"
-
-    def image(self) -> np.ndarray:
-        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-        return _image_of_text(self.heading, self.text)
+        return f"<table><thead><tr>{head}</tr></thead>{rows}</table>"
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ class Picture(Block):
 
     def image(self) -> np.ndarray:
         """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-        return _stacked([_image_of_text(self.heading, ""), _pixels(self._png)])
+        return _stacked([_image_of_lines(self.heading, []), _pixels(self._png)])
 
 
 @dataclass(frozen=True)
@@ -196,14 +214,16 @@ class Page:
             f"<title>{title}</title><style>{STYLE}</style>"
         )
         blocks = "\n".join(
-            f"<h2>{html.escape(block.heading)}</h2>{block.html()}" for block in self.blocks
+            f"<section class='{type(block).__name__.lower()}'>"
+            f"<h2>{html.escape(block.heading)}</h2>{block.html()}</section>"
+            for block in self.blocks
         )
         body = f"<h1>{title}</h1>\n{blocks}"
         return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
 
     def image(self) -> np.ndarray:
         """Return the page as one picture, (height, width, 3), from 0 to 1."""
-        title = _image_of_text(self.title, "", scale=1.4)
+        title = _image_of_lines(self.title, [], size=16)
         return _stacked([title, *(block.image() for block in self.blocks)])
 
 
@@ -211,26 +231,26 @@ def _shown(value: Any) -> str:
     """A cell to be read."""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else ""
-    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+    return f"{value + 0.0:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def _cell(text: str, is_number: bool) -> str:
-    kind = ' class="number"' if is_number else ""
-    return f"<td{kind}>{html.escape(text)}</td>"
-
-
-def _image_of_text(heading: str, text: str, scale: float = 1.2) -> np.ndarray:
-    """A bold heading and lines of one width, wrapped where they are too long."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, LINE) or [""]]
-    height = POINTS * (1.4 * len(lines) + 2.5 * scale)
+def _image_of_lines(heading: str, lines: Sequence[str], size: float = 12) -> np.ndarray:
+    """A bold heading of `size` points, and lines below it."""
+    height = 1.22 * POINTS * len(lines) + 2.6 * size
     width = POINTS * (0.62 * max([LINE, *map(len, lines)]) + 2)
     figure = new_figure((width / 72, height / 72))
     figure.set_layout_engine("none")
-    left, top = POINTS / width, 1 - POINTS * scale / height
-    figure.text(left, top, heading, va="center", size=scale * POINTS, weight="bold")
-    below = 1 - POINTS * 2.2 * scale / height
-    body = "\n".join(lines)
-    figure.text(left, below, body, va="top", size=POINTS, family="monospace", linespacing=1.25)
+    left = POINTS / width
+    figure.text(left, 1 - 1.2 * size / height, heading, va="center", size=size, weight="bold")
+    figure.text(
+        left,
+        1 - 2.2 * size / height,
+        "\n".join(lines),
+        va="top",
+        size=POINTS,
+        family="monospace",
+        linespacing=1.25,
+    )
     return _pixels(_png(figure))
 
 

@@ -47,6 +47,9 @@ from pnmf_pyro.validation import check_count
 # p-value below which a statistic is reported as misfit.
 FLAGGED = 0.01
 
+# Mean z-score, over their quadratic mean, below which z-scores have no side that words could name.
+ONE_SIDED = 0.1
+
 
 @dataclass(frozen=True)
 class StatisticCheck:
@@ -115,6 +118,12 @@ class StatisticCheck:
     def sentence(self) -> str:
         """What the check found, in words."""
         s, mean = self.statistic, self.row
+        if abs(mean["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
+            return (
+                f"{s.name} of each {s.of}: too high in the data for some and too low for others "
+                f"(p = {self.p_value:.3g}): the model does not follow it from one {s.of} to "
+                "another."
+            )
         higher = mean["mean_z"] > 0
         meaning = (s.above if higher else s.below) or "the model does not reproduce it"
         return (

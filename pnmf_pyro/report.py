@@ -76,7 +76,7 @@ def check_report(check: PredictiveCheck) -> Page:
         [
             *check_words(check),
             Picture("Data and model", partial(plotting.plot_predictive_check, check)),
-            *(_farthest(one) for one in check.flagged if one.statistic.of != "table"),
+            *_farthest_off(check),
         ],
     )
 
@@ -84,30 +84,41 @@ def check_report(check: PredictiveCheck) -> Page:
 def check_words(check: PredictiveCheck) -> list[Text | Table]:
     """Return the verdict of a predictive check and the table of its statistics."""
     rows = [one.row for one in check.results]
-    columns: dict[str, Any] = {
+    columns = {
         "statistic": [row["statistic"].replace("_", " ") for row in rows],
         "of each": [row["of"] for row in rows],
         "data": [row["observed"] for row in rows],
         "model": [row["replicated"] for row in rows],
         "5%": [row["replicated_5%"] for row in rows],
         "95%": [row["replicated_95%"] for row in rows],
-        "mean z": [f"{row['mean_z']:.2f}" for row in rows],
-        "p": [f"{row['p_value']:.3f}" for row in rows],
+        "mean z": [round(row["mean_z"], 2) for row in rows],
+        "p": [round(row["p_value"], 4) for row in rows],
     }
     return [Text("Verdict", check.verdict()), Table("Statistics", columns)]
 
 
+def _farthest_off(check: PredictiveCheck) -> list[Block]:
+    """What is farthest from the model, for each flagged statistic that has several numbers."""
+    flagged = [one for one in check.flagged if len(one.observed) > 1]
+    if not flagged:
+        return []
+    explained = (
+        "Numbers that are farthest from those of the model's tables; z is the distance from their "
+        "mean in standard deviations."
+    )
+    return [Text("Farthest off", explained), *map(_farthest, flagged)]
+
+
 def _farthest(one: StatisticCheck) -> Table:
-    """The features, samples or pairs whose numbers are farthest from those of the model."""
     chosen = np.argsort(-np.abs(one.z), kind="stable")[:NAMED]
     name, of = one.statistic.name.replace("_", " "), one.statistic.of
     return Table(
-        f"Farthest off: {name} of each {of}",
+        f"{name} of each {of}",
         {
             of: [str(one.labels[i]) for i in chosen],
             "data": one.observed[chosen],
             "model": one.replicated[:, chosen].mean(0, dtype=np.float64),
-            "z": one.z[chosen],
+            "z": one.z[chosen].round(1),
         },
     )
 

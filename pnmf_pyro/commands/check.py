@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pnmf_pyro.commands.options import (
 from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.files import CountTable, read_model
 from pnmf_pyro.pages import FORMATS
-from pnmf_pyro.posterior_checks import FLAGGED, posterior_predictive_check
+from pnmf_pyro.posterior_checks import FLAGGED, PredictiveCheck, posterior_predictive_check
 from pnmf_pyro.report import check_report, check_words
 from pnmf_pyro.validation import check_output_path
 
@@ -46,10 +47,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=".npz by fit --save-model or PNMF.save")
     add_counts(parser)
-    add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
-    parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
-    add_common(parser)
     parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
+    add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
+    add_common(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -74,11 +75,23 @@ def run(options: argparse.Namespace) -> Exit:
         random_state=options.seed,
         verbose=not options.quiet,
     )
-    say(options, "\n\n".join(block.text for block in check_words(check)))
+    check = _with_sample_names(check, table)
+    say(options, "\n\n".join(map(str, check_words(check))))
     if options.out:
         check_report(check).write(options.out)
         say(options, f"\nwrote {options.out}")
     return Exit.LOOK if check.flagged else Exit.FINE
+
+
+def _with_sample_names(check: PredictiveCheck, table: CountTable) -> PredictiveCheck:
+    """Call samples what the file calls them, which the counts alone do not know."""
+    if not table.sample_names:
+        return check
+    named = [
+        replace(one, labels=table.sample_names) if one.statistic.of == "sample" else one
+        for one in check.results
+    ]
+    return replace(check, results=named)
 
 
 def _check_features(model: PNMF, table: CountTable) -> None:

@@ -52,15 +52,15 @@ def add(commands: Any) -> None:
         fine="the fit has settled, and results are written",
         look="results are written, but the fit had not settled: a warning says what to do",
     )
-    add_settings(parser)
     parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--out", required=True, help="where to write results: .h5ad or .npz")
+    parser.add_argument("--out", "-o", required=True, help="where to write results: .h5ad or .npz")
     parser.add_argument(
         "--save-model",
         metavar="MODEL",
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write what plot draws as well: .html or .png")
+    add_settings(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:

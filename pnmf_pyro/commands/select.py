@@ -41,7 +41,6 @@ def add(commands: Any) -> None:
         fine="the chosen number is inside the range, or there is nothing beyond it to try",
         look="the chosen number is at the end of the range, beyond which there may be a better one",
     )
-    add_settings(parser)
     parser.add_argument(
         "--range",
         type=_numbers,
@@ -55,6 +54,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="fits at the same time (default: 1)")
     parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    add_settings(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> Exit:
         n_jobs=options.jobs,
         **chosen,
     )
-    say(options, "\n\n".join(block.text for block in selection_words(selection)))
+    say(options, "\n\n".join(map(str, selection_words(selection))))
     if options.out:
         selection_report(selection).write(options.out)
         say(options, f"\nwrote {options.out}")
