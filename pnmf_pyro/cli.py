@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if the result needs a look, 2 if the input or the options cannot be
         used, 3 for a fault of the program. What 1 means for each command is in its --help.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -64,14 +64,15 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what it has parsed can `run`."""
+    found = argparse.ArgumentParser(
         prog="pnmf-pyro",
         description="Probabilistic non-negative matrix factorisation of counts.",
         epilog=epilog(EXAMPLES, CODES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    commands = found.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return found

@@ -235,28 +235,18 @@ def _shown(value: Any) -> str:
 
 
 def _image_of_lines(heading: str, lines: Sequence[str], size: float = 12) -> np.ndarray:
-    """A bold heading of `size` points, and lines below it."""
-    height = 1.22 * POINTS * len(lines) + 2.6 * size
-    width = POINTS * (0.62 * max([LINE, *map(len, lines)]) + 2)
-    figure = new_figure((width / 72, height / 72))
+    """A bold heading of `size` points, and lines below it; as large as these are."""
+    figure = new_figure((1, 1))
     figure.set_layout_engine("none")
-    left = POINTS / width
-    figure.text(left, 1 - 1.2 * size / height, heading, va="center", size=size, weight="bold")
-    figure.text(
-        left,
-        1 - 2.2 * size / height,
-        "\n".join(lines),
-        va="top",
-        size=POINTS,
-        family="monospace",
-        linespacing=1.25,
-    )
-    return _pixels(_png(figure))
+    figure.text(0, 1, heading, va="bottom", size=size, weight="bold")
+    text = "\n".join(lines)
+    figure.text(0, 0.93, text, va="top", size=POINTS, family="monospace", linespacing=1.25)
+    return _pixels(_png(figure, bbox_inches="tight", pad_inches=0.12))
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, **options)
     return buffer.getvalue()
 
 

@@ -46,7 +46,9 @@ def fit_report(fit: Any, *, key: str = "pnmf", unit: str = "") -> Page:
     """
     found = results_of(fit, key)
     summary = {name: str(value) for name, value in found.summary().items()}
-    blocks: list[Block] = [Table("The fit", {"": list(summary), "value": list(summary.values())})]
+    blocks: list[Block] = [
+        Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
+    ]
     if found.coordinates is not None and found.coordinates.shape[1] == 2:
         blocks += [
             Picture("Factors", partial(plotting.plot_factors, found, unit=unit)),
@@ -115,12 +117,17 @@ def _farthest(one: StatisticCheck) -> Table:
     return Table(
         f"{name} of each {of}",
         {
-            of: [str(one.labels[i]) for i in chosen],
+            of: [_name(one.labels[i]) for i in chosen],
             "data": one.observed[chosen],
             "model": one.replicated[:, chosen].mean(0, dtype=np.float64),
             "z": one.z[chosen].round(1),
         },
     )
+
+
+def _name(label: Any) -> str:
+    """A label, or those of a pair."""
+    return " – ".join(map(str, label)) if isinstance(label, tuple) else str(label)
 
 
 def selection_report(selection: ComponentSelection) -> Page:
