@@ -43,25 +43,17 @@ nb_execution_raise_on_error = True
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"pnmf_pyro {release}"
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
-_PAGES = (
-    "index",
-    "model",
-    "checks",
-    "choosing_k",
-    "differences",
-    "api_parity",
-    "reference_examples",
-    "performance",
-    "anndata",
-    "plots",
-    "interpretation",
-    "architecture",
-    "changelog",
-)
-html_sidebars: dict[str, list[str]] = {page: [] for page in (*_PAGES, "tutorials/*")}
+_WITH_SECTION_NAVIGATION = {"api"}
+html_sidebars: dict[str, list[str]] = {
+    page.stem: []
+    for page in Path(__file__).parent.glob("*.*")
+    if page.suffix in (".md", ".rst") and page.stem not in _WITH_SECTION_NAVIGATION
+} | {"tutorials/*": []}
 
 
 def _skip(app, what, name, obj, skip, options):

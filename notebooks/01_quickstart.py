@@ -64,7 +64,7 @@ print(f"ELBO {model.elbo_:.0f} nats after {model.n_iter_} steps")
 # the tighter bound takes over:
 
 # %%
-plotting.plot_elbo(model)
+ax = plotting.plot_elbo(model)
 
 # %% [markdown]
 # ## Components
@@ -74,7 +74,7 @@ plotting.plot_elbo(model)
 # %%
 full = np.zeros((10, 64))
 full[:, inked] = model.components_
-plotting.plot_component_images(full, (8, 8))
+axes = plotting.plot_component_images(full, (8, 8))
 
 # %% [markdown]
 # ## Factors, with uncertainty
@@ -92,14 +92,14 @@ reconstruction[inked] = model.inverse_transform(factors[:1])[0]
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), width_ratios=(1, 1, 2.2), layout="constrained")
 highest = images.data[0].max()
+axes[2].errorbar(range(10), middle, (middle - low, high - middle), fmt="o", capsize=3)
+axes[2].set(xlabel="component", ylabel="factor exp F", yscale="log", xticks=range(10))
 for ax, pixels, title in zip(
     axes, (images.data[0], reconstruction), ("counts", "expected counts"), strict=False
 ):
     ax.imshow(pixels.reshape(8, 8), vmin=0, vmax=highest)
     ax.set_title(title)
     ax.set_axis_off()
-axes[2].errorbar(range(10), middle, (middle - low, high - middle), fmt="o", capsize=3)
-axes[2].set(xlabel="component", ylabel="factor exp F", yscale="log", xticks=range(10))
 
 # %% [markdown]
 # New samples get factors from the fitted loadings; `score` is a bound on their mean

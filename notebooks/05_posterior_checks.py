@@ -65,9 +65,9 @@ checks["negative binomial"].table().round(3)
 # Each point is a feature, a sample or a pair of features. On the line the model is right.
 
 # %%
-plotting.plot_predictive_check(checks["Poisson"])
+axes = plotting.plot_predictive_check(checks["Poisson"])
 # %%
-plotting.plot_predictive_check(checks["negative binomial"])
+axes = plotting.plot_predictive_check(checks["negative binomial"])
 
 # %% [markdown]
 # ## A statistic of one's own

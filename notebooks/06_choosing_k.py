@@ -40,7 +40,7 @@ selection = pnmf_pyro.select_n_components(X, numbers, n_seeds=2 if small else 4,
 selection.table().round(4)
 
 # %%
-plotting.plot_selection(selection)
+axes = plotting.plot_selection(selection)
 # %%
 print(selection.summary())
 

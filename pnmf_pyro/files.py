@@ -17,6 +17,7 @@ from pnmf_pyro.anndata_bridge import add_results, import_anndata, results, setti
 from pnmf_pyro.estimator import PNMF
 from pnmf_pyro.persistence import write_archive
 from pnmf_pyro.results import counts_of
+from pnmf_pyro.validation import check_output_path
 
 
 @dataclass
@@ -177,22 +178,36 @@ def read_fit(path: str | Path) -> Any:
     FileNotFoundError, ValueError
         If the file is not there, or cannot be read as a fit.
     """
+    path = _check_file(path, "FIT", (".h5ad", ".npz"))
+    return PNMF.load(path) if path.suffix == ".npz" else _open_h5ad(path)
+
+
+def read_model(path: str | Path) -> PNMF:
+    """Read a saved model.
+
+    Parameters
+    ----------
+    path : path
+        .npz as written by :meth:`PNMF.save`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file is not there, or is no saved model.
+    """
+    return PNMF.load(_check_file(path, "MODEL", (".npz",)))
+
+
+def _check_file(path: str | Path, argument: str, endings: tuple[str, ...]) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"FIT must be a file; there is no {path}.")
-    if path.suffix == ".npz":
-        return PNMF.load(path)
-    if path.suffix == ".h5ad":
-        return _open_h5ad(path)
-    raise ValueError(f"FIT must end in .h5ad or .npz; got {path.name}.")
+        raise FileNotFoundError(f"{argument} must be a file; there is no {path}.")
+    if path.suffix not in endings:
+        raise ValueError(f"{argument} must end in {' or '.join(endings)}; got {path.name}.")
+    return path
 
 
 def check_results_path(path: str | Path) -> None:
     """Raise a ValueError if results cannot be written there, before a fit takes its time."""
-    path = Path(path)
-    if path.suffix not in (".h5ad", ".npz"):
-        raise ValueError(f"--out must end in .h5ad or .npz; got {path.name}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out must be in an existing folder; there is no {path.parent}.")
-    if path.suffix == ".h5ad":
+    if check_output_path("--out", path, (".h5ad", ".npz")).suffix == ".h5ad":
         import_anndata()

@@ -47,6 +47,9 @@ from pnmf_pyro.validation import check_count
 # p-value below which a statistic is reported as misfit.
 FLAGGED = 0.01
 
+# Mean z-score, over their quadratic mean, below which z-scores have no side that words could name.
+ONE_SIDED = 0.1
+
 
 @dataclass(frozen=True)
 class StatisticCheck:
@@ -115,6 +118,12 @@ class StatisticCheck:
     def sentence(self) -> str:
         """What the check found, in words."""
         s, mean = self.statistic, self.row
+        if abs(mean["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
+            return (
+                f"{s.name} of each {s.of}: too high in the data for some and too low for others "
+                f"(p = {self.p_value:.3g}): the model does not follow it from one {s.of} to "
+                "another."
+            )
         higher = mean["mean_z"] > 0
         meaning = (s.above if higher else s.below) or "the model does not reproduce it"
         return (
@@ -185,9 +194,15 @@ class PredictiveCheck:
             columns[f"{name}_p_value"] = one.p_values
         return as_frame(columns)
 
+    @property
+    def flagged(self) -> list[StatisticCheck]:
+        """The statistics that the model does not reproduce, the smallest p-value first."""
+        found = [one for one in self.results if one.p_value < FLAGGED]
+        return sorted(found, key=lambda one: one.p_value)
+
     def verdict(self) -> str:
         """Say in words what the model misses."""
-        flagged = [one for one in self.results if one.p_value < FLAGGED]
+        flagged = self.flagged
         if not flagged:
             return (
                 f"None of the {len(self.results)} statistics tells the data from {self.n_draws} "
@@ -195,7 +210,7 @@ class PredictiveCheck:
                 "no proof of the model: it says that these statistics see nothing wrong."
             )
         common = "; one cause can move several" if len(flagged) > 1 else ""
-        lines = [f"- {one.sentence}" for one in sorted(flagged, key=lambda one: one.p_value)]
+        lines = [f"- {one.sentence}" for one in flagged]
         return (
             f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
             f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "

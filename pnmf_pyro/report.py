@@ -1,33 +1,28 @@
-"""A fit on one page: maps, features, settings and how the fit went, as PNG or HTML."""
+"""Reports on one page: a fit, a predictive check, a choice of the number of components."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pnmf_pyro import plotting
-from pnmf_pyro.plotting.figures import pyplot
-from pnmf_pyro.results import Results, results_of
+from pnmf_pyro.pages import Block, Page, Picture, Table, Text
+from pnmf_pyro.posterior_checks import PredictiveCheck, StatisticCheck
+from pnmf_pyro.results import results_of
+from pnmf_pyro.selection import ComponentSelection
 
-FORMATS = (".png", ".html")
+# Features, samples or pairs that are named for each statistic that a model misses.
+NAMED = 8
 
-STYLE = "body{font-family:sans-serif;max-width:60em;margin:2em auto}img{max-width:100%}"
 
-
-def write_report(fit: Any, path: str | Path, *, key: str = "pnmf", unit: str = "") -> None:
-    """Write a report on a fit: maps where there are places, top features, loadings and ELBO.
+def fit_report(fit: Any, *, key: str = "pnmf", unit: str = "") -> Page:
+    """Return a page on a fit: maps where there are places, top features, loadings and ELBO.
 
     Parameters
     ----------
     fit : PNMF or AnnData
-    path : path
-        Ending in .png, one long picture, or .html, one file with pictures and settings.
     key : str
         `key_added` of the fit, for AnnData.
     unit : str
@@ -36,66 +31,119 @@ def write_report(fit: Any, path: str | Path, *, key: str = "pnmf", unit: str = "
     Raises
     ------
     ValueError
-        For another ending, a folder that is not there, or an AnnData object without such a fit.
+        For an AnnData object without such a fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pnmf_pyro
+    >>> from pnmf_pyro.report import fit_report
+    >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
+    >>> page = fit_report(pnmf_pyro.fit(X, n_components=2))
+    >>> [block.heading for block in page.blocks]
+    ['The fit', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
+    >>> page.write("fit.html")  # doctest: +SKIP
     """
-    check_report_path(path)
     found = results_of(fit, key)
-    write = _write_png if Path(path).suffix == ".png" else _write_html
-    write(found, Path(path), list(_pictures(found, unit)))
-
-
-def check_report_path(path: str | Path) -> None:
-    """Raise a ValueError if a report cannot be written there."""
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--out must end in {' or '.join(FORMATS)}; got {path.name}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out must be in an existing folder; there is no {path.parent}.")
-
-
-def _pictures(found: Results, unit: str) -> Iterator[tuple[str, bytes]]:
-    """Headings and pictures, as PNG."""
+    summary = {name: str(value) for name, value in found.summary().items()}
+    blocks: list[Block] = [
+        Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
+    ]
     if found.coordinates is not None and found.coordinates.shape[1] == 2:
-        yield "Factors", _png(plotting.plot_factors(found, unit=unit))
-        yield "Uncertainty of log-factors", _png(plotting.plot_uncertainty(found, unit=unit))
-    yield "Features by specificity", _png(plotting.plot_top_features(found, by="specificity"))
-    yield "Loadings", _png(plotting.plot_loadings(found))
-    yield "Correlation of factors", _png(plotting.plot_factor_correlation(found))
-    yield "ELBO", _png(plotting.plot_elbo(found))
+        blocks += [
+            Picture("Factors", partial(plotting.plot_factors, found, unit=unit)),
+            Picture(
+                "Uncertainty of log-factors", partial(plotting.plot_uncertainty, found, unit=unit)
+            ),
+        ]
+    top_features = partial(plotting.plot_top_features, found, by="specificity")
+    blocks += [
+        Picture("Features by specificity", top_features),
+        Picture("Loadings", partial(plotting.plot_loadings, found)),
+        Picture("Correlation of factors", partial(plotting.plot_factor_correlation, found)),
+        Picture("ELBO", partial(plotting.plot_elbo, found)),
+    ]
+    return Page("Poisson factorisation", blocks)
 
 
-def _png(drawn: Any) -> bytes:
-    """Render the figure of some axes, and close it."""
-    figure = np.atleast_1d(np.asarray(drawn, dtype=object))[0].figure
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot().close(figure)
-    return buffer.getvalue()
+def check_report(check: PredictiveCheck) -> Page:
+    """Return a page on a predictive check: verdict, statistics, and what is farthest off.
 
-
-def _write_png(found: Results, path: Path, pictures: list[tuple[str, bytes]]) -> None:
-    """One picture below the other, on white."""
-    plt = pyplot()
-    images = [plt.imread(io.BytesIO(picture))[..., :3] for _, picture in pictures]
-    page = np.ones((sum(len(image) for image in images), max(i.shape[1] for i in images), 3))
-    top = 0
-    for image in images:
-        page[top : top + len(image), : image.shape[1]] = image
-        top += len(image)
-    plt.imsave(path, page)
-
-
-def _write_html(found: Results, path: Path, pictures: list[tuple[str, bytes]]) -> None:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in found.summary().items()
+    Parameters
+    ----------
+    check : PredictiveCheck
+    """
+    return Page(
+        f"{check.kind.capitalize()} predictive check",
+        [
+            *check_words(check),
+            Picture("Data and model", partial(plotting.plot_predictive_check, check)),
+            *_farthest_off(check),
+        ],
     )
-    figures = "".join(
-        f"<h2>{heading}</h2><img alt='{heading}' "
-        f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-        for heading, picture in pictures
+
+
+def check_words(check: PredictiveCheck) -> list[Text | Table]:
+    """Return the verdict of a predictive check and the table of its statistics."""
+    rows = [one.row for one in check.results]
+    columns = {
+        "statistic": [row["statistic"].replace("_", " ") for row in rows],
+        "of each": [row["of"] for row in rows],
+        "data": [row["observed"] for row in rows],
+        "model": [row["replicated"] for row in rows],
+        "5%": [row["replicated_5%"] for row in rows],
+        "95%": [row["replicated_95%"] for row in rows],
+        "mean z": [round(row["mean_z"], 2) for row in rows],
+        "p": [round(row["p_value"], 4) for row in rows],
+    }
+    return [Text("Verdict", check.verdict()), Table("Statistics", columns)]
+
+
+def _farthest_off(check: PredictiveCheck) -> list[Block]:
+    """What is farthest from the model, for each flagged statistic that has several numbers."""
+    flagged = [one for one in check.flagged if len(one.observed) > 1]
+    if not flagged:
+        return []
+    explained = (
+        "Numbers that are farthest from those of the model's tables; z is the distance from their "
+        "mean in standard deviations."
     )
-    head = f"<meta charset='utf-8'><title>pnmf_pyro</title><style>{STYLE}</style>"
-    body = f"<h1>Poisson factorisation</h1><table>{rows}</table>{figures}"
-    page = f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
-    path.write_text(page, encoding="utf-8")
+    return [Text("Farthest off", explained), *map(_farthest, flagged)]
+
+
+def _farthest(one: StatisticCheck) -> Table:
+    chosen = np.argsort(-np.abs(one.z), kind="stable")[:NAMED]
+    name, of = one.statistic.name.replace("_", " "), one.statistic.of
+    return Table(
+        f"{name} of each {of}",
+        {
+            of: [_name(one.labels[i]) for i in chosen],
+            "data": one.observed[chosen],
+            "model": one.replicated[:, chosen].mean(0, dtype=np.float64),
+            "z": one.z[chosen].round(1),
+        },
+    )
+
+
+def _name(label: Any) -> str:
+    """A label, or those of a pair."""
+    return " – ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
+def selection_report(selection: ComponentSelection) -> Page:
+    """Return a page on a choice of the number of components: curves, table and what they tell.
+
+    Parameters
+    ----------
+    selection : ComponentSelection
+    """
+    table, summary = selection_words(selection)
+    curves = Picture("Curves", partial(plotting.plot_selection, selection))
+    return Page("Number of components", [summary, curves, table])
+
+
+def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
+    """Return the table of a choice and what it tells in words."""
+    table = selection.table()
+    columns = {name.replace("_", " "): list(table[name]) for name in table}
+    return Table("Numbers tried", columns), Text("What the curves tell", selection.summary())

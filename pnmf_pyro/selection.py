@@ -88,6 +88,14 @@ class ComponentSelection:
         """
         return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
 
+    @property
+    def beyond(self) -> str | None:
+        """`fewer` or `more`: what is left to try where the chosen number ends the range."""
+        first, last = self.n_components[0], self.n_components[-1]
+        if first < last == self.chosen:
+            return "more"
+        return "fewer" if 1 < self.chosen == first < last else None
+
     def table(self) -> Any:
         """Return a row for each number of components.
 
@@ -109,15 +117,14 @@ class ComponentSelection:
     def summary(self) -> str:
         """Say in words what was found, and what it does and does not tell."""
         position = self.n_components.index(self.chosen)
-        edge = {self.n_components[0]: "fewer", self.n_components[-1]: "more"}.get(self.chosen)
         parts = [
             f"Held-out counts are predicted best with {self.best} components; {self.chosen} is the "
             "smallest number within one standard error of that.",
             f"With {self.chosen}, components of different thinnings match with a mean "
             f"cosine of {self.stability[position].mean():.2f} (1: the same components each time).",
         ]
-        if edge is not None and len(self.n_components) > 1:
-            parts.append(f"This is the end of the range: try {edge} components as well.")
+        if self.beyond:
+            parts.append(f"This is the end of the range: try {self.beyond} components as well.")
         return " ".join(parts) + "\n" + CAVEATS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def check_array(name: str, values: Any) -> np.ndarray:
         return array if array.dtype == np.float32 else array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}.") from error
+
+
+def check_output_path(name: str, path: str | Path, endings: tuple[str, ...]) -> Path:
+    """Return a path to write to; raise a ValueError for another ending or a folder not there."""
+    path = Path(path)
+    if path.suffix not in endings:
+        raise ValueError(f"{name} must end in {' or '.join(endings)}; got {path.name}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} must be in an existing folder; there is no {path.parent}.")
+    return path
 
 
 def check_callback(callback: Any, interval: Any) -> None:

@@ -236,6 +236,23 @@ def test_the_verdict(misfit):
     assert "no proof" in fine
 
 
+def test_words_name_a_side_only_where_there_is_one():
+    replicated = np.random.default_rng(0).normal(size=(200, 4))
+    for observed, side in (
+        (np.array([9.0, -9.0, 8.0, -8.0]), "too high in the data for some and too low for others"),
+        (np.array([9.0, -1.0, 8.0, 8.0]), "higher in the data"),
+        (np.array([-9.0, 1.0, -8.0, -8.0]), "lower in the data"),
+    ):
+        assert f"any of each feature: {side}" in check(observed, replicated).sentence
+
+
+def test_flagged_statistics_come_in_order(misfit):
+    _, _, result = misfit
+    flagged = [one.p_value for one in result.flagged]
+    assert flagged == sorted(one.p_value for one in result.results if one.p_value < 0.01)
+    assert flagged
+
+
 def test_sparse_data_give_the_same_check(misfit):
     X, model, result = misfit
     sparse = posterior_predictive_check(model, sp.csc_matrix(X), n_draws=120, random_state=0)

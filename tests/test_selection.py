@@ -188,6 +188,26 @@ def test_table_and_summary():
 
 
 @pytest.mark.parametrize(
+    ("numbers", "best", "beyond"),
+    [
+        ([2, 3, 4], 2, "fewer"),
+        ([2, 3, 4], 3, None),
+        ([2, 3, 4], 4, "more"),
+        ([1, 2, 3], 1, None),
+        ([1, 2, 3], 2, None),
+        ([1, 2], 2, "more"),
+        ([3], 3, None),
+    ],
+)
+def test_what_is_beyond_the_range(numbers, best, beyond):
+    deviance = np.array([[1.0, 1.1]]) + np.array([[abs(number - best)] for number in numbers])
+    selection = ComponentSelection(numbers, deviance, np.ones((len(numbers), 1)))
+    assert selection.chosen == best
+    assert selection.beyond == beyond
+    assert ("end of the range" in selection.summary()) == (beyond is not None)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"n_components": 3}, "n_components must be several whole numbers"),

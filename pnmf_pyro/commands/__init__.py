@@ -1,0 +1,1 @@
+"""The commands of pnmf-pyro, one in each file; `options` has what they share."""

@@ -1,0 +1,107 @@
+"""Pages of text, tables and pictures, as HTML and as one picture."""
+
+from functools import partial
+from html.parser import HTMLParser
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from pnmf_pyro.pages import Page, Picture, Table, Text
+
+
+def draw(*values):
+    ax = plt.subplots(figsize=(3, 2))[1]
+    ax.plot(values)
+    return ax
+
+
+@pytest.fixture
+def page():
+    return Page(
+        "A <page>",
+        [
+            Text("Words", "One & two.\n- " + "three " * 40),
+            Table("Numbers", {"name": ["a<b", "long name"], "x": [1.23456, -0.0], "in": [True, 0]}),
+            Picture("Line & axes", partial(draw, 1, 2)),
+        ],
+    )
+
+
+class Cells(HTMLParser):
+    """Collects what tables hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.inside, self.images = [], False, 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.rows[-1].append("")
+        self.images += tag == "img" and dict(attrs)["src"].startswith("data:image/png;base64,")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_html(page, tmp_path):
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    cells = Cells()
+    cells.feed(text)
+    assert cells.rows == [["name", "x", "in"], ["a<b", "1.235", "yes"], ["long name", "0", "0"]]
+    assert cells.images == 1
+    assert "<h1>A &lt;page&gt;</h1>" in text
+    assert "One &amp; two." in text
+    assert 'alt="Line &amp; axes"' in text
+    assert not plt.get_fignums()
+
+
+def test_lines(page):
+    words, table, _ = page.blocks
+    assert str(table).splitlines() == [
+        "name           x   in",
+        "a<b        1.235  yes",
+        "long name      0    0",
+    ]
+    lines = str(words).splitlines()
+    assert lines[0] == "One & two."
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= 100
+
+
+def test_png_has_all_blocks_below_each_other(page, tmp_path):
+    page.write(tmp_path / "page.png")
+    pixels = plt.imread(tmp_path / "page.png")[..., :3]
+    parts = [block.image() for block in page.blocks]
+    title = len(pixels) - sum(map(len, parts))
+    assert 20 < title < 100
+    starts = title + np.cumsum([0, *map(len, parts)])
+    for start, part in zip(starts, parts, strict=False):
+        shown = pixels[start : start + len(part), : part.shape[1]]
+        np.testing.assert_allclose(shown, part, atol=1 / 255)
+        assert part.min() < 0.5
+    assert not plt.get_fignums()
+
+
+def test_nothing_is_cut_off():
+    """Ink ends before the picture does, however many or long the lines are."""
+    table = Table("Wide", {f"column {j}": ["x" * 20] * 60 for j in range(8)})
+    for block in (table, Text("Long", "word " * 2000), Text("Short", "word")):
+        image = block.image()
+        assert image[-4:].min() > 0.9
+        assert image[:, -4:].min() > 0.9
+        assert image[:4].min() > 0.9
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.pdf", "must end in"), ("no/a.png", "there is")])
+def test_paths(name, message, page, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        page.write(tmp_path / name)
