@@ -37,7 +37,7 @@ from pnmf_pyro.models import ALL, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
 
 small = bool(os.environ.get("PNMF_SMALL"))  # fewer samples and steps, for continuous integration
-steps = 400 if small else 1000
+steps = 300 if small else 1000
 random = np.random.default_rng(0)
 
 # %% [markdown]
@@ -52,8 +52,8 @@ rate = np.exp(F) @ random.gamma(0.5, 8.0, size=(L, D))
 X = random.negative_binomial(2, 2 / (2 + rate))
 
 # %% [markdown]
-# What `PoissonFactorization` has: `prior.model` draws F and `likelihood` is the Poisson given F, for
-# the samples and features of a batch. Its mean is all that the other likelihood needs. The
+# What `PoissonFactorization` has: `prior.model` draws F and `likelihood` is the Poisson given F,
+# for the samples and features of a batch. Its mean is all that the other likelihood needs. The
 # dispersion is a parameter of the module and is learned with the rest.
 
 
@@ -76,8 +76,8 @@ class NegativeBinomialFactorization(PoissonFactorization):
 
 # %% [markdown]
 # The objective sees that it has no closed form for this likelihood and averages it over draws. The
-# shape is all that a model is told of the data before it is trained, so a tensor without memory will
-# do.
+# shape is all that a model is told of the data before it is trained, so a tensor without memory
+# will do.
 
 # %%
 y = torch.empty(D, N, device="meta")
@@ -123,15 +123,26 @@ right.set(xlabel="level of the interval", ylabel="holds the true log-factor")
 left.legend(fontsize=8)
 
 # %% [markdown]
-# `pnmf_pyro.posterior_predictive_check(model, X)` takes these models as it takes any other, and says
-# in numbers what the left panel shows.
-#
+# A posterior predictive check takes these models as it takes any other, and says in numbers what
+# the left panel shows.
+
+# %%
+from pnmf_pyro import posterior_predictive_check
+
+for name, model in fits.items():
+    check = posterior_predictive_check(
+        model, X, statistics=["variance_to_mean"], n_draws=100, random_state=0
+    )
+    print(f"{name}\n{check.verdict()}\n")
+
+# %% [markdown]
 # ## A covariate: two laboratories
 #
 # Half of the samples come from a second laboratory, which sees some features more and others less
 # than the first:
 #
-# $$X_{ij} \sim \operatorname{Poisson}\Bigl(s_i \sum_l W_{jl} e^{F_{il}} \cdot e^{z_i^\top B_{\cdot j}}\Bigr).$$
+# $$X_{ij} \sim \operatorname{Poisson}\Bigl(
+# s_i \sum_l W_{jl} e^{F_{il}} \cdot e^{z_i^\top B_{\cdot j}}\Bigr).$$
 
 # %%
 N, D, L = (120, 40, 3) if small else (400, 100, 3)
@@ -143,9 +154,10 @@ rate = np.exp(F) @ random.gamma(0.5, 4.0, size=(L, D)) * np.exp(z @ B)
 train, test = thin_counts(random.poisson(rate), 0.5, np.random.RandomState(0))
 
 # %% [markdown]
-# Counts are thinned: each event goes to the training or to the test table, so a fit to the one can be
-# judged by the deviance of the other. `take` selects what belongs to a batch, so the same program
-# trains on minibatches.
+# Counts are thinned: each event goes to the training or to the test table, so a fit to the one can
+# be judged by the deviance of the other. `take` selects what belongs to a batch, so the same
+# program trains on minibatches. The fit starts at random, since a decomposition of the counts would
+# already put the laboratories into the factors.
 
 
 # %%
@@ -175,23 +187,27 @@ def expected_counts(model):
     return model.likelihood(F).mean.detach().numpy()
 
 
-def train_and_judge(model, train, test):
-    result = fit_model(model, train, max_iter=steps)
+def train_and_judge(model, train, test, **options):
+    result = fit_model(model, train, max_iter=steps, **options)
     deviance = mean_poisson_deviance(test.ravel(), expected_counts(model).ravel())
-    print(f"{result.elbo:10.0f} nats, held-out deviance {deviance:.3f}")
-    return model
+    print(
+        f"{result.elbo:10.0f} nats, held-out deviance {deviance:.3f}  "
+        f"{type(model).__name__}, {type(model.prior).__name__}"
+    )
 
 
 y = torch.empty(D, N, device="meta")
-plain = train_and_judge(PoissonFactorization(GaussianPrior(y, L), y, L), train, test)
+plain = PoissonFactorization(GaussianPrior(y, L), y, L)
 adjusted = CovariateFactorization(GaussianPrior(y, L), y, L, covariates=z)
-train_and_judge(adjusted, train, test)
+for model in (plain, adjusted):
+    train_and_judge(model, train, test, init="random")
 best = mean_poisson_deviance(test.ravel(), rate.ravel() / 2)
 print(f"{'':17}held-out deviance {best:.3f} of the true rates")
 
 # %% [markdown]
 # The effects are found. Without them the factors have to tell the laboratories apart, and are worth
-# less for anything else: a true log-factor and its estimates, one point for each sample.
+# less for anything else: the first log-factor and its estimates, one point for each sample, and
+# above them the correlations of all three.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
@@ -199,15 +215,15 @@ found = adjusted.B.detach().numpy()[0]
 axes[0].plot(B[0], found, "k.")
 axes[0].axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
 axes[0].set(xlabel="true effect", ylabel="learned effect", title="effects B")
-order = match_factors(np.exp(F), transforms.get_factors(plain)).permutation
-worst = int(np.argmin([np.corrcoef(F[:, l], transforms.log_factors(plain)[:, order[l]])[0, 1] for l in range(L)]))
-for ax, model, title in zip(axes[1:], (plain, adjusted), ("without", "with covariate"), strict=True):
+for ax, model, title in zip(axes[1:], (plain, adjusted), ("without", "with B"), strict=True):
     order = match_factors(np.exp(F), transforms.get_factors(model)).permutation
-    estimate = transforms.log_factors(model)[:, order[worst]]
-    for lab, color in ((z < 0, "C0"), (z > 0, "C1")):
-        ax.plot(F[lab[:, 0], worst], estimate[lab[:, 0]], ".", color=color)
-    r = np.corrcoef(F[:, worst], estimate)[0, 1]
-    ax.set(xlabel="true log-factor", ylabel="estimate", title=f"{title}, r = {r:.2f}")
+    estimates = transforms.log_factors(model)[:, order]
+    r = [np.corrcoef(F[:, l], estimates[:, l])[0, 1] for l in range(L)]
+    for lab, name in ((z[:, 0] < 0, "first laboratory"), (z[:, 0] > 0, "second")):
+        ax.plot(F[lab, 0], estimates[lab, 0], ".", label=name)
+    correlations = ", ".join(f"{one:.2f}" for one in r)
+    ax.set(xlabel="true log-factor", ylabel="estimate", title=f"{title}: r = {correlations}")
+axes[1].legend(fontsize=8)
 
 # %% [markdown]
 # One thing the data cannot tell: an effect common to all features could as well be a shift of all
@@ -263,9 +279,11 @@ W = random.gamma(0.5, 0.5, size=(D, L))
 train, test = thin_counts(random.poisson(np.exp(F) @ W.T), 0.5, np.random.RandomState(0))
 
 y = torch.empty(D, N, device="meta")
-plain = train_and_judge(PoissonFactorization(GaussianPrior(y, L), y, L), train, test)
+plain = PoissonFactorization(GaussianPrior(y, L), y, L)
 prior = ConditionPrior(y, L, condition)
-model = train_and_judge(PoissonFactorization(prior, y, L), train, test)
+model = PoissonFactorization(prior, y, L)
+for one in (plain, model):
+    train_and_judge(one, train, test)
 
 # %% [markdown]
 # Levels of conditions against the mean of all conditions, true and estimated; bars are two standard

@@ -42,7 +42,7 @@ def fit_model(
     learning_rate: float = 0.2,
     n_draws: int = 3,
     batch_size: int | None = None,
-    init: str | None = "random",
+    init: str | None = None,
     random_state: RandomState = 0,
     verbose: bool = False,
 ) -> ModelFit:
@@ -56,7 +56,8 @@ def fit_model(
     Parameters
     ----------
     model : PoissonFactorization
-        Trained in place; where its loadings and factors stood before plays no part.
+        Trained in place; where its loadings and factors stood before plays no part. A change that
+        explains what a decomposition of X would put into the factors starts better at random.
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
         Counts.
     max_iter : int
@@ -68,7 +69,7 @@ def fit_model(
         Monte Carlo draws at each step.
     batch_size : int, optional
         Samples in a minibatch; all unless given.
-    init : str or None
+    init : str, optional
         Where to start, see :func:`~pnmf_pyro.initialization.initialize_factors`.
     random_state : int, RandomState or None
     verbose : bool
