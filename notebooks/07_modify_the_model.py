@@ -117,10 +117,10 @@ for color, (name, model) in zip(("C1", "C0"), fits.items(), strict=True):
     variance = tables.var(1).mean(0)
     left.plot(tables.mean((0, 1)), variance, "o", mfc="none", color=color, label=name)
     right.plot(levels, coverage(model, levels), color=color, label=name)
-left.set(xscale="log", yscale="log", xlabel="mean of a feature", ylabel="variance")
-right.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0)
-right.set(xlabel="level of the interval", ylabel="holds the true log-factor")
 left.legend(fontsize=8)
+left.set(xscale="log", yscale="log", xlabel="mean of a feature", ylabel="variance")
+right.axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
+right.set(xlabel="level of the interval", ylabel="holds the true log-factor")
 
 # %% [markdown]
 # A posterior predictive check takes these models as it takes any other, and says in numbers what
@@ -223,7 +223,7 @@ for ax, model, title in zip(axes[1:], (plain, adjusted), ("without", "with B"), 
         ax.plot(F[lab, 0], estimates[lab, 0], ".", label=name)
     correlations = ", ".join(f"{one:.2f}" for one in r)
     ax.set(xlabel="true log-factor", ylabel="estimate", title=f"{title}: r = {correlations}")
-axes[1].legend(fontsize=8)
+    ax.legend(fontsize=8)
 
 # %% [markdown]
 # One thing the data cannot tell: an effect common to all features could as well be a shift of all
@@ -308,5 +308,4 @@ for ax, estimate, bars, title in (
     ax.errorbar(truth.ravel(), contrast.ravel(), bars, fmt="o", ms=4)
     ax.axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
     error = np.sqrt(np.mean((contrast - truth) ** 2))
-    ax.set(xlabel="true level", title=f"{title}, error {error:.2f}")
-axes[0].set_ylabel("estimated level")
+    ax.set(xlabel="true level", ylabel="estimated level", title=f"{title}, error {error:.2f}")
