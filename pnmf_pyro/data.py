@@ -42,6 +42,11 @@ class Batch:
     likelihood_scale: float = 1.0
     prior_scale: float = 1.0
 
+    @property
+    def dense_counts(self) -> Tensor | None:
+        """The counts as a tensor of shape (n, d), for likelihoods that need every zero."""
+        return None if self.counts is None else self.counts.to_dense()
+
     def plate(self, n_samples: int) -> pyro.plate:
         """Return the plate over samples, which scales a batch of n to all `n_samples`."""
         subsample: Any = range(n_samples) if self.samples is None else self.samples

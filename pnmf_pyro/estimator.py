@@ -17,7 +17,7 @@ from pnmf_pyro.conditional import factors_given_loadings, held_out_bound
 from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
 from pnmf_pyro.distributions import PoissonFactors
-from pnmf_pyro.initialization import initialize_factors
+from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.parameters import Parameters
 from pnmf_pyro.persistence import read_archive, write_archive
@@ -232,7 +232,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         s = check_size_factors(size_factors, counts.shape[0], counts)
         random = check_random_state(self.random_state)
         space = check_space(self, coordinates, groups, counts.shape[0], random)
-        start = self._start(counts, s, random)
+        start = start_values(counts, self.n_components, self.init, random, s)
         model = self._empty_model(counts.shape[::-1], counts.dtype, s, space).to(counts.device)
         stages = self._stages(model, counts, random)
         stages[0].model.assign(*start)
@@ -510,29 +510,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         loadings = torch.from_numpy(self.components_.T.copy()).to(counts.values)
         return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
-    def _start(
-        self, counts: Counts, size_factors: torch.Tensor | None, random: np.random.RandomState
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loadings and factors to start from."""
-        matrix = counts.numpy()
-        if size_factors is not None:
-            matrix = _divide_rows(matrix, size_factors.cpu().numpy())
-        W, exp_F = initialize_factors(matrix, self.n_components, self.init, random)
-        return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
-
     def _publish(self, model: PoissonFactorization) -> None:
         """Make a model readable as this estimator's."""
         self.model_ = model
         self.components_ = np.ascontiguousarray(model.W.numpy().T)
         self.n_components_ = self.n_components
-
-
-def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
-    if isinstance(matrix, np.ndarray):
-        return matrix / divisors[:, None]
-    scaled = matrix.copy()
-    scaled.data /= np.repeat(divisors, np.diff(matrix.indptr))
-    return scaled
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
+from torch import Tensor
 
+from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import check_matrix
 from pnmf_pyro.random_state import RandomState, check_random_state
 from pnmf_pyro.validation import check_choice, check_count, check_positive
@@ -84,6 +87,43 @@ def initialize_factors(
         )
     exp_F, W = make(matrix, n_components, check_random_state(random_state))
     return _scale_log(W, exp_F, target_std) if scale_log_mu else (W, exp_F)
+
+
+def start_values(
+    counts: Counts,
+    n_components: int,
+    init: str | None,
+    random_state: RandomState,
+    size_factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Make loadings and factors for a model to start from, where counts and size factors are.
+
+    Parameters
+    ----------
+    counts : Counts of shape (N, D)
+    n_components, init, random_state
+        As for :func:`initialize_factors`.
+    size_factors : Tensor of shape (N,), optional
+        By which the counts of a sample are divided.
+
+    Returns
+    -------
+    W : Tensor of shape (D, L)
+    exp_F : Tensor of shape (N, L)
+    """
+    matrix = counts.numpy()
+    if size_factors is not None:
+        matrix = _divide_rows(matrix, size_factors.cpu().numpy())
+    W, exp_F = initialize_factors(matrix, n_components, init, random_state)
+    return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
+
+
+def _divide_rows(matrix: Matrix, divisors: np.ndarray) -> Matrix:
+    if isinstance(matrix, np.ndarray):
+        return matrix / divisors[:, None]
+    scaled = matrix.copy()
+    scaled.data /= np.repeat(divisors, np.diff(matrix.indptr))
+    return scaled
 
 
 def _random(X: Matrix, L: int, random: np.random.RandomState) -> Factors:

@@ -26,7 +26,8 @@ ALL = Batch()
 class PoissonFactorization(nn.Module):
     """X_ij ~ Poisson(s_i sum_l W_jl exp F_il), with a prior on F and non-negative W.
 
-    To change the model, subclass it and write another :meth:`model` or :meth:`guide`.
+    To change the model, subclass it and write another :meth:`model` or :meth:`guide`; a new
+    parameter is a `torch.nn.Parameter` of the subclass. :func:`~pnmf_pyro.fit_model` trains it.
 
     Parameters
     ----------
@@ -102,11 +103,23 @@ class PoissonFactorization(nn.Module):
         """Generate counts of shape (n, d), or observe those of the batch."""
         samples = batch.plate(self.N)
         F = self.prior.model(batch, samples)
-        W = take(self.W.data, batch.features, dim=0)
-        s = take(self.size_factors, batch.samples)
         with samples, poutine.scale(scale=batch.likelihood_scale):
             observed: Any = batch.counts
-            return pyro.sample("X", PoissonFactors(F, W, s), obs=observed)
+            return pyro.sample("X", self.likelihood(F, batch), obs=observed)
+
+    def likelihood(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
+        """Return the distribution of the batch's counts given F, Poisson.
+
+        Its `mean`, s_i sum_l W_jl exp F_il for the samples and features of the batch, is what
+        another likelihood may start from.
+
+        Parameters
+        ----------
+        F : Tensor of shape (..., L, n)
+        batch : Batch
+        """
+        W = take(self.W.data, batch.features, dim=0)
+        return PoissonFactors(F, W, take(self.size_factors, batch.samples))
 
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""

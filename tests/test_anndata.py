@@ -256,7 +256,7 @@ def test_a_view_of_real_sections(data_file):
 
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
 def test_scanpy_reads_the_factors(spatial):
-    sc = pytest.importorskip("scanpy", reason="scanpy is not installed; it is not in the extras")
+    sc = pytest.importorskip("scanpy", reason="scanpy is not installed: pip install '.[scverse]'")
     adata = spatial[0].copy()
     sc.pp.neighbors(adata, use_rep="X_pnmf", n_neighbors=8)
     assert adata.obsp["connectivities"].nnz > 60
@@ -270,7 +270,7 @@ def test_scanpy_reads_the_factors(spatial):
 
 @pytest.mark.filterwarnings("ignore")
 def test_squidpy_reads_the_factors(spatial):
-    sq = pytest.importorskip("squidpy", reason="squidpy is not installed; it is not in the extras")
+    sq = pytest.importorskip("squidpy", reason="squidpy is not installed: pip install '.[scverse]'")
     adata = spatial[0].copy()
     sq.gr.spatial_neighbors(adata, coord_type="generic", n_neighs=6)
     wide = sq.pl.extract(adata, "X_pnmf", prefix="pnmf")

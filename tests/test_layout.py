@@ -53,6 +53,7 @@ ORDER = (
     "results",
     "anndata_bridge",
     "recipe",
+    "own_models",
     "frames",
     "statistics",
     "replicates",

@@ -43,6 +43,9 @@ class Field(Protocol):
 class Prior(nn.Module, ABC):
     """A prior over log-factors F of shape (L, N), with its variational family: a field.
 
+    The short way to another prior is a subclass of :class:`GaussianPrior` with a `model` of its own
+    for the site "F", and a `guide` where there are more latent variables: q(F) stays as it is.
+
     Attributes
     ----------
     L, N : int
