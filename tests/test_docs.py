@@ -1,12 +1,14 @@
 """The code of README.md and of the pages in docs/ runs, each page from top to bottom.
 
 The blocks of a page share one namespace and one temporary folder with small data; warnings are
-errors. Blocks of a shell call the command line. Docstrings are run as doctests and the notebooks
-on their own, both by .ci/run.
+errors. Blocks of `bash` are calls of the command line, blocks of `sh` scripts around them. Docstrings
+are run as doctests and the notebooks on their own, both by .ci/run.
 """
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from pnmf_pyro.cli import main
+from pnmf_pyro.commands.options import Exit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +92,13 @@ def run_shell(block: Block) -> None:
         command, *arguments = shlex.split(line, comments=True) or ["#"]
         if command != "#":
             assert command == "pnmf-pyro", f"line {block.line}: {line} is neither run nor exempt"
-            assert main(arguments) == 0, line
+            assert main(arguments) in (Exit.FINE, Exit.LOOK), line
+
+
+def run_script(block: Block) -> None:
+    """Run the block by a shell that finds the commands of this environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-e", "-c", block.code], check=True, env={**os.environ, "PATH": path})
 
 
 @pytest.fixture
@@ -114,6 +123,8 @@ def test_the_page_runs(page, small_data):
             continue
         if block.language in PYTHON:
             run_python(page, block, namespace)
+        elif block.language == "sh":
+            run_script(block)
         else:
             assert block.language == "bash", f"{page.name}, line {block.line}: unknown language"
             run_shell(block)
