@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
     "scale_pf": "auto",
     "E": 1,
     "init": None,
-    "max_iter": 500,
+    "max_iter": 1000,
     "random_state": 0,
 }
 

@@ -1,8 +1,8 @@
 """The code of README.md and of the pages in docs/ runs, each page from top to bottom.
 
 The blocks of a page share one namespace and one temporary folder with small data; warnings are
-errors. Blocks of `bash` are calls of the command line, blocks of `sh` scripts around them. Docstrings
-are run as doctests and the notebooks on their own, both by .ci/run.
+errors. Blocks of `bash` are calls of the command line, blocks of `sh` scripts around them.
+Docstrings are run as doctests and the notebooks on their own, both by .ci/run.
 """
 
 import os
