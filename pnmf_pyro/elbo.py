@@ -4,7 +4,8 @@ For latent sites the divergence KL(q || p) is taken in closed form where torch h
 An observed :class:`PoissonFactors` whose log-factors are a normal draw of the guide is integrated
 by its own `expected_log_prob`. Everything else, such as a likelihood or a prior of the user's, is
 averaged over `n_draws` runs of guide and model. So the objective never asks which model it was
-given. What has a closed form needs no draw: to see it, guide and model are run at the means of q.
+given. Draws of a field are dear; where nothing else is latent, no closed form depends on them, and
+guide and model are run at its mean.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 from torch.distributions import (
     Distribution,
-    Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
@@ -32,10 +32,11 @@ from torch.distributions import (
 )
 
 from pnmf_pyro.distributions import PoissonFactors
-from pnmf_pyro.distributions.fields import WhitenedNormal
+from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedNormal
 from pnmf_pyro.distributions.poisson_factors import MODES
 from pnmf_pyro.validation import check_choice, check_count
 
+FIELDS = (FieldMarginals, WhitenedNormal)
 NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
 Program = Callable[..., Any]
@@ -84,7 +85,7 @@ class FactorizationELBO(ELBO):
             `log_likelihood`, the expected log-likelihood, and `kl`, the divergence of q from the
             prior; the ELBO is their difference.
         """
-        traces = self._get_trace(model, _at_means(guide), args, kwargs)
+        traces, drawn = self._first_run(model, guide, args, kwargs)
         parts: dict[str, list[Tensor]] = {"log_likelihood": [], "kl": []}
         sampled = []
         for name, site in _sites(*traces):
@@ -93,14 +94,33 @@ class FactorizationELBO(ELBO):
                 sampled.append(name)
             else:
                 parts[_term_of(site)].append(_weighted_sum(value, site))
-        for _ in range(self.n_draws if sampled else 0):
-            traces = self._get_trace(model, guide, args, kwargs)
+        for draw in range(self.n_draws if sampled else 0):
+            if draw or not drawn:
+                traces = self._get_trace(model, guide, args, kwargs)
             for name in sampled:
                 site = dict(_sites(*traces))[name]
                 value = _weighted_sum(_sampled(site, traces[1]), site)
                 parts[_term_of(site)].append(value / self.n_draws)
         zero = torch.zeros((), dtype=torch.float64)
         return {name: sum(values, zero) for name, values in parts.items()}
+
+    def _first_run(
+        self, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, Any], bool]:
+        """Run guide and model at the means of fields; by draws where another site is latent.
+
+        Returns
+        -------
+        traces : tuple of Trace
+        drawn : bool
+            Whether all values are draws.
+        """
+        fields = _FieldsAtMeans()
+        traces = self._get_trace(model, fields(guide), args, kwargs)
+        n_latent = sum(not site["is_observed"] for _, site in _sites(*traces))
+        if 0 < fields.count < n_latent:
+            return self._get_trace(model, guide, args, kwargs), True
+        return traces, fields.count == 0
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Run the guide, and the model on its values."""
@@ -157,24 +177,19 @@ class FactorizationELBO(ELBO):
         return value
 
 
-class _Means(Messenger):
-    """Give the normal sites of a program their means as values."""
+class _FieldsAtMeans(Messenger):
+    """Give the fields of a program, and what summarises them, their means as values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and _is_normal(msg["fn"]):
+        if msg["value"] is None and isinstance(msg["fn"], FIELDS):
             mean = msg["fn"].mean
             msg["value"] = mean.view_as(mean)  # a tensor of its own, by which the site is known
             msg["done"] = True
-
-
-def _at_means(guide: Program) -> Program:
-    return _Means()(guide)
-
-
-def _is_normal(distribution: Any) -> bool:
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return isinstance(distribution, (*NORMAL_MARGINALS, WhitenedNormal))
+            self.count += 1
 
 
 def _sites(model_trace: Any, guide_trace: Any) -> list[tuple[str, Site]]:

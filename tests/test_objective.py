@@ -26,6 +26,7 @@ from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import Batch, Batches, take
 from pnmf_pyro.distributions import PoissonFactors, mean_deviance
+from pnmf_pyro.distributions.fields import FieldMarginals
 from pnmf_pyro.distributions.log_rate import (
     log_rate,
     log_rate_and_moments,
@@ -581,40 +582,56 @@ def test_elbo_of_two_data_sets_is_the_sum(sized, layout):
     assert_all_close([torch.cat([results[0][1][1], results[1][1][1]], 1)], [scale])
 
 
-def test_closed_forms_make_no_draws(problem, layout, monkeypatch):
-    model = model_of(problem)
+def field_of(problem: ref.Problem, loc: torch.Tensor, factor: float = 1.0) -> FieldMarginals:
+    """Independent marginals with `factor` times the scales of the problem, as a field."""
+    scale = factor * double(problem.scale)
+    return FieldMarginals(loc, scale, lambda n: loc + scale * torch.randn(n, *loc.shape))
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("a draw was made")
 
-    for of in (dist.Normal, torch.distributions.Normal):
-        monkeypatch.setattr(of, "rsample", refuse)
-        monkeypatch.setattr(of, "sample", refuse)
-    assert np.isfinite(elbo_of(model, Batch(counts_of(problem.X, layout))))
+def standard(loc: torch.Tensor) -> dist.Normal:
+    return dist.Normal(torch.zeros_like(loc), 1.0)
 
 
 @pytest.mark.parametrize("order", [("a", "F"), ("F", "a")])
-def test_sites_with_the_same_mean_are_told_apart(order):
-    """Both sites of this guide hold the very same tensor as their mean, with other scales."""
-    problem = ref.simulate(0, sized=False)
-    loc, scales = double(problem.mean), {"a": 2 * double(problem.scale), "F": double(problem.scale)}
-    likelihood = PoissonFactors(loc, double(problem.W))
+def test_fields_with_the_same_mean_are_told_apart(order, problem):
+    """Both hold the very same tensor as their mean, with other scales; no draw is made."""
+    loc, W, counts = double(problem.mean), double(problem.W), as_counts(problem.X)
 
-    def program(batch, guide):
-        drawn = {}
+    def guide():
         for name in order:
-            prior = dist.Normal(torch.zeros_like(loc), 1.0)
-            drawn[name] = pyro.sample(name, dist.Normal(loc, scales[name]) if guide else prior)
-        if not guide:
-            W = double(problem.W)
-            pyro.sample("X", PoissonFactors(drawn["F"], W), obs=as_counts(problem.X))
+            pyro.sample(name, field_of(problem, loc, 2.0 if name == "a" else 1.0))
 
-    objective = FactorizationELBO("lower-bound")
+    def model():
+        drawn = {name: pyro.sample(name, standard(loc)) for name in order}
+        pyro.sample("X", PoissonFactors(drawn["F"], W), obs=counts)
+
+    before = torch.random.get_rng_state()
+    terms = FactorizationELBO("lower-bound").terms(model, guide)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    q = dist.Normal(loc, double(problem.scale))
+    expected = PoissonFactors(loc, W).expected_log_prob(counts, q, "lower-bound").sum()
+    torch.testing.assert_close(terms["log_likelihood"], expected)
+
+
+def test_what_depends_on_a_field_is_averaged_over_its_draws(problem):
+    """With z ~ N(F, 1) and q(z) = N(0, 1), E KL(q(z) || p(z | F)) is E F^2 / 2 for each."""
+    loc, scale = double(problem.mean), double(problem.scale)
+
+    def guide():
+        F = pyro.sample("F", field_of(problem, loc))
+        pyro.sample("z", standard(loc).to_event(2))
+        return F
+
+    def model():
+        F = pyro.sample("F", standard(loc))
+        pyro.sample("z", dist.Normal(F, 1.0).to_event(2))
+
     with drawing(0):
-        terms = objective.terms(lambda b: program(b, False), lambda b: program(b, True), None)
-    q = dist.Normal(loc, scales["F"])
-    expected = likelihood.expected_log_prob(as_counts(problem.X), q, "lower-bound").sum()
-    torch.testing.assert_close(terms["log_likelihood"], expected.double())
+        terms = [FactorizationELBO().terms(model, guide)["kl"].item() for _ in range(400)]
+    exact = ((loc.square() + scale.square()) / 2).sum().item()
+    assert_within_error(np.mean(terms), exact, np.std(terms) / 400**0.5)
+    at_means = (loc.square() / 2).sum().item()
+    assert abs(at_means - exact) > SIGMAS * np.std(terms) / 400**0.5
 
 
 # --- PoissonFactors as a distribution
