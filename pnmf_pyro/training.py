@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyro
 import torch
 from pyro.infer import SVI
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import ThreadpoolController
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -271,14 +273,16 @@ def threads_for(batch: Batch, model: Any) -> Iterator[None]:
     Threads gain little there, and where other programs keep the cores busy they lose much: each
     product waits for a thread that waits for a core.
     """
-    threads = torch.get_num_threads()
     entries = 0 if batch.counts is None else batch.counts.values.numel()
-    if entries + model.prior.matrix_entries < FEW_ENTRIES:
-        torch.set_num_threads(1)
-    try:
+    few = entries + model.prior.matrix_entries < FEW_ENTRIES
+    with _openmp().limit(limits=1 if few else None):
         yield
-    finally:
-        torch.set_num_threads(threads)
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    """The threads of torch. After `torch.set_num_threads` batched inverses of torch 2.13 fail."""
+    return ThreadpoolController().select(user_api="openmp")
 
 
 class _Checkpoint:

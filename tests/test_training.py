@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import ThreadpoolController
 
-from pnmf_pyro import PNMF
+from pnmf_pyro import PNMF, training
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.elbo import FactorizationELBO
@@ -54,6 +55,29 @@ def test_still_rising_knows_a_trend_from_noise():
     assert not Convergence(1e-4).still_rising(-1e4 + random.normal(0, 1e2, 40))
     assert not Convergence(1e-4).still_rising(np.full(40, -1e4))
     assert Convergence(1e-4).still_rising([-1.0])
+
+
+def test_small_steps_work_in_one_thread_of_those_there_are(counts, monkeypatch):
+    """By the limit of OpenMP: after torch.set_num_threads batched inverses of torch can fail."""
+
+    def refuse(threads):
+        raise AssertionError("torch.set_num_threads was called")
+
+    monkeypatch.setattr(torch, "set_num_threads", refuse)
+    seen = []
+    model = PNMF(2, max_iter=3, random_state=0)
+    objective = training.FactorizationELBO.loss_and_grads
+
+    def watch(*args):
+        seen.append(torch.get_num_threads())
+        return objective(*args)
+
+    monkeypatch.setattr(training.FactorizationELBO, "loss_and_grads", watch)
+    with ThreadpoolController().limit(limits=2, user_api="openmp"):
+        before = torch.get_num_threads()
+        model.fit(counts)
+        assert torch.get_num_threads() == before == 2
+    assert seen == [1, 1, 1]
 
 
 @pytest.fixture
