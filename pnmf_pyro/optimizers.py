@@ -37,11 +37,15 @@ class ClosedForm(Optimizer):
         """Take note of the batch that the gradients are of."""
         self.batch = batch
 
+    def close(self) -> None:
+        """Leave the parameters as others can train them, at the end of training."""
+
 
 class EveryNth(ClosedForm):
     """Step with an optimiser once in `n` times, at the first of them.
 
-    For parameters whose steps cost more than those of the others, which move in the meantime.
+    For parameters whose steps cost more than those of the others, which move in the meantime:
+    gradients are not taken when there is no step.
 
     Parameters
     ----------
@@ -64,6 +68,16 @@ class EveryNth(ClosedForm):
         if self.turn % self.n == 0:
             self.optimizer.step()
         self.turn += 1
+        self._take_gradients(self.turn % self.n == 0)
+
+    def close(self) -> None:
+        """Let gradients be taken again."""
+        self._take_gradients(True)
+
+    def _take_gradients(self, wanted: bool) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(wanted)
 
 
 class NaturalGradient(ClosedForm):
@@ -247,6 +261,12 @@ class JointOptimizer(PyroOptim):
         for optimizer in self.optimizers:
             optimizer.step()
         self.after_step()
+
+    def close(self) -> None:
+        """Tell the optimisers that training has ended."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ClosedForm):
+                optimizer.close()
 
 
 class Schedule(Protocol):

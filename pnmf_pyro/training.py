@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -192,6 +192,7 @@ def train(
     with (
         pyro.get_param_store().scope(),
         progress_bar(max_iter, verbose, "ELBO") as progress,
+        closing(joint),
     ):
         for iteration in range(1, max_iter + 1):
             batch = joint.batch = next(stream)
@@ -349,7 +350,7 @@ def _describe_failure(
             f"The fit failed at its first step: {what}. Check X for extreme values, or start from "
             "another init."
         ) from error
-    return f"{what}, at iteration {iteration}"
+    return f"at iteration {iteration} {what}"
 
 
 def _culprit(model: Any, objective: FactorizationELBO, batch: Batch) -> str:

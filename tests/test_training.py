@@ -6,9 +6,11 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 
+import pnmf_pyro
 from pnmf_pyro import PNMF, training
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
+from pnmf_pyro.distributions import fields
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.optimizers import ClosedForm, EveryNth
@@ -107,7 +109,7 @@ def test_a_covariance_that_cannot_be_factorised_ends_a_fit_without_loss():
         max_iter=20,
         random_state=0,
     )
-    with pytest.warns(ConvergenceWarning, match="covariance of q.* at iteration 6"):
+    with pytest.warns(ConvergenceWarning, match="iteration 6 the covariance of q"):
         model.fit(X, coordinates=x, callback=break_it, callback_interval=1)
     assert model.n_iter_ == 5
     assert np.isfinite(model.components_).all()
@@ -136,7 +138,7 @@ def test_the_last_finite_state_is_restored(problem):
                 model.prior.scale_pf.fill_(9.0)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    with pytest.warns(ConvergenceWarning, match=r"iteration 6: W\._raw is the first"):
+    with pytest.warns(ConvergenceWarning, match=r"iteration 6 the ELBO is nan; W\._raw is"):
         result = train(
             model,
             batches,
@@ -171,6 +173,30 @@ def test_every_nth_step_is_taken_at_the_learning_rate_of_its_schedule():
         steps.step()
         seen.append(float(x.detach()))
     np.testing.assert_allclose(seen, [1, 1, 1, 1001, 1001, 1001, 1001001])
+
+
+def test_every_nth_takes_gradients_only_where_it_steps():
+    x = torch.nn.Parameter(torch.zeros(1))
+    steps = EveryNth(torch.optim.SGD([x], lr=1.0), 3)
+    seen = []
+    for _ in range(7):
+        seen.append(x.requires_grad)
+        steps.step()
+    assert seen == [True, False, False] * 2 + [True]
+    steps.close()
+    assert x.requires_grad
+
+
+def test_a_spatial_fit_takes_gradients_of_q_at_its_steps_and_leaves_it_trainable(monkeypatch):
+    random = np.random.default_rng(0)
+    X, x = random.poisson(3, size=(60, 8)), random.uniform(size=(60, 2))
+    made = []
+    gram = fields.weighted_gram
+    monkeypatch.setattr(fields, "weighted_gram", lambda *a: (made.append(1), gram(*a))[1])
+    settings = {"num_inducing": 20, "train_lengthscale": False, "local": False}
+    model = pnmf_pyro.fit(X, x, n_components=2, **settings)
+    assert 0 < len(made) < model.n_iter_ / 2
+    assert all(parameter.requires_grad for parameter in model.model_.prior.q.parameters())
 
 
 def test_every_nth_tells_the_optimizer_of_the_batch():
