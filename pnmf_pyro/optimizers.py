@@ -294,7 +294,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Decreasing:
-    """The learning rate falls as start (1 + step / delay) ** -forgetting.
+    """The learning rate falls from `start` as (offset + step / delay) ** -forgetting.
 
     For noisy closed-form steps. With `forgetting` in (0.5, 1] they satisfy the conditions of
     Robbins and Monro (1951), as in stochastic variational inference (Hoffman et al. 2013).
@@ -310,8 +310,9 @@ class Decreasing:
 
     def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
         """Return a function that sets the learning rate of the next step."""
+        offset = self.start ** (-1 / self.forgetting)
         scheduler = lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.start * (1 + step / self.delay) ** -self.forgetting
+            optimizer, lambda step: (offset + step / self.delay) ** -self.forgetting
         )
         return lambda elbo: scheduler.step()
 
