@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
     "scale_pf": "auto",
     "E": 1,
     "init": None,
-    "max_iter": 1000,
+    "max_iter": 500,
     "random_state": 0,
 }
 
