@@ -80,6 +80,7 @@ def recovery(model: PNMF, log_factors: np.ndarray) -> list[float]:
     found = np.asarray(transforms.log_factors(model))
     L = log_factors.shape[1]
     correlation = np.corrcoef(found.T, log_factors.T)[:L, L:]
+    correlation = np.nan_to_num(correlation)  # of a component that is the same everywhere
     return np.sort(correlation[linear_sum_assignment(-correlation)]).tolist()
 
 
