@@ -345,6 +345,7 @@ def local_fit(options: argparse.Namespace) -> dict[str, Any]:
     """One fit of a simulated tissue with locally conditioned fields."""
     X, coordinates, log_factors = tables.tissue(options.N, options.D, options.density, options.L)
     settings = {"local": True, "K": options.K, "init": options.init}
+    cpu_before = time.process_time()
     seconds, model = timed(
         lambda: ours.quietly(
             lambda: pnmf_pyro.fit(X, coordinates, n_components=options.L, **settings)
@@ -358,6 +359,7 @@ def local_fit(options: argparse.Namespace) -> dict[str, Any]:
         L=options.L,
         K=options.K,
         seconds=seconds,
+        cpu_seconds=time.process_time() - cpu_before,
         steps=model.n_iter_,
         elbo=model.elbo_,
         recovery=ours.recovery(model, log_factors),
