@@ -76,3 +76,13 @@ def inverse_diagonal(tril: Tensor) -> Tensor:
         columns = torch.linalg.solve_triangular(tril[..., first:, first:], right, upper=False)
         found.append(columns.square_().sum(-2))
     return torch.cat(found, -1)[..., :n]
+
+
+def log_det(tril: Tensor) -> Tensor:
+    """Return the log-determinant of a matrix from its lower Cholesky factor, (...).
+
+    Parameters
+    ----------
+    tril : Tensor of shape (..., n, n)
+    """
+    return 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -42,21 +42,24 @@ class ClosedForm(Optimizer):
 
 
 class EveryNth(ClosedForm):
-    """Step with an optimiser once in `n` times, at the first of them.
+    """Steps of an optimiser that move some of its parameters once in `n` times, at the first.
 
     For parameters whose steps cost more than those of the others, which move in the meantime:
-    gradients are not taken when there is no step.
+    gradients of them are not taken when they are not to move, and optimisers leave parameters
+    without gradients as they are.
 
     Parameters
     ----------
     optimizer : Optimizer
     n : int
+    parameters : sequence of Parameter
+        Those that move once in `n` times.
     """
 
-    def __init__(self, optimizer: Optimizer, n: int):
+    def __init__(self, optimizer: Optimizer, n: int, parameters: Sequence[nn.Parameter]):
         super().__init__(optimizer.param_groups, {})
         self.param_groups = optimizer.param_groups  # shared: schedules change them
-        self.optimizer, self.n, self.turn = optimizer, n, 0
+        self.optimizer, self.n, self.parameters, self.turn = optimizer, n, parameters, 0
 
     def prepare(self, batch: Batch) -> None:
         """Take note of the batch that the gradients are of."""
@@ -64,9 +67,8 @@ class EveryNth(ClosedForm):
             self.optimizer.prepare(batch)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step if it is the turn."""
-        if self.turn % self.n == 0:
-            self.optimizer.step()
+        """Step with all parameters that have gradients."""
+        self.optimizer.step()
         self.turn += 1
         self._take_gradients(self.turn % self.n == 0)
 
@@ -75,9 +77,10 @@ class EveryNth(ClosedForm):
         self._take_gradients(True)
 
     def _take_gradients(self, wanted: bool) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(wanted)
+        for parameter in self.parameters:
+            parameter.requires_grad_(wanted)
+            if not wanted:
+                parameter.grad = None
 
 
 class NaturalGradient(ClosedForm):

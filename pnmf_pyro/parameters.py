@@ -293,7 +293,7 @@ class Parameters(BaseEstimator):
         schedules = [schedule for _, schedule in steps]
         warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
         # An ELBO without noise can be judged sooner.
-        settled = {"window": max(5, 2 * apart), "patience": 1} if monotone else {}
+        settled = {"window": max(5, apart), "patience": 1} if monotone else {}
         return Stage(
             model,
             FactorizationELBO(mode, self.E, natural, self.kl_weight),
@@ -382,7 +382,8 @@ class Parameters(BaseEstimator):
         by_gradient: list[torch.nn.Parameter] = []
         if self.training_mode == "natural":
             natural = model.prior.natural_optimizer(1 / self.kl_weight)
-            steps.append((EveryNth(natural, apart) if apart > 1 else natural, for_q))
+            seldom = model.prior.seldom_moved()
+            steps.append((EveryNth(natural, apart, seldom) if apart > 1 else natural, for_q))
         else:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":

@@ -323,7 +323,9 @@ class _Checkpoint:
     def _shorten(self, fraction: float) -> None:
         assert self.saved is not None
         for now, before in zip(self.state, self.saved, strict=True):
-            if now.is_floating_point():
+            if now.is_floating_point() and not torch.equal(
+                now, before
+            ):  # what stands still is known
                 now.copy_(before.lerp(now, fraction))
 
     @torch.no_grad()

@@ -16,12 +16,12 @@ from pnmf_pyro.distributions.fields import (
     WhitenedPrior,
     weighted_gram,
 )
-from pnmf_pyro.distributions.sites import SiteNormal
+from pnmf_pyro.distributions.sites import SiteNormal, SiteSpread
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.inducing import inducing_points
 from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing
+from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing, EveryNth
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors import SVGP, families
 from pnmf_pyro.random_state import torch_generator
@@ -292,7 +292,7 @@ def by_sites_and_densely():
     precision = torch.eye(4, dtype=torch.float64) + (A * w[:, None]) @ A.mT
     dense = NaturalNormal((A @ shift[..., None])[..., 0].requires_grad_(), -precision / 2)
     dense.theta2.requires_grad_()
-    return SiteNormal(shift.requires_grad_(), w.requires_grad_(), A, A.mT @ A), dense
+    return SiteNormal(shift.requires_grad_(), w.requires_grad_(), SiteSpread(w, A, A.mT @ A)), dense
 
 
 def test_sites_are_another_form_of_natural_parameters():
@@ -323,6 +323,56 @@ def test_gradients_of_sites_are_those_of_natural_parameters():
     torch.testing.assert_close((q.A @ q.shift.grad[..., None])[..., 0], dense.theta1.grad)
     step = (q.A * q.precision.grad[:, None]) @ q.A.mT
     torch.testing.assert_close(-step / 2, dense.theta2.grad)
+
+
+def test_gradients_with_the_covariance_given_are_those_in_the_mean():
+    """With S given, theta1 = S^-1 m moves by the slope in m: against autograd in m."""
+    q, dense = by_sites_and_densely()
+    S = dense.covariance_matrix
+    m = dense.mean.clone().requires_grad_()
+    variance = torch.einsum("lmn,lmk,lkn->ln", q.A, S, q.A)
+    prior = WhitenedPrior(2, 4)
+
+    def loss(mean, variance):
+        return (mean.exp() * variance + 0.3 * variance.square() - 2 * mean).sum()
+
+    expected = loss((q.A.mT @ m[..., None])[..., 0], variance) + m.square().sum() / 2
+    (slope,) = torch.autograd.grad(expected, m)
+    for one, marginals in ((q, q.at_sites), (dense, lambda: dense.marginals(q.A))):
+        second = one.precision if one is q else one.theta2
+        second.requires_grad_(False)
+        value = loss(*marginals()) + torch.distributions.kl_divergence(one, prior)
+        value.backward()
+        assert second.grad is None
+    torch.testing.assert_close(dense.theta1.grad, slope)
+    torch.testing.assert_close((q.A @ q.shift.grad[..., None])[..., 0], slope)
+
+
+@pytest.mark.parametrize("M", [30, 10])  # in sites, and in natural parameters
+def test_steps_of_the_mean_between_those_of_the_covariance_lead_to_the_same_optimum(M):
+    ends = []
+    for apart in (1, 10):
+        prior = assigned(N=30, M=M)
+        model, counts = factorization(prior)
+        steps = prior.natural_optimizer()
+        if apart > 1:
+            steps = EveryNth(steps, apart, prior.seldom_moved())
+        objective = FactorizationELBO("lower-bound")
+        history = trained(model, counts, objective, [steps], 600, monotone=True).history
+        assert (np.diff(history) >= -1e-6 * abs(history[0])).all()
+        ends.append(history[-1])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-9)
+
+
+def test_a_step_of_the_mean_factorises_nothing(monkeypatch):
+    prior = assigned(N=30, M=10)
+    model, counts = factorization(prior)
+    steps = EveryNth(prior.natural_optimizer(), 1000, prior.seldom_moved())
+    made = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda *a: (made.append(1), cholesky(*a))[1])
+    trained(model, counts, FactorizationELBO("lower-bound"), [steps], 20)
+    assert len(made) <= 2
 
 
 def test_draws_of_sites_have_their_moments():

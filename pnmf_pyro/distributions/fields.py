@@ -7,12 +7,15 @@ with A = L_z^{-1} K_{zx}.
 For training by natural gradients q(u) = N(m, S) is held in theta1 = S^{-1} m and
 theta2 = -S^{-1} / 2. The natural gradient in theta is the gradient in the expectation parameters
 m and S + m m^T, so that is what backward passes here hand to theta1 and theta2 (Hensman, Fusi and
-Lawrence 2013, section 3.2; Salimbeni, Eleftheriadis and Hensman 2018).
+Lawrence 2013, section 3.2; Salimbeni, Eleftheriadis and Hensman 2018). Where theta2 stands still,
+and asks for no gradient, the family is that of N(m, S) with S given, in which the natural gradient
+in theta1 = S^{-1} m is the gradient in m: a step is one of Newton's, with S for the curvature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, register_kl
 
-from pnmf_pyro.cholesky import BLOCK, inverse_diagonal
+from pnmf_pyro.cholesky import BLOCK, inverse_diagonal, log_det
 
 
 class OneShape:
@@ -82,6 +85,42 @@ class WhitenedNormal(OneShape, TorchDistribution):
         super().__init__(torch.Size(), torch.Size([L, M]), validate_args=False)
 
 
+class NaturalSpread:
+    """What theta2 alone says of N(m, S): made once for as many theta1 as share it.
+
+    Parameters
+    ----------
+    theta2 : Tensor of shape (L, M, M)
+        Negative definite.
+    """
+
+    def __init__(self, theta2: Tensor):
+        self.precision_tril = torch.linalg.cholesky(-2 * theta2.detach())
+        self._variance: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Traces of S, of shape (L,)."""
+        return inverse_diagonal(self.precision_tril).sum(-1)
+
+    @cached_property
+    def log_det(self) -> Tensor:
+        """Log-determinants of S^{-1}, of shape (L,)."""
+        return log_det(self.precision_tril)
+
+    def variance(self, A: Tensor) -> Tensor:
+        """Variances of A^T u, of shape (L, n); kept for the same A."""
+        if self._variance is None or self._variance[0] is not A:
+            roots = (
+                torch.linalg.solve_triangular(tril, a, upper=False)
+                for tril, a in zip(
+                    self.precision_tril, _each(A, len(self.precision_tril)), strict=True
+                )
+            )
+            self._variance = A, torch.stack([root.square_().sum(0) for root in roots])
+        return self._variance[1]
+
+
 class NaturalNormal(WhitenedNormal):
     """N(m, S) in natural parameters theta1 = S^{-1} m and theta2 = -S^{-1} / 2.
 
@@ -90,15 +129,21 @@ class NaturalNormal(WhitenedNormal):
     theta1 : Tensor of shape (L, M)
     theta2 : Tensor of shape (L, M, M)
         Negative definite.
+    spread : NaturalSpread, optional
+        Of theta2.
     """
 
-    def __init__(self, theta1: Tensor, theta2: Tensor):
+    def __init__(self, theta1: Tensor, theta2: Tensor, spread: NaturalSpread | None = None):
         self.theta1, self.theta2 = theta1, theta2
-        with torch.no_grad():
-            self.precision_tril = torch.linalg.cholesky(-2 * theta2)
-            self._mean = torch.cholesky_solve(theta1[..., None], self.precision_tril)[..., 0]
-        self._moments: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.spread = spread or NaturalSpread(theta2)
+        self._mean = torch.cholesky_solve(theta1.detach()[..., None], self.precision_tril)[..., 0]
+        self._field_mean: tuple[Tensor, Tensor] | None = None
         super().__init__(*theta1.shape)
+
+    @property
+    def precision_tril(self) -> Tensor:
+        """Cholesky factor of S^{-1}, of shape (L, M, M); a value without gradient."""
+        return self.spread.precision_tril
 
     @property
     def mean(self) -> Tensor:
@@ -130,17 +175,11 @@ class NaturalNormal(WhitenedNormal):
         """
         return _NaturalMarginals.apply(self.theta1, self.theta2, A, self)
 
-    @torch.no_grad()
-    def moments(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`marginals` does, as values without gradient; kept for the same A."""
-        if self._moments is None or self._moments[0] is not A:
-            mean = (A.mT @ self._mean[..., None])[..., 0]
-            roots = (
-                torch.linalg.solve_triangular(tril, a, upper=False)
-                for tril, a in zip(self.precision_tril, _each(A, len(mean)), strict=True)
-            )
-            self._moments = A, (mean, torch.stack([root.square_().sum(0) for root in roots]))
-        return self._moments[1]
+    def field_mean(self, A: Tensor) -> Tensor:
+        """Return the mean of A^T u, of shape (L, n), as a value; kept for the same A."""
+        if self._field_mean is None or self._field_mean[0] is not A:
+            self._field_mean = A, times(A.mT, self._mean)
+        return self._field_mean[1]
 
 
 class WhitenedPrior(Independent):
@@ -174,10 +213,26 @@ def marginals_of(q: Independent, A: Tensor) -> tuple[Tensor, Tensor]:
     q : Independent of MultivariateNormal or Normal, of event shape (L, M)
     A : Tensor of shape (L or 1, M, n)
     """
-    mean = (A.mT @ q.mean[..., None])[..., 0]
+    mean = times(A.mT, q.mean)
     if hasattr(q.base_dist, "scale_tril"):
         return mean, (q.base_dist.scale_tril.mT @ A).square().sum(-2)
     return mean, (q.variance[..., None] * A.square()).sum(-2)
+
+
+def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return the product of each matrix with its vector; one by one, batches of them are slow.
+
+    Parameters
+    ----------
+    matrices : Tensor of shape (L or 1, M, n)
+    vectors : Tensor of shape (..., L, n)
+
+    Returns
+    -------
+    Tensor of shape (..., L, M)
+    """
+    pairs = zip(_each(matrices, vectors.shape[-2]), vectors.unbind(-2), strict=True)
+    return torch.stack([(vector @ matrix.mT) for matrix, vector in pairs], -2)
 
 
 def weighted_gram(A: Tensor, weights: Tensor) -> Tensor:
@@ -207,17 +262,20 @@ class _NaturalMarginals(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta1: Tensor, theta2: Tensor, A: Tensor, q: NaturalNormal) -> Any:
-        mean, variance = q.moments(A)
+        mean = q.field_mean(A)
         ctx.save_for_backward(A, mean)
-        return mean.clone(), variance.clone()
+        return mean.clone(), q.spread.variance(A).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor) -> Any:
         A, mean = ctx.saved_tensors
-        d_variance = d_variance.clamp_min(0)  # of a loss
-        first = (A @ (d_mean - 2 * d_variance * mean)[..., None])[..., 0]
-        return first, weighted_gram(A, d_variance), None, None
+        second = None
+        if ctx.needs_input_grad[1]:
+            d_variance = d_variance.clamp_min(0)  # of a loss
+            d_mean = d_mean - 2 * d_variance * mean
+            second = weighted_gram(A, d_variance)
+        return times(A, d_mean), second, None, None
 
 
 class _NaturalDivergence(torch.autograd.Function):
@@ -228,15 +286,16 @@ class _NaturalDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta1: Tensor, theta2: Tensor, q: NaturalNormal) -> Tensor:
-        ctx.save_for_backward(theta1, theta2)
-        trace = inverse_diagonal(q.precision_tril).sum(-1)
-        log_det = 2 * q.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return (trace + q.mean.square().sum(-1) - theta1.shape[-1] + log_det).sum() / 2
+        ctx.save_for_backward(theta1, theta2, q.mean)
+        squares = q.spread.trace + q.mean.square().sum(-1)
+        return (squares - theta1.shape[-1] + q.spread.log_det).sum() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> Any:
-        theta1, theta2 = ctx.saved_tensors
+        theta1, theta2, mean = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return weight * mean, None, None
         second = theta2.clone()
         second.diagonal(dim1=-2, dim2=-1).add_(0.5)
         return weight * theta1, weight * second, None

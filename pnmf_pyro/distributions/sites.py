@@ -27,11 +27,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import register_kl
 
-from pnmf_pyro.cholesky import inverse_diagonal
-from pnmf_pyro.distributions.fields import WhitenedNormal, WhitenedPrior
+from pnmf_pyro.cholesky import inverse_diagonal, log_det
+from pnmf_pyro.distributions.fields import WhitenedNormal, WhitenedPrior, times
 
 # Least precision of a site; a smaller one tells nothing of a log-factor, and rounding would count.
 FAINTEST = 1e-7
+
+
+class SiteSpread:
+    """What the precisions of sites alone say: made once for as many shifts as share them.
+
+    Parameters
+    ----------
+    precision : Tensor of shape (L, N)
+    A : Tensor of shape (L or 1, M, N)
+        A^T u is the field at the sites.
+    gram : Tensor of shape (L or 1, N, N)
+        A^T A.
+    """
+
+    @torch.no_grad()
+    def __init__(self, precision: Tensor, A: Tensor, gram: Tensor):
+        self.A, self.gram = A, gram
+        w = precision.clamp_min(FAINTEST)
+        self.root = w.sqrt()
+        B = self.root[..., :, None] * gram * self.root[..., None, :]
+        B.diagonal(dim1=-2, dim2=-1).add_(1)
+        self.tril = torch.linalg.cholesky(B)
+        self.variance_at_sites = (1 - inverse_diagonal(self.tril)) / w
+
+    @cached_property
+    def log_det(self) -> Tensor:
+        """Log-determinants of S^{-1}, of shape (L,)."""
+        return log_det(self.tril)
 
 
 class SiteNormal(WhitenedNormal):
@@ -41,29 +69,23 @@ class SiteNormal(WhitenedNormal):
     ----------
     shift, precision : Tensor of shape (L, N)
         b and w of the sites.
-    A : Tensor of shape (L or 1, M, N)
-        A^T u is the field at the sites.
-    gram : Tensor of shape (L or 1, N, N)
-        A^T A.
+    spread : SiteSpread
+        Of the precision.
     """
 
-    def __init__(self, shift: Tensor, precision: Tensor, A: Tensor, gram: Tensor):
-        super().__init__(len(shift), A.shape[-2])
-        self.shift, self.precision, self.A, self.gram = shift, precision, A, gram
+    def __init__(self, shift: Tensor, precision: Tensor, spread: SiteSpread):
+        super().__init__(len(shift), spread.A.shape[-2])
+        self.shift, self.precision, self.spread = shift, precision, spread
+        self.A, self.gram = spread.A, spread.gram
+        self.root, self.tril = spread.root, spread.tril
         with torch.no_grad():
-            w = precision.clamp_min(FAINTEST)
-            self.root = w.sqrt()
-            B = self.root[..., :, None] * gram * self.root[..., None, :]
-            B.diagonal(dim1=-2, dim2=-1).add_(1)
-            self.tril = torch.linalg.cholesky(B)
-            self.variance_at_sites = (1 - inverse_diagonal(self.tril)) / w
             self.weights = self._discounted(shift)
-            self.mean_at_sites = _times(gram, self.weights)
+            self.mean_at_sites = times(self.gram, self.weights)
 
     @cached_property
     def mean(self) -> Tensor:
         """Mean m, of shape (L, M); a value without gradient."""
-        return _times(self.A, self.weights)
+        return times(self.A, self.weights)
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -87,7 +109,7 @@ class SiteNormal(WhitenedNormal):
         A : Tensor of shape (L or 1, M, n)
         """
         known = self._whitened(self.A.mT @ A)
-        return _times(A.mT, self.mean), A.square().sum(-2) - known.square().sum(-2)
+        return times(A.mT, self.mean), A.square().sum(-2) - known.square().sum(-2)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -98,25 +120,20 @@ class SiteNormal(WhitenedNormal):
         shape = torch.Size(sample_shape)
         u = torch.randn(*shape, *self.event_shape).to(self.shift)
         noise = torch.randn(*shape, *self.shift.shape).to(self.shift)
-        said = self.root.square() * _times(self.A.mT, u) + self.root * noise
-        return u + _times(self.A, self._discounted(self.shift - said))
+        said = self.root.square() * times(self.A.mT, u) + self.root * noise
+        return u + times(self.A, self._discounted(self.shift - said))
 
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of u; a value without gradient."""
         away = value - self.mean
-        seen = self.root * _times(self.A.mT, away)
+        seen = self.root * times(self.A.mT, away)
         standard = Normal(0.0, 1.0).log_prob(away).sum((-2, -1))
-        return standard - seen.square().sum((-2, -1)) / 2 + self.log_det.sum() / 2
-
-    @property
-    def log_det(self) -> Tensor:
-        """Log-determinant of S^{-1}, of shape (L,)."""
-        return 2 * self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return standard - seen.square().sum((-2, -1)) / 2 + self.spread.log_det.sum() / 2
 
     def _discounted(self, shift: Tensor) -> Tensor:
         """The x with A x = S A shift: (I + diag(w) Q)^{-1} shift."""
-        right = (self.root * _times(self.gram, shift))[..., None]
+        right = (self.root * times(self.gram, shift))[..., None]
         return shift - self.root * torch.cholesky_solve(right, self.tril)[..., 0]
 
     def _whitened(self, cross: Tensor) -> Tensor:
@@ -129,18 +146,21 @@ class _SiteMarginals(torch.autograd.Function):
     """Marginals of the field at the sites; backward hands over natural gradients.
 
     With dmu and dv the gradients in mean and variance, those of shift and precision are
-    dmu - 2 dv mean and -2 dv. dv is kept at the sign at which it raises the precision.
+    dmu - 2 dv mean and -2 dv. dv is kept at the sign at which it raises the precision. While the
+    precision stands still, that of shift is dmu.
     """
 
     @staticmethod
     def forward(ctx: Any, shift: Tensor, precision: Tensor, q: SiteNormal) -> Any:
         ctx.save_for_backward(q.mean_at_sites)
-        return q.mean_at_sites.clone(), q.variance_at_sites.clone()
+        return q.mean_at_sites.clone(), q.spread.variance_at_sites.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor) -> Any:
         (mean,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return d_mean, None, None
         d_variance = d_variance.clamp_min(0)  # of a loss
         return d_mean - 2 * d_variance * mean, -2 * d_variance, None
 
@@ -148,26 +168,25 @@ class _SiteMarginals(torch.autograd.Function):
 class _SiteDivergence(torch.autograd.Function):
     """KL(N(m, S) || N(0, I)), summed over components: with tr S = M - sum w v.
 
-    Its natural gradients are shift and precision themselves: the prior has none.
+    Its natural gradients are shift and precision themselves: the prior has none. While the
+    precision stands still, that of shift is the x with A x = m.
     """
 
     @staticmethod
     def forward(ctx: Any, shift: Tensor, precision: Tensor, q: SiteNormal) -> Tensor:
-        ctx.save_for_backward(shift, precision)
-        removed = (q.root.square() * q.variance_at_sites).sum()
-        return (q.log_det.sum() - removed + (q.weights * q.mean_at_sites).sum()) / 2
+        ctx.save_for_backward(shift, precision, q.weights)
+        removed = (q.root.square() * q.spread.variance_at_sites).sum()
+        return (q.spread.log_det.sum() - removed + (q.weights * q.mean_at_sites).sum()) / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> Any:
-        shift, precision = ctx.saved_tensors
+        shift, precision, weights = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return weight * weights, None, None
         return weight * shift, weight * precision, None
 
 
 @register_kl(SiteNormal, WhitenedPrior)
 def _kl_sites(q: SiteNormal, p: WhitenedPrior) -> Tensor:
     return _SiteDivergence.apply(q.shift, q.precision, q)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]

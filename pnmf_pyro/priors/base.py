@@ -53,7 +53,8 @@ class Prior(nn.Module, ABC):
     matrix_entries : int
         Of the matrices that a step multiplies or factorises, beside the counts.
     steps_apart : int
-        How many steps of the loadings there are to each natural step of q, where that costs more.
+        How many steps there are to each one that moves the parameters that :meth:`seldom_moved`
+        names.
     """
 
     L: int
@@ -112,6 +113,10 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
         """Return the optimiser that takes natural-gradient steps on q, of size `lr`."""
+
+    def seldom_moved(self) -> list[nn.Parameter]:
+        """Return the parameters of q whose natural steps cost more than all else of a step."""
+        return []
 
     @abstractmethod
     def assign(self, mean: Tensor, scale: Tensor) -> None:

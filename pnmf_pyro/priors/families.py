@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import take
-from pnmf_pyro.distributions.fields import NaturalNormal, marginals_of, weighted_gram
-from pnmf_pyro.distributions.sites import SiteNormal
+from pnmf_pyro.distributions.fields import (
+    NaturalNormal,
+    NaturalSpread,
+    marginals_of,
+    times,
+    weighted_gram,
+)
+from pnmf_pyro.distributions.sites import SiteNormal, SiteSpread
 from pnmf_pyro.remembered import Remembered
 
 # Samples for each inducing point up to which q(u) is held in sites: the two forms train alike, at
@@ -35,6 +41,11 @@ class Family(nn.Module, ABC):
     """What q(u) is held in. A of shape (C, M, N) makes the field at the samples, A^T u."""
 
     natural = False
+
+    @property
+    def spread(self) -> list[nn.Parameter]:
+        """Parameters of the covariance alone, where q(u) trains by natural gradients."""
+        return []
 
     @abstractmethod
     def distribution(self, A: Tensor) -> Any:
@@ -67,7 +78,14 @@ class SiteInducing(Family):
     def distribution(self, A: Tensor) -> SiteNormal:
         """Return q(u)."""
         gram = self._once("gram", (A,), lambda: A.mT @ A)
-        return SiteNormal(self.site_shift, self.site_precision, A, gram)
+        w = self.site_precision
+        spread = self._once("spread", (w, A), lambda: SiteSpread(w, A, gram))
+        return SiteNormal(self.site_shift, w, spread)
+
+    @property
+    def spread(self) -> list[nn.Parameter]:
+        """The precisions of the sites."""
+        return [self.site_precision]
 
     def marginals(self, q: SiteNormal, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of A^T u."""
@@ -90,7 +108,7 @@ class DenseFamily(Family):
 
     def assign(self, A: Tensor, shift: Tensor, precision: Tensor) -> None:
         """Set q(u) to the posterior from sites with shift b and precision w, (L, N)."""
-        theta1 = (A @ shift[..., None])[..., 0]
+        theta1 = times(A, shift)
         inverse = weighted_gram(A, precision)
         inverse.diagonal(dim1=-2, dim2=-1).add_(1)
         self._set(theta1, inverse)
@@ -109,10 +127,17 @@ class NaturalInducing(DenseFamily):
         super().__init__()
         self.theta1 = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
         self.theta2 = nn.Parameter(-torch.eye(M, dtype=torch.float64).repeat(L, 1, 1) / 2)
+        self._once = Remembered()
 
     def distribution(self, A: Tensor) -> NaturalNormal:
         """Return q(u)."""
-        return NaturalNormal(self.theta1, self.theta2)
+        spread = self._once("spread", (self.theta2,), lambda: NaturalSpread(self.theta2))
+        return NaturalNormal(self.theta1, self.theta2, spread)
+
+    @property
+    def spread(self) -> list[nn.Parameter]:
+        """theta2."""
+        return [self.theta2]
 
     def marginals(self, q: NaturalNormal, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of A^T u."""

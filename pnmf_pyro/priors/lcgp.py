@@ -212,6 +212,10 @@ class LCGP(Prior):
             raise ValueError("natural gradients need LCGP(..., use_natural_gradients=True).")
         return SiteSteps(self, lr)
 
+    def seldom_moved(self) -> list[nn.Parameter]:
+        """Return all parameters of q: a step solves for the mean."""
+        return list(self.q.parameters())
+
     @torch.no_grad()
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q to the posterior from observations `mean` of F with noise `scale`, (L, N)."""

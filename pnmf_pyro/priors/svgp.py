@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pnmf_pyro.cholesky import jittered_cholesky
 from pnmf_pyro.data import Batch, take
-from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedPrior
+from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedPrior, times
 from pnmf_pyro.kernels import SpatialKernel
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Prior
@@ -71,7 +71,7 @@ class SVGP(Prior):
     inducing_coordinates: Tensor
     inducing_groups: Tensor | None
     mean: Tensor
-    steps_apart = 3
+    steps_apart = 10
 
     def __init__(
         self,
@@ -168,6 +168,10 @@ class SVGP(Prior):
             )
         return torch.optim.SGD(self.q.parameters(), lr=lr)
 
+    def seldom_moved(self) -> list[torch.nn.Parameter]:
+        """Return the parameters of the covariance of q(u); steps of its mean cost little."""
+        return self.q.spread
+
     @torch.no_grad()
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q(u) to the posterior from observations `mean` of F with noise `scale`, (L, N)."""
@@ -191,7 +195,13 @@ class SVGP(Prior):
     @torch.no_grad()
     def _design_at(self, places: Places) -> tuple[Tensor, Tensor]:
         Lz = self._once("factor", self.kernel.buffers(), self._factor)
-        A = torch.linalg.solve_triangular(Lz, self.kernel(self.inducing, places), upper=False)
+        kernels = (self.kernel.one(c).to(Lz.device) for c in range(len(Lz)))  # one by one: memory
+        A = torch.stack(
+            [
+                torch.linalg.solve_triangular(tril, one(self.inducing, places)[0], upper=False)
+                for one, tril in zip(kernels, Lz, strict=True)
+            ]
+        )
         rest = self.kernel.variance[:, None] - A.square().sum(-2)
         return A, rest.clamp_min(self.jitter * self.kernel.variance[:, None])
 
@@ -200,7 +210,7 @@ class SVGP(Prior):
 
     def _level(self, u: Tensor, A: Tensor) -> Tensor:
         """Mean of F given u (..., L, M), of shape (..., L, n)."""
-        return self.mean[:, None] + (A.mT @ u[..., None])[..., 0]
+        return self.mean[:, None] + times(A.mT, u)
 
     def _jointly(self, u: Tensor, places: Places) -> Tensor:
         """Draws of F at places given draws of u (E, L, M), of shape (E, L, n)."""
