@@ -60,7 +60,7 @@ GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 
 # Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
 # the values that all components share.
-SPREAD = 0.5
+SPREAD = 0.1
 
 # Largest rise, in units of F, by which a site may stand above the mean of q.
 HIGHEST_SITE = 5.0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
@@ -15,6 +16,9 @@ from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import check_matrix
 from pnmf_pyro.random_state import RandomState, check_random_state
 from pnmf_pyro.validation import check_choice, check_count, check_positive
+
+# Smallest total of a sample or feature that is divided by, relative to their mean.
+LEAST_TOTAL = 0.05
 
 Matrix = Any  # an ndarray or a CSR matrix
 Factors = tuple[np.ndarray, np.ndarray]
@@ -38,13 +42,16 @@ def initialize_factors(
     X : array-like, Tensor, sparse matrix or Counts of shape (n_samples, n_features)
         Finite and non-negative. Sparse input is never made dense.
     n_components : int
-    init : {None, 'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'k-means'}
+    init : {None, 'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means'}
         `random`: absolute values of normals times sqrt(X.mean() / n_components).
         `nndsvd`: non-negative double singular value decomposition (Boutsidis and Gallopoulos
         2008), with zeros filled by the mean of X (`nndsvda`) or by small random values
-        (`nndsvdar`). `k-means`: centres of clusters of samples, and factors that are largest for a
-        sample's own cluster. None: `nndsvda` where n_components <= min(n_samples, n_features), and
-        `random` otherwise.
+        (`nndsvdar`). `biwhitened`: `nndsvda` of counts that are divided by the square roots of what
+        they would be if samples and features were independent, by which Poisson noise has about
+        the same variance everywhere (Landa, Zhang and Kluger 2022); so patterns of rare features,
+        which large counts drown, are found. `k-means`: centres of clusters of samples, and factors
+        that are largest for a sample's own cluster. None: `nndsvda` where n_components <=
+        min(n_samples, n_features), and `random` otherwise.
     random_state : int, RandomState, Generator or None
     scale_log_mu : bool
         Shift and scale the log-factors of each component to mean 0 and standard deviation
@@ -121,9 +128,7 @@ def start_values(
 def _divide_rows(matrix: Matrix, divisors: np.ndarray) -> Matrix:
     if isinstance(matrix, np.ndarray):
         return matrix / divisors[:, None]
-    scaled = matrix.copy()
-    scaled.data /= np.repeat(divisors, np.diff(matrix.indptr))
-    return scaled
+    return sp.csr_matrix(sp.diags_array(1 / divisors, dtype=matrix.dtype) @ matrix)
 
 
 def _random(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
@@ -169,6 +174,18 @@ def _nndsvdar(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
     return fill(exp_F), fill(W)
 
 
+def _biwhitened(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
+    a, b = (np.sqrt(one / np.sqrt(rows.sum())).astype(X.dtype) for one in (rows, columns))
+    exp_F, W = _nndsvda(_divide_rows(_divide_rows(X, a).T, b).T, L, random)
+    return exp_F * a[:, None], W * b[:, None]
+
+
+def _floored(totals: np.ndarray) -> np.ndarray:
+    """Totals, of which those that are nearly zero would make a single count the largest of all."""
+    return np.maximum(totals, LEAST_TOTAL * (totals.mean() or 1.0))
+
+
 def _k_means(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
     clusters = KMeans(L, n_init=1, random_state=random).fit(X)
     exp_F = np.full((X.shape[0], L), 1 / L, dtype=X.dtype)
@@ -182,6 +199,7 @@ INITS: dict[str, tuple[Callable[..., Factors], Callable[[tuple[int, int]], float
     "nndsvd": (_nndsvd, min),
     "nndsvda": (_nndsvda, min),
     "nndsvdar": (_nndsvdar, min),
+    "biwhitened": (_biwhitened, min),
     "k-means": (_k_means, lambda shape: shape[0]),
 }
 

@@ -89,7 +89,7 @@ class Parameters(BaseEstimator):
         "optimizer": [StrOptions(set(OPTIMIZERS))],
         "verbose": ["verbose"],
         "device": [StrOptions(set(DEVICES))],
-        "init": [StrOptions(set(INITS)), None],
+        "init": [StrOptions(set(INITS)), "array-like", None],
         "scheduler": [StrOptions({"one_cycle", "plateau"}), None],
         "scheduler_patience": [Interval(Integral, 0, None, closed="left")],
         "scheduler_factor": [Interval(Real, 0, 1, closed="neither")],

@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "loadings_mode": "multiplicative",
     "scale_pf": "auto",
     "E": 1,
-    "init": None,
+    "init": (None, "biwhitened"),
     "max_iter": 500,
     "random_state": 0,
 }
@@ -161,6 +161,8 @@ def _fit_arrays(
         check_choice("size_factors", size_factors, ("total",))
         size_factors = library_size_factors(check_counts(X))
     chosen = {**(RECIPE if coords is None else _spatial(len(coords), groups)), **parameters}
+    if n_components > min(np.shape(X)):  # more than a decomposition has
+        chosen = {**chosen, "init": None, **parameters}
     model = PNMF(n_components=n_components, **chosen)
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)

@@ -11,7 +11,7 @@ from sklearn.decomposition._nmf import _initialize_nmf
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.initialization import initialize_factors
 
-NAMES = ("random", "nndsvd", "nndsvda", "nndsvdar", "k-means")
+NAMES = ("random", "nndsvd", "nndsvda", "nndsvdar", "biwhitened", "k-means")
 INITS = (*NAMES, None)
 
 
@@ -129,6 +129,28 @@ def test_nndsvd_equals_scikit_learn(X, name):
     expected_F, expected_W = _initialize_nmf(X, 5, name, random_state=2)
     np.testing.assert_allclose(exp_F, expected_F, rtol=1e-6, atol=1.1e-6)
     np.testing.assert_allclose(W.T, expected_W, rtol=1e-6, atol=1.1e-6)
+
+
+def test_biwhitened_decomposes_counts_over_the_root_of_what_independence_expects(X):
+    expected = np.outer(X.sum(1), X.sum(0)) / X.sum()
+    factors, components = _initialize_nmf(X / np.sqrt(expected), 5, init="nndsvda", random_state=2)
+    W, exp_F = initialize_factors(X, 5, "biwhitened", 2, scale_log_mu=False)
+    found = np.sqrt(expected) * (factors @ components)
+    np.testing.assert_allclose(exp_F @ W.T, found, rtol=1e-4)
+
+
+def test_biwhitened_finds_a_pattern_that_large_counts_drown():
+    """Ten rare features that go together, beside three that are large and nothing but noise."""
+    random = np.random.default_rng(0)
+    pattern = np.arange(400) < 100
+    rare = random.poisson(np.where(pattern, 3.0, 0.1)[:, None], size=(400, 10))
+    large = random.poisson(1000.0, size=(400, 3))
+    X = np.hstack([rare, large]).astype(np.float64)
+    found = {}
+    for init in ("nndsvda", "biwhitened"):
+        exp_F = initialize_factors(X, 3, init, 0)[1]
+        found[init] = max(abs(np.corrcoef(pattern, f)[0, 1]) for f in exp_F.T)
+    assert found["biwhitened"] > 0.6 > 0.3 > found["nndsvda"]
 
 
 def test_nndsvdar_is_nndsvd_with_small_random_values_for_zeros(X):

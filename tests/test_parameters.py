@@ -15,7 +15,7 @@ from pnmf_pyro.counts import as_counts
 from pnmf_pyro.custom_modules import ConstrainedParameter, PositiveParameter
 from pnmf_pyro.data import Batch
 from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.initialization import initialize_factors
+from pnmf_pyro.initialization import INITS, initialize_factors
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import drawing_from
@@ -247,13 +247,31 @@ def test_natural_training_climbs_further_in_as_many_steps(X):
 
 
 @unconverged
-@pytest.mark.parametrize("init", ["random", "nndsvd", "nndsvda", "nndsvdar", "k-means", None])
+@pytest.mark.parametrize("init", [*INITS, None])
 def test_init_is_where_a_fit_starts(init, X):
     W, log_F = start_of(X, init)
     model = still(init=init).fit(X)
     np.testing.assert_allclose(model.components_.T, W, atol=1e-8 * W.max())
     np.testing.assert_allclose(T.log_factors(model), log_F, atol=1e-8)
     np.testing.assert_allclose(T.factor_uncertainty(model), 0.1, rtol=1e-8)
+
+
+def test_of_several_starts_the_one_is_taken_that_leads_highest(X):
+    settings = {"mode": "lower-bound", "training_mode": "natural", "random_state": 0}
+    settings |= {"loadings_mode": "multiplicative", "warm_up": True}
+    starts = ["nndsvda", "biwhitened", "k-means"]
+    alone = [PNMF(3, init=init, **settings).fit(X) for init in starts]
+    of_all = PNMF(3, init=starts, **settings).fit(X)
+    after = [model.history_[19] for model in alone]
+    assert len(set(after)) == 3
+    assert of_all.history_[19] == pytest.approx(max(after), rel=1e-6)
+    assert of_all.elbo_ == pytest.approx(alone[np.argmax(after)].elbo_, rel=1e-4)
+
+
+@unconverged
+def test_starts_are_tried_no_longer_than_max_iter(X):
+    model = PNMF(3, init=("random", None), mode="lower-bound", max_iter=3).fit(X)
+    assert model.n_iter_ == 6
 
 
 @unconverged
