@@ -50,12 +50,12 @@ JUDGED = 1000
 # Where the search begins: numbers of lengthscales from the spacing to the extent, and sigmas.
 GRID_LENGTHSCALES = 8
 GRID_SIGMAS = (0.5, 1.0, 2.0)
-GRID_NUGGETS = (0.01, 0.1, 0.3, 1.0)
+GRID_NUGGETS = (0.001, 0.1, 0.3, 1.0)
 GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
 
 # Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
 SIGMA_BOUNDS = (0.05, 4.0)
-NUGGET_BOUNDS = (0.01, 2.0)
+NUGGET_BOUNDS = (0.001, 2.0)
 GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 
 # Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
