@@ -16,8 +16,8 @@ from pnmf_pyro.validation import check_choice
 logger = logging.getLogger("pnmf_pyro")
 
 # Steps in closed form, which have no learning rate to choose: from a decomposition of the counts,
-# or of biwhitened ones where that leads higher, first up a bound without noise until that has nearly
-# settled, then up the tighter one.
+# or of biwhitened ones where that leads higher, first up a bound without noise until that has
+# nearly settled, then up the tighter one.
 RECIPE: dict[str, Any] = {
     "mode": "expanded",
     "warm_up": True,
