@@ -268,6 +268,11 @@ def test_of_several_starts_the_one_is_taken_that_leads_highest(X):
     assert of_all.elbo_ == pytest.approx(alone[np.argmax(after)].elbo_, rel=1e-4)
 
 
+def test_no_start_at_all_is_an_error(X):
+    with pytest.raises(ValueError, match="init must name at least one start"):
+        PNMF(3, init=()).fit(X)
+
+
 @unconverged
 def test_starts_are_tried_no_longer_than_max_iter(X):
     model = PNMF(3, init=("random", None), mode="lower-bound", max_iter=3).fit(X)
