@@ -42,9 +42,9 @@ SPATIAL: dict[str, Any] = {
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
 # neighbours. Where that is not wanted (local=False), there are this many inducing points. On
-# sim_nsf_S1 (1,170 places) neighbours predict 0.2% worse than inducing points at all places, in 28%
-# of the time; on osmfish_cortex (5,313 places) they take less than a third of the time that 1,000
-# inducing points take.
+# sim_nsf_S1 (1,170 places) neighbours predict 0.7% worse than inducing points at all places; on
+# osmfish_cortex (5,313 places, five splits) 0.5% worse than 1,000 inducing points, in a third of
+# their time, and that grows with the number of places alone.
 ALL_INDUCING = 1500
 INDUCING = 1000
 
