@@ -238,9 +238,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         space = check_space(self, coordinates, groups, counts.shape[0], random)
         inits: Any = self.init if isinstance(self.init, list | tuple) else [self.init]
         if not inits:
-            raise ValueError(
-                "init must name at least one start; got none."
-            )
+            raise ValueError("init must name at least one start; got none.")
         starts = [start_values(counts, self.n_components, init, random, s) for init in inits]
         model = self._empty_model(counts.shape[::-1], counts.dtype, s, space).to(counts.device)
         stages = self._stages(model, counts, random)
