@@ -137,7 +137,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     warm_up : bool
         Begin with `lower-bound` steps until they have settled to within 10 `tol`, for up to
         `max_iter` iterations of their own, before those of `mode`. A spatial model begins with
-        factors that know no space.
+        factors that know no space, which settle to `tol`: they decide which components are found.
     kl_weight : float
         Factor on the divergence from the prior while training; `elbo_` is with 1.
     criterion : {'leave-one-out', 'elbo'}

@@ -44,7 +44,8 @@ from pnmf_pyro.space import Space
 from pnmf_pyro.training import Convergence
 from pnmf_pyro.validation import DEVICES
 
-# A warm-up only has to bring a fit near; it settles at this multiple of the tolerance.
+# A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
+# tolerance.
 WARM_UP_TOL = 10
 
 # First step of q and W where batches see parts of a field: from a cold start, a whole step that the
@@ -259,7 +260,7 @@ class Parameters(BaseEstimator):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)
-            return [self._stage(source, "lower-bound", WARM_UP_TOL * self.tol), last]
+            return [self._stage(source, "lower-bound", self.tol), last]
         if self.warm_up and self.mode != "lower-bound":
             return [self._stage(model, "lower-bound", WARM_UP_TOL * self.tol), last]
         return [last]

@@ -30,10 +30,13 @@ RECIPE: dict[str, Any] = {
     "random_state": 0,
 }
 
-# In space: first without it, then hyperparameters by prediction, then the fields.
+# In space: first without it, then hyperparameters by prediction, then the fields. On splits of six
+# data sets other than those reported, fields that settled to a tenth of this tolerance predicted
+# 0.1 to 0.6% worse (on one 0.2% better), in twice the time.
 SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",
+    "tol": 1e-3,
     "spatial": True,
     "train_lengthscale": True,
     "train_sigma": True,
