@@ -12,7 +12,7 @@ from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.recipe import RECIPE
+from pnmf_pyro.recipe import RECIPE, SPATIAL
 from pnmf_pyro.training import evaluate_elbo
 from tests.conftest import NATURAL, simulate
 
@@ -77,6 +77,17 @@ def test_the_warm_up_comes_before_the_tighter_bound(counts):
     together = zip(model.history_, lower.history_, strict=False)
     assert next(i for i, (mine, its) in enumerate(together) if mine != its) >= 20
     assert model.elbo_ > lower.elbo_
+
+
+def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
+    """Settled to the tolerance of the fields, which it comes before."""
+    places = np.random.default_rng(0).uniform(size=(80, 2))
+    shared = {"n_components": 2, "init": "nndsvda", "tol": SPATIAL["tol"]}
+    alone = PNMF(**{**RECIPE, **shared, "mode": "lower-bound"}).fit(counts)
+    spatial = pnmf_pyro.fit(counts, places, n_components=2, init="nndsvda")
+    np.testing.assert_allclose(spatial.history_[: alone.n_iter_], alone.history_, rtol=1e-6)
+    assert spatial.n_iter_ > alone.n_iter_
+    assert abs(spatial.history_[alone.n_iter_] / alone.history_[-1] - 1) > 1e-4
 
 
 @pytest.mark.parametrize("batch_size", [50, 100])
