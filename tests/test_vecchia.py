@@ -6,12 +6,13 @@ import pickle
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.sparse as sp
 import torch
 from torch.distributions import Independent, Laplace, kl_divergence
 
 from pnmf_pyro.distributions.vecchia import VecchiaNormal, kl_terms, kl_terms_given_weights, predict
 from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch
-from pnmf_pyro.vecchia_factor import VecchiaFactor, conditional_weights
+from pnmf_pyro.vecchia_factor import VecchiaFactor, conditional_weights, on_components
 from pnmf_pyro.vecchia_posterior import VecchiaPosterior
 
 LENGTHSCALES = (0.15, 0.4)
@@ -592,3 +593,17 @@ def test_bad_posteriors(h, b, message):
     posterior = VecchiaPosterior(make(places(60), 3))
     with pytest.raises(ValueError, match=message):
         posterior.solve(h, b)
+
+
+def test_threads_over_components_change_nothing(monkeypatch):
+    random = np.random.default_rng(0)
+    matrices = [sp.random_array((30, 30), density=0.2, rng=random).tocsr() for _ in range(3)]
+    for shape in ((3, 30), (3, 30, 4)):
+        x = random.normal(size=shape)
+        few = on_components(lambda A, x: A @ x, matrices, x)
+        monkeypatch.setattr("pnmf_pyro.vecchia_factor.FEW_PRODUCTS", 0)
+        many = on_components(lambda A, x: A @ x, matrices, x)
+        monkeypatch.undo()
+        expected = np.stack([A.toarray() @ one for A, one in zip(matrices, x, strict=True)])
+        np.testing.assert_allclose(few, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(many, few)
