@@ -32,7 +32,8 @@ RECIPE: dict[str, Any] = {
 
 # In space: first without it, then hyperparameters by prediction, then the fields. On splits of six
 # data sets other than those reported, fields that settled to a tenth of this tolerance predicted
-# 0.1 to 0.6% worse (on one 0.2% better), in twice the time.
+# 0.1 to 0.6% worse (on one 0.2% better), in twice the steps; on those reported, as much better on
+# some as worse on others.
 SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",

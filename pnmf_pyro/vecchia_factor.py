@@ -37,7 +37,7 @@ JITTERS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 NAMED_AT_MOST = 5
 
 # Products of entries, over all components, up to which threads take longer to begin than they save:
-# in two of them 7 ms against 4 at 2.5 million, 18 against 18 at 10 million.
+# in two of them, on a busy machine, 7 ms against 4 at 2.5 million and 18 against 18 at 10 million.
 FEW_PRODUCTS = 4_000_000
 
 Operation = Callable[[Any, np.ndarray], np.ndarray]

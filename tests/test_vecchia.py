@@ -602,6 +602,7 @@ def test_threads_over_components_change_nothing(monkeypatch):
         x = random.normal(size=shape)
         few = on_components(lambda A, x: A @ x, matrices, x)
         monkeypatch.setattr("pnmf_pyro.vecchia_factor.FEW_PRODUCTS", 0)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 2)
         many = on_components(lambda A, x: A @ x, matrices, x)
         monkeypatch.undo()
         expected = np.stack([A.toarray() @ one for A, one in zip(matrices, x, strict=True)])
