@@ -181,7 +181,9 @@ def overtake(X: Any, L: int, target: float, every: int) -> tuple[float, float, f
 def spatial(options: argparse.Namespace) -> None:
     """Deviance at held-out places of `fit(X, coords)`, and of other ways to predict there."""
     rows = [["data", "method", "mean deviance", "standard deviation over splits", "splits"]]
-    settings = {"kernel": options.kernel, **PRIORS[options.prior]}
+    settings: dict[str, Any] = dict(PRIORS[options.prior])
+    if options.kernel:
+        settings["kernel"] = options.kernel.split(",")
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[float]] = {}
@@ -205,6 +207,7 @@ def spatial(options: argparse.Namespace) -> None:
                 mib=peak_memory_mib(),
                 elbo=model.elbo_,
                 iterations=model.n_iter_,
+                kernel=prior.kernel.name,
                 learned=learned,
                 **line,
             )
@@ -416,7 +419,7 @@ def main() -> None:
     parser.add_argument("--judge", choices=("training", "held-out"), default="training")
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
-    parser.add_argument("--kernel", default="Matern32", help="of spatial fits")
+    parser.add_argument("--kernel", help="of spatial fits, or several to choose from")
     parser.add_argument("--prior", choices=PRIORS, default="chosen", help="of spatial fits")
     parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")

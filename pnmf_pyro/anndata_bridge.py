@@ -217,6 +217,7 @@ def settings(model: Any) -> dict[str, Any]:
     if model.spatial:
         prior = model.model_.prior
         learned = {**prior.kernel.hyperparameters, "mean": prior.mean}
+        found["kernel"] = prior.kernel.name
         found["hyperparameters"] = {name: value.tolist() for name, value in learned.items()}
     return found
 

@@ -91,8 +91,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         Condition each place on `K` neighbours rather than on inducing points: the cost is
         proportional to the number of places, and fine structure is kept, see
         :class:`~pnmf_pyro.priors.LCGP`.
-    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}
-        Correlation of a field over distance.
+    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or tuple
+        Correlation of a field over distance, from rough to smooth. Of several, the one that is best
+        by `criterion`.
     multigroup : bool
         Fields of several groups that are alike as far as `group_diff_param` says.
     num_inducing : int
@@ -166,6 +167,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         after it has settled first are with `rank` columns.
     n_iter_ : int
         Number of steps taken.
+    kernel_ : str
+        Name of the kernel of a spatial model, of several the one chosen.
     groups_ : list or None
         Names of the groups of a multi-group model, in sorted order.
     model_ : PoissonFactorization
@@ -508,6 +511,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         self.n_iter_ = len(self.history_)
         self.elbo_ = header["elbo"]
         return self
+
+    @property
+    def kernel_(self) -> str:
+        """Name of the kernel of a spatial model, of several the one chosen."""
+        return self.model_.prior.kernel.name
 
     @property
     def _n_features_out(self) -> int:

@@ -177,6 +177,8 @@ def predict_without(
 class HyperparameterSearch:
     """Search of the hyperparameters of a spatial model at its present q and loadings.
 
+    Where its kernel has several names, one of them is chosen as well.
+
     Parameters
     ----------
     model : PoissonFactorization
@@ -305,29 +307,40 @@ class HyperparameterSearch:
             "group_diff_param": GROUP_DIFFERENCE_BOUNDS,
         }
 
+    @torch.no_grad()
     def _best_of_grid(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Search the same values for all components: one after another, or jointly what is alike.
-
-        A nugget does what a short lengthscale does as well.
-        """
+        """Search the same values for all components, with each kernel that there is to choose."""
         values = {k: v.clone() for k, v in self.kernel.hyperparameters.items()}
         for name in self.names:
             values[name].clamp_(*self._limits()[name])
-        mean, grids = self._start(), self._grids()
-        with torch.no_grad():
-            for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
-                names = [name for name in alike if name in self.names]
-                if not names:
-                    continue
-                tried = [values]
-                for point in product(*(grids[name] for name in names)):
-                    new = zip(names, point, strict=True)
-                    shared = {k: values[k].new_tensor([value]) for k, value in new}
-                    tried.append({**values, **shared})
-                losses = [float(self.loss(one, mean)) for one in tried]
-                values = tried[int(np.nanargmin(losses))]
+        mean, found = self._start(), {}
+        for kernel in self.kernel.names:
+            self.kernel.choose(kernel)
+            found[kernel] = self._search(values, mean)
+        best = min(found, key=lambda kernel: found[kernel][0])
+        self.kernel.choose(best)
         n_sets = len(self.kernel.sigma)
-        return {k: v.expand(n_sets).clone() for k, v in values.items()}, mean
+        return {k: v.expand(n_sets).clone() for k, v in found[best][1].items()}, mean
+
+    def _search(self, values: dict[str, Tensor], mean: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Return the least loss and where it is: one after another, or jointly what is alike.
+
+        A nugget does what a short lengthscale does as well.
+        """
+        grids, least = self._grids(), float(self.loss(values, mean))
+        for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
+            names = [name for name in alike if name in self.names]
+            if not names:
+                continue
+            tried = [values]
+            for point in product(*(grids[name] for name in names)):
+                new = zip(names, point, strict=True)
+                shared = {k: values[k].new_tensor([value]) for k, value in new}
+                tried.append({**values, **shared})
+            losses = [least, *(float(self.loss(one, mean)) for one in tried[1:])]
+            best = int(np.nanargmin(losses))
+            least, values = losses[best], tried[best]
+        return least, values
 
     def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Give each component hyperparameters of its own, by L-BFGS-B in their logarithms.

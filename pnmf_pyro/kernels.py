@@ -14,6 +14,7 @@ Gaussian processes): a = 0 is one field for all groups, a large one independent 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ class SpatialKernel(nn.Module):
 
     Parameters
     ----------
-    name : {'Matern12', 'Matern32', 'Matern52', 'RBF'}
+    names : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or sequence of these
+        Of several, the first is meant until :meth:`choose` says otherwise.
     lengthscale, sigma : float
         In the unit of the coordinates, and of log-factors.
     n_sets : int
@@ -60,15 +62,17 @@ class SpatialKernel(nn.Module):
     Attributes
     ----------
     lengthscale, sigma, nugget : Tensor of shape (C,), float64
+    names : tuple of str
     """
 
+    chosen: Tensor
     lengthscale: Tensor
     sigma: Tensor
     nugget: Tensor
 
     def __init__(
         self,
-        name: str = "Matern32",
+        names: str | Sequence[str] = "Matern32",
         lengthscale: float = 1.0,
         sigma: float = 1.0,
         n_sets: int = 1,
@@ -76,11 +80,22 @@ class SpatialKernel(nn.Module):
         nugget: float = 0.0,
     ):
         super().__init__()
-        self.name = check_choice("kernel", name, KERNELS)
+        self.names = check_kernels(names)
+        only = len(self.names) == 1  # then there is nothing to save
+        self.register_buffer("chosen", torch.tensor(0), persistent=not only)
         check_positive("lengthscale", lengthscale)
         check_positive("sigma", sigma)
         for word, value in (("lengthscale", lengthscale), ("sigma", sigma), ("nugget", nugget)):
             self.register_buffer(word, torch.full((n_sets,), float(value), dtype=torch.float64))
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel, of several the one chosen."""
+        return self.names[int(self.chosen)]
+
+    def choose(self, name: str) -> None:
+        """Take another one of the `names`."""
+        self.chosen.fill_(self.names.index(name))
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -139,7 +154,7 @@ class MultiGroupKernel(SpatialKernel):
 
     Parameters
     ----------
-    name, lengthscale, sigma, n_sets, nugget
+    names, lengthscale, sigma, n_sets, nugget
         As for :class:`SpatialKernel`.
     group_diff_param : float
         a; the larger, the less groups share.
@@ -156,7 +171,7 @@ class MultiGroupKernel(SpatialKernel):
 
     def __init__(
         self,
-        name: str = "Matern32",
+        names: str | Sequence[str] = "Matern32",
         lengthscale: float = 1.0,
         sigma: float = 1.0,
         n_sets: int = 1,
@@ -165,7 +180,7 @@ class MultiGroupKernel(SpatialKernel):
         group_diff_param: float = 10.0,
         group_distances: Any,
     ):
-        super().__init__(name, lengthscale, sigma, n_sets, nugget=nugget)
+        super().__init__(names, lengthscale, sigma, n_sets, nugget=nugget)
         a = torch.full((n_sets,), float(group_diff_param), dtype=torch.float64)
         self.register_buffer("group_diff_param", a)
         distances = torch.as_tensor(np.asarray(group_distances, dtype=np.float64))
@@ -179,6 +194,20 @@ class MultiGroupKernel(SpatialKernel):
     def _closeness(self, a: Tensor | None, b: Tensor | None) -> Tensor:
         d = self.group_distances[a, b]
         return 1 / (1 + _before(self.group_diff_param, d) * d.square())
+
+
+def check_kernels(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Check the names of one kernel or several.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, and where there is none.
+    """
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if not found:
+        raise ValueError(f"kernel must name at least one of {list(KERNELS)}; got none.")
+    return tuple(check_choice("kernel", name, KERNELS) for name in found)
 
 
 def check_group_distances(group_distances: Any, n_groups: int) -> np.ndarray:

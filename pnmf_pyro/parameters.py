@@ -103,7 +103,7 @@ class Parameters(BaseEstimator):
         "shuffle": ["boolean"],
         "spatial": ["boolean"],
         "local": ["boolean"],
-        "kernel": [StrOptions(set(KERNELS))],
+        "kernel": [StrOptions(set(KERNELS)), "array-like"],
         "multigroup": ["boolean"],
         "num_inducing": [_COUNT],
         "lengthscale": [_POSITIVE],
@@ -256,7 +256,7 @@ class Parameters(BaseEstimator):
     ) -> list[Stage]:
         last = self._stage(model, self.mode, self.tol)
         learned = self._learned_hyperparameters()
-        if self.spatial and (self.warm_up or learned):
+        if self.spatial and (self.warm_up or learned or len(model.prior.kernel.names) > 1):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)

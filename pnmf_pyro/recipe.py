@@ -39,6 +39,7 @@ SPATIAL: dict[str, Any] = {
     "mode": "lower-bound",
     "tol": 1e-3,
     "spatial": True,
+    "kernel": ("Matern32", "Matern12", "Matern52"),
     "train_lengthscale": True,
     "train_sigma": True,
     "train_nugget": True,

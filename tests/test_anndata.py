@@ -72,6 +72,7 @@ def test_coordinates_make_the_fit_spatial(spatial):
     lengthscales = adata.uns["pnmf"]["hyperparameters"]["lengthscale"]
     np.testing.assert_array_equal(lengthscales, model.model_.prior.kernel.lengthscale)
     assert len(lengthscales) == 2
+    assert adata.uns["pnmf"]["kernel"] == model.kernel_
 
 
 @pytest.mark.parametrize("options", [{"spatial_key": None}, {"spatial": False}])

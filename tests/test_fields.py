@@ -73,6 +73,20 @@ def dense_prior(prior, component, x, z):
     return dense_fields.covariance("Matern32", x, z, lengthscale, sigma)
 
 
+def test_of_several_kernels_one_is_meant():
+    names, a = ("Matern32", "RBF"), scattered(5)
+    several, other = SpatialKernel(names, 0.7), SpatialKernel(names, 0.7)
+    for name in ("Matern32", "RBF", "Matern32"):
+        several.choose(name)
+        assert several.name == several.one(0).name == name
+        assert torch.equal(several(a, a), SpatialKernel(name, 0.7)(a, a))
+        other.load_state_dict(several.state_dict())
+        assert other.name == name
+    assert "chosen" not in SpatialKernel("RBF").state_dict()
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        SpatialKernel(("Matern32", "cubic"))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_kernel_is_its_formula(name, p):

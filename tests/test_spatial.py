@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import poisson
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
@@ -37,12 +38,12 @@ STEPS = {
 }
 
 
-def tissue(N=60, D=20, L=2, seed=0, groups=1):
-    """Counts whose factors are draws of a smooth field with separate loadings."""
+def tissue(N=60, D=20, L=2, seed=0, groups=1, kernel="Matern32"):
+    """Counts whose factors are draws of a field with separate loadings."""
     random = np.random.default_rng(seed)
     x = random.uniform(size=(N, 2))
     labels = np.array(["a", "b", "c"])[random.integers(groups, size=N)]
-    K = dense_fields.covariance("Matern32", x, x, 0.4, 1.0) + 1e-9 * np.eye(N)
+    K = dense_fields.covariance(kernel, x, x, 0.4, 1.0) + 1e-9 * np.eye(N)
     F = np.linalg.cholesky(K) @ random.normal(size=(N, L))
     W = np.kron(np.eye(L), np.full((D // L, 1), 4.0)) + 0.05
     return random.poisson(np.exp(F) @ W.T).astype(np.float64), x, labels, F, W
@@ -446,6 +447,65 @@ def test_learning_finds_better_hyperparameters(data, criterion):
     )
     profile = search.profile(fit.model_, [0.02, float(kernel.lengthscale.median()), 50.0])
     assert profile.argmin() == 1
+
+
+CHOOSING = {"train_lengthscale": True, "train_sigma": True, "warm_up": True, "scale_pf": "auto"}
+
+
+@pytest.mark.parametrize("criterion", ["leave-one-out", "elbo"])
+@pytest.mark.parametrize(
+    ("kernel", "names"), [("Matern12", ("RBF", "Matern12")), ("RBF", ("Matern12", "RBF"))]
+)
+def test_of_several_kernels_the_one_that_suits_the_fields_is_chosen(
+    kernel, names, criterion, tmp_path
+):
+    data = tissue(N=150, kernel=kernel)
+    fit = fitted(data, kernel=names, criterion=criterion, **CHOOSING)
+    assert fit.kernel_ == kernel
+    alone = fitted(data, kernel=kernel, criterion=criterion, **CHOOSING)
+    np.testing.assert_array_equal(get_factors(fit), get_factors(alone))
+    fit.save(tmp_path / "model.npz")
+    loaded, new = PNMF.load(tmp_path / "model.npz"), data[1][:5] + 0.01
+    assert loaded.kernel_ == kernel
+    np.testing.assert_array_equal(loaded.transform(None, new), fit.transform(None, new))
+
+
+def leave_one_out_loss(kernel, x, X, W, y, noise, near=16):
+    """Negative log-likelihood of samples, each predicted from the sites of the nearest others."""
+    K = dense_fields.covariance(kernel, x, x, STEPS["lengthscale"], 1.0)
+    level = (y / noise).sum(1) / (1 / noise).sum(1)
+    total = 0.0
+    for i in range(len(x)):
+        distance = np.square(x - x[i]).sum(1)
+        rest = np.argsort(distance)[1 : near + 1]
+        parts = [
+            dense_fields.regression(
+                K[np.ix_(rest, rest)], K[rest][:, [i]], K[[i]][:, [i]], m, one[rest], spread[rest]
+            )
+            for m, one, spread in zip(level, y, noise, strict=True)
+        ]
+        factors = np.exp([mean[0] + variance[0, 0] / 2 for mean, variance in parts])
+        total -= poisson.logpmf(X[i], W @ factors).sum()
+    return total / len(x)
+
+
+@pytest.mark.parametrize("kernel", ["Matern12", "RBF"])
+def test_a_kernel_is_chosen_where_nothing_else_is_learned(kernel):
+    """By the deviance of samples predicted without themselves, at the lengthscale that is given."""
+    X, x, *_ = tissue(N=80, kernel=kernel)
+    names = ("Matern32", "Matern12", "RBF")
+    first = fitted((X, x), kernel=names[0]).model_
+    y, noise = (one.numpy() for one in sites(first, as_counts(X)))
+    W = first.W.data.detach().numpy()
+    losses = {name: leave_one_out_loss(name, x, X, W, y, noise) for name in names}
+    fit = fitted((X, x), kernel=names)
+    assert fit.kernel_ == min(losses, key=losses.get) != names[0]
+
+
+@pytest.mark.parametrize("kernel", [(), ("Matern32", "cubic"), 3])
+def test_kernels_must_be_named(data, kernel):
+    with pytest.raises(ValueError, match="kernel"):
+        fitted(data, kernel=kernel)
 
 
 def test_learned_group_difference_tells_shared_from_separate_fields():
