@@ -19,9 +19,13 @@ from pnmf_pyro.counts import Counts, as_counts
 from pnmf_pyro.data import Batches
 from pnmf_pyro.distributions import mean_deviance
 from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.places import Places
+from pnmf_pyro.priors import LCGP
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.recipe import RECIPE
-from pnmf_pyro.training import evaluate_elbo
+from pnmf_pyro.training import Convergence, evaluate_elbo, train
 
 NATURAL = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,11 +81,40 @@ def deviance(model: PNMF, counts: Counts) -> float:
 
 def recovery(model: PNMF, log_factors: np.ndarray) -> list[float]:
     """Correlations of fitted log-factors with the true ones (N, L), matched one to one, rising."""
-    found = np.asarray(transforms.log_factors(model))
+    return correlations(np.asarray(transforms.log_factors(model)), log_factors)
+
+
+def correlations(found: np.ndarray, log_factors: np.ndarray) -> list[float]:
+    """Correlations of log-factors (N, L) with the true ones, matched one to one, rising."""
     L = log_factors.shape[1]
     correlation = np.corrcoef(found.T, log_factors.T)[:L, L:]
     correlation = np.nan_to_num(correlation)  # of a component that is the same everywhere
     return np.sort(correlation[linear_sum_assignment(-correlation)]).tolist()
+
+
+def log_factors_given(
+    X: sp.csr_matrix, coordinates: np.ndarray, loadings: np.ndarray, lengthscales: Any, K: int
+) -> np.ndarray:
+    """Means of log-factors (N, L) given loadings (D, L) and Matern-3/2 kernels of height 1."""
+    (N, D), L, counts = X.shape, len(lengthscales), as_counts(X)
+    kernel = SpatialKernel("Matern32", n_sets=L)
+    kernel.lengthscale.copy_(torch.as_tensor(lengthscales))
+    places = Places(torch.from_numpy(coordinates))
+    prior = LCGP(kernel, places, L, K=K, rank=0, use_natural_gradients=True)
+    y = torch.empty((D, N), device="meta")
+    model = PoissonFactorization(prior, y, L, "multiplicative", "lower-bound")
+    model.assign(torch.from_numpy(loadings), torch.ones(N, L))
+    model.W.freeze()
+    train(
+        model,
+        Batches(counts),
+        FactorizationELBO("lower-bound"),
+        [prior.natural_optimizer()],
+        torch_generator(0),
+        convergence=Convergence(1e-5, window=5, patience=1),
+        monotone=True,
+    )
+    return prior.marginal().loc.detach().numpy().T
 
 
 class Reached(Exception):

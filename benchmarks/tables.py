@@ -63,21 +63,23 @@ def counts_of(adata: Any) -> sp.csr_matrix:
 
 def tissue(
     N: int, D: int, density: float, L: int = 10, seed: int = 0
-) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray, np.ndarray]:
     """Counts of a simulated tissue: one place on each unit of area on average, and smooth factors.
 
     Each log-factor is a sum of 300 waves: in the limit of many a Gaussian process with a Matern-3/2
-    kernel, of standard deviation 1 and a lengthscale of 5 to 15 times the spacing.
+    kernel, of standard deviation 1 and a lengthscale of 5 to 15 times the spacing
+    (:func:`lengthscales`).
 
     Returns
     -------
     X : CSR matrix of shape (N, D)
     coordinates : ndarray of shape (N, 2)
     log_factors : ndarray of shape (N, L)
+    loadings : ndarray of shape (D, L)
     """
     random = np.random.default_rng(seed)
     coordinates = random.uniform(size=(N, 2)) * np.sqrt(N)
-    fields = np.stack([_waves(coordinates, l, random) for l in np.geomspace(5, 15, L)], 1)
+    fields = np.stack([_waves(coordinates, l, random) for l in lengthscales(L)], 1)
     loadings = random.gamma(0.1, 1.0, size=(D, L)).astype(np.float32)
     some = np.exp(fields[random.integers(N, size=500)]).astype(np.float32)
     loadings *= np.float32(_scale_for(density, some @ loadings.T))
@@ -85,7 +87,12 @@ def tissue(
     for start in range(0, N, 5000):
         rates = np.exp(fields[start : start + 5000]).astype(np.float32) @ loadings.T
         blocks.append(sp.csr_matrix(random.poisson(rates).astype(np.float32)))
-    return sp.vstack(blocks, format="csr"), coordinates, fields
+    return sp.vstack(blocks, format="csr"), coordinates, fields, loadings
+
+
+def lengthscales(L: int) -> np.ndarray:
+    """Lengthscales of the fields of a tissue, shape (L,)."""
+    return np.geomspace(5, 15, L)
 
 
 def _waves(x: np.ndarray, lengthscale: float, random: np.random.Generator) -> np.ndarray:

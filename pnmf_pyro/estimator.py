@@ -515,7 +515,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     @property
     def kernel_(self) -> str:
         """Name of the kernel of a spatial model, of several the one chosen."""
-        return self.model_.prior.kernel.name
+        prior: Any = self.model_.prior
+        return prior.kernel.name
 
     @property
     def _n_features_out(self) -> int:

@@ -256,7 +256,8 @@ class Parameters(BaseEstimator):
     ) -> list[Stage]:
         last = self._stage(model, self.mode, self.tol)
         learned = self._learned_hyperparameters()
-        if self.spatial and (self.warm_up or learned or len(model.prior.kernel.names) > 1):
+        searched = learned or not isinstance(self.kernel, str)
+        if self.spatial and (self.warm_up or searched):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)
