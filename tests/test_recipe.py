@@ -50,6 +50,7 @@ def test_fit_conditions_many_places_on_neighbours_and_says_so(
     assert model.local is local
     assert ("80 places, each conditioned on its neighbours" in caplog.text) is local
     assert ("80 places, summarised by inducing points" in caplog.text) is not local
+    assert f"kernel {model.kernel_}" in caplog.text
     assert hasattr(model.model_.prior, "neighborhoods") is local
 
 

@@ -527,9 +527,9 @@ def test_learned_group_difference_tells_shared_from_separate_fields():
 
 
 @pytest.mark.slow
-def test_intervals_at_new_places_are_calibrated():
-    """Where hyperparameters are chosen by evidence; predicted means alone do not judge spread."""
-    found = [coverage_at_new_places(seed, "elbo") for seed in range(3)]
+@pytest.mark.parametrize("criterion", ["leave-one-out", "elbo"])
+def test_intervals_at_new_places_are_calibrated(criterion):
+    found = [coverage_at_new_places(seed, criterion) for seed in range(3)]
     assert 0.85 <= np.mean(found) <= 0.95
 
 
