@@ -309,7 +309,11 @@ class HyperparameterSearch:
 
     @torch.no_grad()
     def _best_of_grid(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Search the same values for all components, with each kernel that there is to choose."""
+        """Search the same values for all components, with each kernel that there is to choose.
+
+        Each on the whole grid: from where another kernel is best, a rough one without a nugget is
+        not found.
+        """
         values = {k: v.clone() for k, v in self.kernel.hyperparameters.items()}
         for name in self.names:
             values[name].clamp_(*self._limits()[name])
