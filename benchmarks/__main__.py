@@ -187,7 +187,7 @@ def spatial(options: argparse.Namespace) -> None:
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[float]] = {}
-        for train, test in list(places.splits(name, whole))[: options.repeats]:
+        for train, test in places.splits(name, whole, options.repeats):
             seconds, (deviance, model) = timed(
                 lambda train=train, test=test: places.spatial(train, test, **settings)
             )

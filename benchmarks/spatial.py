@@ -34,8 +34,6 @@ class Task:
     size_factors : ndarray of shape (N,)
         Library sizes over their mean where depth varies by design, else 1.
     L : int
-    splits : int
-        How many random splits of 10%.
     """
 
     X: sp.csr_matrix
@@ -43,7 +41,6 @@ class Task:
     groups: np.ndarray | None
     size_factors: np.ndarray
     L: int = 10
-    splits: int = 5
 
     def rows(self, index: np.ndarray) -> Task:
         """Return the task of some of the samples."""
@@ -73,14 +70,13 @@ def task(name: str) -> Task:
         groups,
         s,
         4 if file == "sim_nsf_S1" else 3 if few else 10,
-        20 if few else 5,
     )
 
 
-def splits(name: str, whole: Task) -> Iterator[tuple[Task, Task]]:
-    """Training and held-out samples: at random, or the given ones of the simulation."""
+def splits(name: str, whole: Task, number: int) -> Iterator[tuple[Task, Task]]:
+    """Training and held-out samples: 10% at random, or the given ones of the simulation."""
     N = whole.X.shape[0]
-    for seed in range(1 if name == "sim_nsf_S1" else whole.splits):
+    for seed in range(1 if name == "sim_nsf_S1" else number):
         order = np.random.default_rng(seed).permutation(N)
         share = int(0.95 * N) if name == "sim_nsf_S1" else N - round(0.1 * N)
         if name == "sim_nsf_S1":
