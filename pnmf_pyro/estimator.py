@@ -140,7 +140,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         `max_iter` iterations of their own, before those of `mode`. A spatial model begins with
         factors that know no space, which settle to `tol`: they decide which components are found.
     kl_weight : float
-        Factor on the divergence from the prior while training; `elbo_` is with 1.
+        Factor on the divergence from the prior while training; `elbo_` is with 1. Below 1 factors
+        follow the counts of their own sample more closely, and their uncertainty is too small.
     criterion : {'leave-one-out', 'elbo'}
         What learned hyperparameters of fields are judged by.
     group_distances : array-like of shape (n_groups, n_groups), optional
