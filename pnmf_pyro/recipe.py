@@ -48,9 +48,10 @@ SPATIAL: dict[str, Any] = {
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
 # neighbours. Where that is not wanted (local=False), there are this many inducing points. On
-# sim_nsf_S1 (1,231 places) neighbours predict 0.5% worse than inducing points at all places; on
-# osmfish_cortex (5,313 places, five splits) 0.5% better than 1,000 inducing points, in half their
-# time and memory, and their cost grows with the number of places alone.
+# sim_nsf_S1 neighbours predict 2.8% worse than inducing points at all places on the published
+# split, 0.5% worse on eight others; on osmfish_cortex (5,313 places, five splits) 0.5% better than
+# 1,000 inducing points, in about half their time and memory, and their cost grows with the number
+# of places alone.
 ALL_INDUCING = 1500
 INDUCING = 1000
 
