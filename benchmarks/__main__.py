@@ -180,18 +180,18 @@ def overtake(X: Any, L: int, target: float, every: int) -> tuple[float, float, f
 @benchmark
 def spatial(options: argparse.Namespace) -> None:
     """Deviance at held-out places of `fit(X, coords)`, and of other ways to predict there."""
-    rows = [["data", "method", "mean deviance", "standard deviation over splits", "splits"]]
+    rows = [["data", "method", "mean deviance", "over splits", "given totals", "over splits"]]
     settings: dict[str, Any] = dict(PRIORS[options.prior])
     if options.kernel:
         settings["kernel"] = options.kernel.split(",")
     for name in options.data.split(","):
         whole = places.task(name)
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[Any]] = {}
         for train, test in places.splits(name, whole, options.repeats):
             seconds, (deviance, model) = timed(
                 lambda train=train, test=test: places.spatial(train, test, **settings)
             )
-            line = {"fit(X, coords)": deviance}
+            line: dict[str, Any] = {"fit(X, coords)": deviance}
             for K, value in places.neighbour_averages(train, test).items():
                 line[f"average of {K} neighbours"] = value
             if train.groups is not None:
@@ -209,13 +209,16 @@ def spatial(options: argparse.Namespace) -> None:
                 iterations=model.n_iter_,
                 kernel=prior.kernel.name,
                 learned=learned,
-                **line,
+                **{method: value.tolist() for method, value in line.items()},
             )
             for method, value in line.items():
                 found.setdefault(method, []).append(value)
         for method, values in found.items():
-            spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            rows.append([name, method, f"{np.mean(values):.4f}", spread, f"{len(values)}"])
+            cells = []
+            for column in np.transpose(values):
+                spread = f"{np.std(column, ddof=1):.4f}" if len(column) > 1 else ""
+                cells += [f"{np.mean(column):.4f}", spread]
+            rows.append([name, method, *cells, *[""] * (4 - len(cells))])
     sys.stdout.write(table(rows))
 
 

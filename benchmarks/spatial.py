@@ -34,6 +34,8 @@ class Task:
     size_factors : ndarray of shape (N,)
         Library sizes over their mean where depth varies by design, else 1.
     L : int
+    totals_given : bool
+        Whether size factors are library sizes, held-out ones as well.
     """
 
     X: sp.csr_matrix
@@ -41,12 +43,16 @@ class Task:
     groups: np.ndarray | None
     size_factors: np.ndarray
     L: int = 10
+    totals_given: bool = False
 
     def rows(self, index: np.ndarray) -> Task:
         """Return the task of some of the samples."""
-        groups = None if self.groups is None else self.groups[index]
-        return Task(
-            self.X[index], self.coordinates[index], groups, self.size_factors[index], self.L
+        return replace(
+            self,
+            X=self.X[index],
+            coordinates=self.coordinates[index],
+            groups=None if self.groups is None else self.groups[index],
+            size_factors=self.size_factors[index],
         )
 
 
@@ -70,6 +76,7 @@ def task(name: str) -> Task:
         groups,
         s,
         4 if file == "sim_nsf_S1" else 3 if few else 10,
+        totals_given=not raw,
     )
 
 
@@ -93,13 +100,25 @@ def seen_features(train: Task) -> np.ndarray:
     return np.all([np.asarray(part.sum(0)).ravel() > 0 for part in parts], axis=0)
 
 
-def held_out_deviance(test: Task, factors: np.ndarray, components: np.ndarray) -> float:
-    """Mean Poisson deviance over all entries of held-out samples."""
-    means = torch.from_numpy(factors * test.size_factors[:, None]).float()
-    return mean_deviance(test.X, means, torch.from_numpy(components.T.copy()).float())
+def held_out_deviance(test: Task, factors: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """Mean Poisson deviance over all entries of held-out samples.
+
+    Returns
+    -------
+    ndarray of shape (1,) or (2,)
+        Of the means as they are, and where totals are given also of those scaled to the total of
+        each sample, as `PNMF.inverse_transform(factors, totals=...)` does.
+    """
+    scales = [test.size_factors]
+    if test.totals_given:
+        rates = factors.astype(float) @ components.sum(1)
+        scales.append(np.asarray(test.X.sum(1)).ravel() / rates)
+    W = torch.from_numpy(components.T.copy()).float()
+    means = (torch.from_numpy(factors * scale[:, None]).float() for scale in scales)
+    return np.array([mean_deviance(test.X, mean, W) for mean in means])
 
 
-def spatial(train: Task, test: Task, **settings: Any) -> tuple[float, Any]:
+def spatial(train: Task, test: Task, **settings: Any) -> tuple[np.ndarray, Any]:
     """Deviance of `pnmf_pyro.fit(X, coords)` at the held-out places, and the fit."""
     model = ours.quietly(
         lambda: pnmf_pyro.fit(
@@ -115,7 +134,7 @@ def spatial(train: Task, test: Task, **settings: Any) -> tuple[float, Any]:
     return held_out_deviance(test, predicted, model.components_), model
 
 
-def neighbour_averages(train: Task, test: Task) -> dict[int, float]:
+def neighbour_averages(train: Task, test: Task) -> dict[int, np.ndarray]:
     """The same from factors without space, averaged over the nearest places of the group."""
     model = ours.quietly(
         lambda: pnmf_pyro.fit(train.X, n_components=train.L, size_factors=train.size_factors)
@@ -141,9 +160,9 @@ def _near(train: Task, test: Task, K: int, factors: np.ndarray) -> np.ndarray:
     return result
 
 
-def separately(train: Task, test: Task, **settings: Any) -> float:
+def separately(train: Task, test: Task, **settings: Any) -> np.ndarray:
     """Deviance of one spatial fit for each group."""
-    total = 0.0
+    total: Any = 0.0
     for group in np.unique(train.groups):
         parts = [one.rows(np.flatnonzero(one.groups == group)) for one in (train, test)]
         for part in parts:
@@ -152,6 +171,6 @@ def separately(train: Task, test: Task, **settings: Any) -> float:
     return total / test.X.shape[0]
 
 
-def pooled(train: Task, test: Task, **settings: Any) -> float:
+def pooled(train: Task, test: Task, **settings: Any) -> np.ndarray:
     """Deviance of one spatial fit that knows nothing of groups."""
     return spatial(replace(train, groups=None), replace(test, groups=None), **settings)[0]

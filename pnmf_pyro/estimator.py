@@ -142,6 +142,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
     kl_weight : float
         Factor on the divergence from the prior while training; `elbo_` is with 1. Below 1 factors
         follow the counts of their own sample more closely, and their uncertainty is too small.
+    restore_spread : bool
+        When a spatial model has been trained by natural gradients with a `kl_weight` other than 1,
+        give q the covariance that weight 1 says, around the means as they are. Then the loadings
+        settle once more, for up to `max_iter` iterations of their own.
     criterion : {'leave-one-out', 'elbo'}
         What learned hyperparameters of fields are judged by.
     group_distances : array-like of shape (n_groups, n_groups), optional
@@ -165,7 +169,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         at least 20 draws where `mode` needs draws.
     history_ : list of float
         ELBO at each step; those of a warm-up are of its own, lower bound, and where `local` those
-        after it has settled first are with `rank` columns.
+        after it has settled first are with `rank` columns. With a `kl_weight`, of what is trained.
     n_iter_ : int
         Number of steps taken.
     kernel_ : str
@@ -364,13 +368,17 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
             )
         return get_factors(self, coordinates=coordinates, groups=groups)  # type: ignore
 
-    def inverse_transform(self, transformed: Any) -> np.ndarray:
+    def inverse_transform(self, transformed: Any, *, totals: Any = None) -> np.ndarray:
         """Return expected counts for factors, the product with `components_`; no size factors.
 
         Parameters
         ----------
         transformed : array-like of shape (n_samples, n_components)
             Factors exp F.
+        totals : array-like of shape (n_samples,), optional
+            Total counts of the samples, where these are known: the expected counts given them.
+            Independent Poisson counts given their sum are multinomial, with the total shared out
+            in proportion to the rates.
 
         Returns
         -------
@@ -383,7 +391,17 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
                 f"transformed must have shape (n_samples, {self.n_components_}); got "
                 f"{factors.shape}."
             )
-        return factors @ self.components_
+        rates = factors @ self.components_
+        if totals is None:
+            return rates
+        n = check_array("totals", totals)
+        if n.shape != (len(factors),) or not (n >= 0).all():
+            raise ValueError(
+                f"totals must be the total count of each of the {len(factors)} samples, not "
+                f"negative; got shape {n.shape} and values from {n.min(initial=0):g}."
+            )
+        seen = rates.sum(1)
+        return rates * np.divide(n, seen, out=np.zeros_like(seen), where=seen > 0)[:, None]
 
     def score(
         self,

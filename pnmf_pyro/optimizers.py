@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +34,37 @@ class ClosedForm(Optimizer):
 
     batch: Batch = Batch()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take parameters, without importing torch's compiler first: 3 s of the first fit."""
+        unwrap(Optimizer.add_param_group)(self, param_group)
+
     def prepare(self, batch: Batch) -> None:
         """Take note of the batch that the gradients are of."""
         self.batch = batch
 
     def close(self) -> None:
         """Leave the parameters as others can train them, at the end of training."""
+
+
+class Descent(ClosedForm):
+    """Gradient descent, for parameters whose gradients are natural ones.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+    lr : float
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1.0):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move all parameters that have gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
 
 
 class EveryNth(ClosedForm):
@@ -70,17 +96,38 @@ class EveryNth(ClosedForm):
         """Step with all parameters that have gradients."""
         self.optimizer.step()
         self.turn += 1
-        self._take_gradients(self.turn % self.n == 0)
+        _take_gradients(self.parameters, self.turn % self.n == 0)
 
     def close(self) -> None:
         """Let gradients be taken again."""
-        self._take_gradients(True)
+        _take_gradients(self.parameters, True)
 
-    def _take_gradients(self, wanted: bool) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(wanted)
-            if not wanted:
-                parameter.grad = None
+
+class Still(ClosedForm):
+    """Leaves parameters where they are, and takes no gradients of them after the first.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Drop the gradients."""
+        _take_gradients(self.param_groups[0]["params"], False)
+
+    def close(self) -> None:
+        """Let gradients be taken again."""
+        _take_gradients(self.param_groups[0]["params"], True)
+
+
+def _take_gradients(parameters: Iterable[nn.Parameter], wanted: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
+        if not wanted:
+            parameter.grad = None
 
 
 class NaturalGradient(ClosedForm):

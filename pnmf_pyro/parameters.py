@@ -36,9 +36,11 @@ from pnmf_pyro.optimizers import (
     OneCycle,
     Plateau,
     Schedule,
+    Still,
 )
 from pnmf_pyro.places import typical_lengthscale
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
+from pnmf_pyro.priors.base import NO_SITES
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.space import Space
 from pnmf_pyro.training import Convergence
@@ -72,7 +74,7 @@ class Stage:
     schedules: list[Schedule]
     convergence: Convergence
     monotone: bool
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[], Any] = lambda: None
 
 
 class Parameters(BaseEstimator):
@@ -122,6 +124,7 @@ class Parameters(BaseEstimator):
         "scale_pf": [_POSITIVE, StrOptions({"auto"})],
         "warm_up": ["boolean"],
         "kl_weight": [_POSITIVE],
+        "restore_spread": ["boolean"],
         "train_sigma": ["boolean"],
         "train_group_diff_param": ["boolean"],
         "nugget": [Interval(Real, 0, None, closed="left")],
@@ -178,13 +181,14 @@ class Parameters(BaseEstimator):
         scale_pf=1.0,
         warm_up=False,
         kl_weight=1.0,
+        restore_spread=False,
         train_sigma=False,
         train_group_diff_param=False,
         nugget=0.0,
         train_nugget=False,
         criterion="leave-one-out",
         group_distances=None,
-        rank=20,
+        rank=30,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -230,6 +234,7 @@ class Parameters(BaseEstimator):
         self.scale_pf = scale_pf
         self.warm_up = warm_up
         self.kl_weight = kl_weight
+        self.restore_spread = restore_spread
         self.train_sigma = train_sigma
         self.train_group_diff_param = train_group_diff_param
         self.nugget = nugget
@@ -245,11 +250,17 @@ class Parameters(BaseEstimator):
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
     ) -> list[Stage]:
         """What to train with, one stage after another."""
-        refined = [
-            replace(self._stage(model, self.mode, self.tol), prepare=refinement)
-            for refinement in model.prior.refinements()
-        ]
-        return self._stages_to_settle(model, counts, random) + refined
+        refinements = model.prior.refinements()
+        restores = self.restore_spread and self.kl_weight != 1
+        if restores:
+            if not self.spatial or self.training_mode != "natural":
+                raise ValueError(NO_SITES)
+            refinements.insert(0, lambda: model.prior.restore_spread(self.kl_weight))
+        stages = self._stages_to_settle(model, counts, random)
+        if refinements:
+            last = self._stage(model, self.mode, self.tol, q_moves=not restores)
+            stages.append(replace(last, prepare=lambda: [refine() for refine in refinements]))
+        return stages
 
     def _stages_to_settle(
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
@@ -286,12 +297,14 @@ class Parameters(BaseEstimator):
         }
         return [name for name, learned in wanted.items() if learned and self.spatial]
 
-    def _stage(self, model: PoissonFactorization, mode: str, tol: float) -> Stage:
+    def _stage(
+        self, model: PoissonFactorization, mode: str, tol: float, q_moves: bool = True
+    ) -> Stage:
         natural = self.training_mode == "natural"
         batched = self.batch_size is not None or self.y_batch_size is not None
         monotone = natural and mode == "lower-bound" and not batched
-        apart = model.prior.steps_apart if monotone and self.warm_up else 1
-        steps = self._steps(model, mode, apart)
+        apart = model.prior.steps_apart if monotone and self.warm_up and q_moves else 1
+        steps = self._steps(model, mode, apart, q_moves)
         schedules = [schedule for _, schedule in steps]
         warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
         # An ELBO without noise can be judged sooner.
@@ -366,7 +379,7 @@ class Parameters(BaseEstimator):
         )
 
     def _steps(
-        self, model: PoissonFactorization, mode: str, apart: int
+        self, model: PoissonFactorization, mode: str, apart: int, q_moves: bool
     ) -> list[tuple[torch.optim.Optimizer, Schedule]]:
         """Optimisers of q, W and the prior's scale, with the schedules of their learning rates.
 
@@ -382,7 +395,9 @@ class Parameters(BaseEstimator):
             for_W = Decreasing(delay=100.0, start=start)
         steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
-        if self.training_mode == "natural":
+        if not q_moves:
+            steps.append((Still(model.prior.parameters()), Constant()))
+        elif self.training_mode == "natural":
             natural = model.prior.natural_optimizer(1 / self.kl_weight)
             seldom = model.prior.seldom_moved()
             steps.append((EveryNth(natural, apart, seldom) if apart > 1 else natural, for_q))

@@ -252,3 +252,17 @@ def test_the_scale_of_the_prior_is_learned():
     assert learned.elbo_ > fixed.elbo_
     assert learned.score(X) > fixed.score(X)
     assert (np.diff(learned.history_) > -1e-6 * abs(learned.elbo_)).all()
+
+
+def test_expected_counts_given_totals_are_shared_in_proportion_to_the_rates(fitted):
+    factors = get_factors(fitted)[:4]
+    totals = np.array([10.0, 0.0, 3.0, 200.0])
+    found = fitted.inverse_transform(factors, totals=totals)
+    np.testing.assert_allclose(found.sum(1), totals, rtol=1e-6)
+    rates = fitted.inverse_transform(factors)
+    np.testing.assert_allclose(found[0] / found[0, 0], rates[0] / rates[0, 0], rtol=1e-5)
+    nothing = fitted.inverse_transform(np.zeros((1, fitted.n_components_)), totals=[5])
+    assert np.array_equal(nothing, np.zeros((1, fitted.n_features_in_)))
+    for bad in (totals[:3], -totals, totals[:, None]):
+        with pytest.raises(ValueError, match="totals must be the total count of each of the 4"):
+            fitted.inverse_transform(factors, totals=bad)

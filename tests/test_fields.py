@@ -597,3 +597,28 @@ def test_allocation_never_exceeds_a_groups_places():
     places = Places(coordinates, torch.from_numpy(codes))
     chosen = inducing_points(places, 20, "equal", np.random.RandomState(0))
     np.testing.assert_array_equal(np.bincount(chosen.groups), [3, 17])
+
+
+@pytest.mark.parametrize("M", [12, 5])  # in sites, and in natural parameters
+def test_restoring_the_spread_keeps_means_and_takes_sites_at_their_weight(M):
+    """q after training with weight k is prior + w / k; then it is prior + w."""
+    weight = 0.4
+    prior = make_prior(M=M)
+    y, scale = observations(prior)
+    prior.assign(torch.from_numpy(y), torch.from_numpy(scale * weight**0.5))
+    before = prior.marginal()
+    prior.restore_spread(weight)
+    after = prior.marginal()
+    torch.testing.assert_close(after.loc, before.loc, **TIGHT)
+    x, z = (as_numpy(places)[0] for places in (prior.places, prior.inducing))
+    for l in range(2):
+        Kzz, Kzx = dense_prior(prior, l, z, z), dense_prior(prior, l, z, x)
+        B = np.linalg.solve(Kzz, Kzx)  # E[F | u] = B^T u
+        S = np.linalg.inv(np.linalg.inv(Kzz) + (B / scale[l] ** 2) @ B.T)
+        variance = 1.3**2 - (Kzx * B).sum(0) + (B * (S @ B)).sum(0)
+        np.testing.assert_allclose(after.variance[l].detach(), variance, rtol=1e-6)
+
+
+def test_only_sites_have_a_spread_to_restore():
+    with pytest.raises(ValueError, match="restore_spread needs"):
+        make_prior(natural=False).restore_spread(0.5)

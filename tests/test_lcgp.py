@@ -253,6 +253,28 @@ def test_a_natural_step_is_that_of_a_dense_gaussian(data):
         np.testing.assert_allclose(prior.q.diagonal[l].detach(), 1 / np.diag(A), rtol=1e-8)
 
 
+def test_restoring_the_spread_keeps_means_and_takes_sites_at_their_weight():
+    """As for inducing points, with d = 1 / (Q_ii + h); and V comes from the restored posterior."""
+    weight, x = 0.4, np.random.default_rng(0).uniform(size=(60, 2))
+    y, scale = observed(60)
+    prior = prior_of(x, 59, rank=2000)
+    prior.assign(torch.tensor(y), torch.tensor(scale * weight**0.5))
+    mean = prior.q.loc.detach().clone()
+    prior.restore_spread(weight)
+    prior.correlate()
+    assert torch.equal(prior.q.loc, mean)
+    for l, K in enumerate(exact(x, x)):
+        A = np.linalg.inv(K) + np.diag(scale[l] ** -2)
+        np.testing.assert_allclose(prior.q.diagonal[l].detach(), 1 / np.diag(A), rtol=1e-8)
+        pull = A @ (mean[l].numpy() - LEVELS[l]) + LEVELS[l] * scale[l] ** -2
+        deviation = np.linalg.solve(A, prior.q.pull[l].numpy() - pull)
+        assert np.sqrt(deviation @ A @ deviation / 60) < 0.03  # that of the solve before
+        variance = prior.marginal().variance[l].detach()
+        np.testing.assert_allclose(variance, np.diag(np.linalg.inv(A)), rtol=0.2)
+    with pytest.raises(ValueError, match="restore_spread needs"):
+        prior_of(x, 12, natural=False).restore_spread(0.5)
+
+
 def test_a_batch_leaves_the_sites_of_others(data):
     X, x, *_ = data
     prior = prior_of(x, 8)
@@ -323,7 +345,7 @@ def test_draws_are_as_smooth_as_the_posterior():
 
 
 def test_rank_says_how_many_columns_and_none_means_independent(data, model):
-    assert model.model_.prior.low_rank.shape == (2, 60, 20)
+    assert model.model_.prior.low_rank.shape == (2, 60, 30)
     flat = PNMF(2, rank=0, **LOCAL).fit(data[0], coordinates=data[1])
     assert flat.model_.prior.low_rank.shape == (2, 60, 0)
     assert flat.n_iter_ < model.n_iter_

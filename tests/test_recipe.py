@@ -12,7 +12,7 @@ from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batches
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.recipe import RECIPE, SPATIAL
+from pnmf_pyro.recipe import CLOSER, RECIPE, SPATIAL
 from pnmf_pyro.training import evaluate_elbo
 from tests.conftest import NATURAL, simulate
 
@@ -52,6 +52,28 @@ def test_fit_conditions_many_places_on_neighbours_and_says_so(
     assert ("80 places, summarised by inducing points" in caplog.text) is not local
     assert f"kernel {model.kernel_}" in caplog.text
     assert hasattr(model.model_.prior, "neighborhoods") is local
+
+
+@pytest.mark.parametrize(
+    ("most", "parameters", "closer"),
+    [
+        (100, {}, True),
+        (100, {"local": True}, False),
+        (70, {}, False),
+        (70, {"local": False}, False),
+        (100, {"training_mode": "standard", "max_iter": 20}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_fit_follows_samples_more_closely_with_an_inducing_point_at_each(
+    counts, monkeypatch, most, parameters, closer
+):
+    monkeypatch.setattr("pnmf_pyro.recipe.ALL_INDUCING", most)
+    places = np.random.default_rng(0).uniform(size=(80, 2))
+    parameters = {"tol": 1e-2, "kernel": "Matern32", **parameters}
+    model = pnmf_pyro.fit(counts, places, n_components=2, **parameters)
+    chosen = {name: getattr(model, name) for name in CLOSER}
+    assert chosen == (CLOSER if closer else {"kl_weight": 1.0, "restore_spread": False})
 
 
 def test_fit_takes_size_factors(counts):

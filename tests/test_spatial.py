@@ -346,6 +346,33 @@ def test_kl_weight_above_one_smooths(data, model):
     assert roughness(get_factors(heavy), data[1]) < roughness(get_factors(model), data[1])
 
 
+@pytest.mark.parametrize("place", [{}, {"num_inducing": 20}, {"local": True, "K": 12}])
+def test_restored_spread_is_wider_around_the_same_means(data, place):
+    settings = {**place, "kl_weight": 0.4, "tol": 1e-5, "max_iter": 300}
+    plain, restored = fitted(data, **settings), fitted(data, restore_spread=True, **settings)
+    if not place.get("local"):  # there the loadings settle once more, and q with them
+        np.testing.assert_allclose(log_factors(restored), log_factors(plain), rtol=1e-6)
+    assert factor_uncertainty(restored).mean() > 1.1 * factor_uncertainty(plain).mean()
+    assert restored.elbo_ > plain.elbo_
+    # closed-form loadings: expected counts of each feature are those seen
+    expected = (get_factors(restored) @ restored.components_).sum(0)
+    np.testing.assert_allclose(expected, data[0].sum(0), rtol=1e-3)
+
+
+def test_without_a_weight_there_is_no_spread_to_restore(data, model):
+    same = fitted(data, restore_spread=True)
+    assert same.history_ == model.history_
+    assert same.elbo_ == model.elbo_
+
+
+@pytest.mark.parametrize("settings", [{"training_mode": "standard"}, {"spatial": False}])
+def test_restoring_needs_sites(data, settings):
+    settings = {**STEPS, "kl_weight": 0.5, "restore_spread": True, **settings}
+    places = data[1] if settings["spatial"] else None
+    with pytest.raises(ValueError, match="restore_spread needs a spatial model"):
+        PNMF(2, **settings).fit(data[0], coordinates=places)
+
+
 # --- hyperparameters
 
 

@@ -1,5 +1,8 @@
 """When a fit stops, and what it does then."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.distributions import fields
 from pnmf_pyro.elbo import FactorizationELBO
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import ClosedForm, EveryNth
+from pnmf_pyro.optimizers import ClosedForm, Descent, EveryNth, Still
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import torch_generator
 from pnmf_pyro.training import Convergence, evaluate_elbo, train
@@ -206,3 +209,37 @@ def test_every_nth_tells_the_optimizer_of_the_batch():
     batch = Batch(samples=torch.arange(2))
     EveryNth(inner, 2, []).prepare(batch)
     assert inner.batch is batch
+
+
+def test_still_parameters_stay_and_can_be_trained_afterwards():
+    x = torch.nn.Parameter(torch.ones(2))
+    steps = Still([x])
+    x.sum().backward()
+    steps.step()
+    assert torch.equal(x.detach(), torch.ones(2))
+    assert x.grad is None
+    assert not x.requires_grad
+    steps.close()
+    assert x.requires_grad
+
+
+def test_descent_is_that_of_torch():
+    x, y, z = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    for parameter, steps in ((x, Descent([x, z], lr=0.3)), (y, torch.optim.SGD([y], lr=0.3))):
+        for _ in range(3):
+            parameter.grad = None
+            parameter.square().sum().backward()
+            steps.step()
+    torch.testing.assert_close(x, y)
+    assert torch.equal(z.detach(), torch.ones(2))  # without a gradient
+
+
+def test_closed_forms_do_not_wait_for_the_compiler_of_torch():
+    code = """if True:
+        import sys, numpy as np, pnmf_pyro
+        random = np.random.default_rng(0)
+        X, x = random.poisson(3, size=(30, 6)), random.uniform(size=(30, 2))
+        pnmf_pyro.fit(X, x, n_components=2, tol=1e-2)
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,6 +18,11 @@ from pnmf_pyro.places import Places
 
 Draws = Callable[[Tensor | None], Tensor]
 
+NO_SITES = (
+    "restore_spread needs a spatial model that is trained by natural gradients; set spatial=True "
+    "and training_mode='natural', or restore_spread=False."
+)
+
 
 class Field(Protocol):
     """q(F) at L components and N samples or places.
@@ -125,6 +130,19 @@ class Prior(nn.Module, ABC):
     def refinements(self) -> list[Callable[[], None]]:
         """Return what is to be done to q once training has settled, before it settles once more."""
         return []
+
+    def restore_spread(self, weight: float) -> None:
+        r"""Undo what training with the factor `weight` on the divergence did to the spread of q.
+
+        With w what the samples say of the precision of q, training makes it
+        prior + w / weight; it becomes prior + w. The mean of q stays.
+
+        Raises
+        ------
+        ValueError
+            Where q is not held in what the samples say of it.
+        """
+        raise ValueError(NO_SITES)
 
     @contextmanager
     def local_sites(self, batch: Batch, samples: pyro.plate) -> Iterator[None]:

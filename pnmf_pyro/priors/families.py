@@ -102,6 +102,15 @@ class SiteInducing(Family):
         self.site_shift.copy_(shift)
         self.site_precision.copy_(precision)
 
+    @torch.no_grad()
+    def reweight(self, q: SiteNormal, weight: float) -> None:
+        """Multiply what the samples say of the precision of q(u) by `weight`; its mean stays.
+
+        With f = A^T m, of S^{-1} m = A b there is m = A (b - w f).
+        """
+        w, field = q.root.square(), q.mean_at_sites
+        self.assign(q.A, q.shift - (1 - weight) * w * field, weight * w)
+
 
 class DenseFamily(Family):
     """With a matrix of the size of S."""
@@ -142,6 +151,13 @@ class NaturalInducing(DenseFamily):
     def marginals(self, q: NaturalNormal, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of A^T u."""
         return q.marginals(A)
+
+    @torch.no_grad()
+    def reweight(self, q: NaturalNormal, weight: float) -> None:
+        """Multiply what the samples say of the precision of q(u) by `weight`; its mean stays."""
+        precision = -2 * weight * q.theta2
+        precision.diagonal(dim1=-2, dim2=-1).add_(1 - weight)
+        self._set(times(precision, q.mean), precision)
 
     @torch.no_grad()
     def _set(self, theta1: Tensor, precision: Tensor) -> None:

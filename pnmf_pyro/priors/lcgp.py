@@ -22,8 +22,8 @@ from pnmf_pyro.priors.base import Draws, Prior
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
 # steps they take at most from where the mean was before.
-TOLERANCE = 0.03
-MOST_ITERATIONS = 20
+TOLERANCE = 0.01
+MOST_ITERATIONS = 60
 
 # Numbers in the arrays that posterior draws are worked out in.
 BLOCK = 1 << 22
@@ -147,7 +147,7 @@ class LCGP(Prior):
         K: int = 50,
         neighbors: str = "knn",
         precompute_knn: bool = True,
-        rank: int = 20,
+        rank: int = 30,
         cholesky_mode: str = "exp",
         use_natural_gradients: bool = False,
         seed: int = 0,
@@ -246,6 +246,20 @@ class LCGP(Prior):
         )
         mean = level + torch.from_numpy(found.x).to(level)
         return mean, torch.from_numpy(posterior.conditional_variances(h)).to(level)
+
+    @torch.no_grad()
+    def restore_spread(self, weight: float) -> None:
+        """Undo what training with the factor `weight` on the divergence did to the spread of q.
+
+        Of (Q + h) (m - mean) = b - h mean there is Q (m - mean) = b - h m.
+        """
+        if not isinstance(self.q, _Sites):
+            super().restore_spread(weight)
+        q = cast(_Sites, self.q)
+        h = weight * q.curvature
+        pull = q.pull - (q.curvature - h) * q.loc
+        d = self.neighborhoods.posterior.conditional_variances(h.cpu())
+        q.assign(q.loc, torch.from_numpy(d).to(h), h, pull)
 
     def refinements(self) -> list[Callable[[], None]]:
         """Give q the posterior's smooth part, once training has settled without it."""

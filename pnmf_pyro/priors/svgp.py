@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -14,6 +14,7 @@ from pnmf_pyro.cholesky import jittered_cholesky
 from pnmf_pyro.data import Batch, take
 from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedPrior, times
 from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.optimizers import Descent
 from pnmf_pyro.places import Places
 from pnmf_pyro.priors.base import Draws, Prior
 from pnmf_pyro.priors.families import family
@@ -159,14 +160,14 @@ class SVGP(Prior):
     def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
         """Return the optimiser that takes natural-gradient steps on q(u).
 
-        Plain gradient descent: what backward gives to theta1 and theta2 are natural gradients.
+        Gradient descent: what backward gives to its parameters are natural gradients.
         """
         if not self.q.natural:
             raise ValueError(
                 "natural gradients need SVGP(..., use_natural_gradients=True) and a full "
                 "covariance (diagonal_only=False)."
             )
-        return torch.optim.SGD(self.q.parameters(), lr=lr)
+        return Descent(self.q.parameters(), lr)
 
     def seldom_moved(self) -> list[torch.nn.Parameter]:
         """Return the parameters of the covariance of q(u); steps of its mean cost little."""
@@ -178,6 +179,12 @@ class SVGP(Prior):
         precision = scale.double().square().reciprocal()
         shift = precision * (mean.double() - self.mean[:, None])
         self.q.assign(self._design(None)[0], shift, precision)
+
+    def restore_spread(self, weight: float) -> None:
+        """Undo what training with the factor `weight` on the divergence did to the spread of q."""
+        if not self.q.natural:
+            super().restore_spread(weight)
+        cast(Any, self.q).reweight(self._posterior(), weight)
 
     def _posterior(self) -> Any:
         """q(u), made once for each state of its parameters."""
