@@ -81,7 +81,8 @@ axes = plotting.plot_spatial(adata, ["core-1", "niche-2", "cycle-1"], unit="µm"
 # component, by predicting spots from their neighbours. What a spot has of each programme should not
 # depend on how deep it was sequenced: that is what size factors are for. With real data one would
 # take them from total counts; here the depth is known. The first part of the ELBO's course is of
-# factors that know no space, from which the fields then start.
+# factors that know no space, from which the fields then start. The step at its end is where their
+# uncertainty is set, after they have followed each spot a little more closely than the prior likes.
 
 # %%
 model = pnmf_pyro.fit(adata, n_components=5, size_factors=adata.obs["depth"])
