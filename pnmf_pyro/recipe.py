@@ -49,15 +49,15 @@ SPATIAL: dict[str, Any] = {
 # With an inducing point at each place: what predicts best smooths the samples themselves a little
 # too much. On eight splits of sim_nsf_S1 other than the one reported the component that was
 # recovered least rose from 0.984 to 0.990, at a cost of 1.5% in prediction; single breast sections
-# were predicted 0.3% worse, and as well given totals, st_mob_rep11 and eco_mite 0.1 and 0.5% better.
-# With few counts a place (osmfish_cortex) it would cost 1.3%.
+# were predicted 0.3% worse, and as well given totals, st_mob_rep11 and eco_mite 0.1 and 0.5%
+# better. With few counts a place (osmfish_cortex) it would cost 1.3%.
 CLOSER: dict[str, Any] = {"kl_weight": 0.6, "restore_spread": True}
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
 # neighbours. Where that is not wanted (local=False), there are this many inducing points. On
-# sim_nsf_S1 neighbours predict 0.6% worse than inducing points at all places that are trained alike;
-# on osmfish_cortex (5,313 places, five splits) 0.5% better than 1,000 inducing points, in about half
-# their time and memory, and their cost grows with the number of places alone.
+# sim_nsf_S1 neighbours predict 0.6% worse than inducing points at all places that are trained
+# alike; on osmfish_cortex (5,313 places, five splits) 0.5% better than 1,000 inducing points, in
+# about half their time and memory, and their cost grows with the number of places alone.
 ALL_INDUCING = 1500
 INDUCING = 1000
 

@@ -22,9 +22,9 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
 Pasciak and Xu 1990) that the prior is part of. It costs two triangular solves and four products.
-Measured with Matern32: an error of 1% after 5 to 9 steps, whatever N, the lengthscale and h from 0.1
-to 1,000. Smoother fields without a nugget take more: Matern52 up to 20 on a simulated tissue, but 60
-for an error of 20 to 50% on sim_nsf_S1, where closer solves predicted and fitted no better.
+Measured with Matern32: an error of 1% after 5 to 9 steps, whatever N, the lengthscale and h from
+0.1 to 1,000. Smoother fields without a nugget take more: Matern52 up to 20 on a simulated tissue,
+but 60 for an error of 20 to 50% on sim_nsf_S1, where closer solves predicted and fitted no better.
 """
 
 from __future__ import annotations
