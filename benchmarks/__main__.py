@@ -184,6 +184,8 @@ def spatial(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = dict(PRIORS[options.prior])
     if options.kernel:
         settings["kernel"] = options.kernel.split(",")
+    if options.kl_weight:
+        settings["kl_weight"] = options.kl_weight
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[Any]] = {}
@@ -439,6 +441,7 @@ def main() -> None:
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
     parser.add_argument("--kernel", help="of spatial fits, or several to choose from")
+    parser.add_argument("--kl-weight", type=float, help="of spatial fits")
     parser.add_argument("--prior", choices=PRIORS, default="chosen", help="of spatial fits")
     parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
