@@ -140,7 +140,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         `max_iter` iterations of their own, before those of `mode`. A spatial model begins with
         factors that know no space, which settle to `tol`: they decide which components are found.
     kl_weight : float
-        Factor on the divergence from the prior while training; `elbo_` is with 1. Below 1 factors
+        Factor on the divergence from the prior in all training; `elbo_` is with 1. Below 1 factors
         follow the counts of their own sample more closely, and their uncertainty is too small.
     restore_spread : bool
         When a spatial model has been trained by natural gradients with a `kl_weight` other than 1,

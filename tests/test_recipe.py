@@ -106,7 +106,8 @@ def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
     """Settled to the tolerance of the fields, which it comes before."""
     places = np.random.default_rng(0).uniform(size=(80, 2))
     shared = {"n_components": 2, "init": "nndsvda", "tol": SPATIAL["tol"]}
-    alone = PNMF(**{**RECIPE, **shared, "mode": "lower-bound"}).fit(counts)
+    weight = {"kl_weight": CLOSER["kl_weight"]}
+    alone = PNMF(**{**RECIPE, **shared, **weight, "mode": "lower-bound"}).fit(counts)
     spatial = pnmf_pyro.fit(counts, places, n_components=2, init="nndsvda")
     np.testing.assert_allclose(spatial.history_[: alone.n_iter_], alone.history_, rtol=1e-6)
     assert spatial.n_iter_ > alone.n_iter_
