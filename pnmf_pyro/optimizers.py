@@ -35,7 +35,7 @@ class ClosedForm(Optimizer):
     batch: Batch = Batch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take parameters, without importing torch's compiler first: 3 s of the first fit."""
+        """Take parameters, without importing torch's compiler first, which takes seconds."""
         unwrap(Optimizer.add_param_group)(self, param_group)
 
     def prepare(self, batch: Batch) -> None:

@@ -47,10 +47,10 @@ SPATIAL: dict[str, Any] = {
 }
 
 # With an inducing point at each place: what predicts best smooths the samples themselves a little
-# too much. On eight splits of sim_nsf_S1 other than the one reported the component that was
-# recovered least rose from 0.984 to 0.990, at a cost of 1.5% in prediction; single breast sections
-# were predicted 0.3% worse, and as well given totals, st_mob_rep11 and eco_mite 0.1 and 0.5%
-# better. With few counts a place (osmfish_cortex) it would cost 1.3%.
+# too much. Of sim_nsf_S1 the component that is recovered least rises from 0.984 to 0.990, at a cost
+# of 1.6% in prediction. On splits other than those reported single breast sections were predicted
+# 0.3% worse, and as well given totals, eco_mite 0.5% better and st_mob_rep11 the same. With few
+# counts a place (osmfish_cortex) it would cost 1.3%.
 CLOSER: dict[str, Any] = {"kl_weight": 0.6, "restore_spread": True}
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
