@@ -40,7 +40,8 @@ def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing p
     level = diagonal.mean(-1, keepdim=True)
     for attempt in range(ATTEMPTS):
         added = jitter * 10**attempt
-        raised = covariance + torch.diag_embed((added * level).expand_as(diagonal))
+        raised = covariance.clone()
+        raised.diagonal(dim1=-2, dim2=-1).add_(added * level)
         tril, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed.any()):
             if attempt:
@@ -56,6 +57,23 @@ def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing p
         f"The covariance of the {what} could not be factorised even with jitter={added:g}. Check "
         "coordinates for extreme values, or pass a shorter lengthscale or a larger jitter."
     )
+
+
+def solve(tril: Tensor, vectors: Tensor) -> Tensor:
+    """Return the solutions x of tril tril^T x = b, of the shape of the vectors b.
+
+    Many vectors share a pass; `torch.cholesky_solve` would copy several matrices for it.
+
+    Parameters
+    ----------
+    tril : Tensor of shape (L, n, n)
+        Lower triangular.
+    vectors : Tensor of shape (..., L, n)
+    """
+    columns = vectors.reshape(-1, *vectors.shape[-2:]).permute(1, 2, 0)
+    half = torch.linalg.solve_triangular(tril, columns, upper=False)
+    whole = torch.linalg.solve_triangular(tril.mT, half, upper=True)
+    return whole.permute(2, 0, 1).reshape(vectors.shape)
 
 
 def inverse_diagonal(tril: Tensor) -> Tensor:

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.func import functional_call
 
 from pnmf_pyro.counts import Counts
 from pnmf_pyro.data import take
 from pnmf_pyro.distributions import PoissonFactors
-from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.kernels import Pairs, SpatialKernel, symmetric
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.neighbors import nearest
 from pnmf_pyro.places import Places, extent, spacing
+from pnmf_pyro.remembered import Remembered
 
 CRITERIA = ("leave-one-out", "elbo")
 
@@ -130,24 +130,15 @@ def _nearest(points: np.ndarray, rows: np.ndarray, pool: np.ndarray, K: int) -> 
 
 
 def predict_without(
-    kernel: Any,
-    values: dict[str, Tensor],
-    mean: Tensor,
-    places: Places,
-    judged: Tensor,
-    neighbours: Tensor,
-    y: Tensor,
-    noise: Tensor,
+    covariance: Tensor, mean: Tensor, judged: Tensor, neighbours: Tensor, y: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return mean and variance of F at samples, given the sites of their neighbours.
 
     Parameters
     ----------
-    kernel : SpatialKernel
-    values : dict of Tensor of shape (C,)
-        Hyperparameters in place of the kernel's.
+    covariance : Tensor of shape (L or 1, n, K + 1, K + 1)
+        Of F at the neighbours of each judged sample, and in the last place at the sample.
     mean : Tensor of shape (L,)
-    places : Places of shape (N,)
     judged : Tensor of shape (n,)
     neighbours : Tensor of shape (n, K)
         Entries equal to the judged sample itself are left out.
@@ -158,18 +149,17 @@ def predict_without(
     -------
     mean, variance : Tensor of shape (L, n)
     """
-    near, here = places[neighbours], places[judged[:, None]]
-    among = functional_call(kernel, values, (near, near))
-    towards = functional_call(kernel, values, (near, here))
+    among, prior = covariance[..., :-1, :-1], covariance[..., -1, -1]
     absent = neighbours == judged[:, None]
-    towards = towards.masked_fill(absent[..., None], 0.0)
+    towards = covariance[..., :-1, -1:].masked_fill(absent[..., None], 0.0)
     spread = noise[:, neighbours].masked_fill(absent, 1e12)
-    tril = torch.linalg.cholesky(among + torch.diag_embed(spread))
-    towards = towards.expand(*tril.shape[:-1], 1)
+    diagonal = among.diagonal(dim1=-2, dim2=-1) + spread
+    among = among.expand(*diagonal.shape, -1)
+    tril = torch.linalg.cholesky(among.diagonal_scatter(diagonal, dim1=-2, dim2=-1))
+    towards = towards.expand(*diagonal.shape, 1)
     right = torch.cat([(y[:, neighbours] - mean[:, None, None])[..., None], towards], -1)
     left, solved = torch.linalg.solve_triangular(tril, right, upper=False).unbind(-1)
-    prior = values["sigma"].square() + values["nugget"].square()
-    variance = prior[:, None] - solved.square().sum(-1)
+    variance = prior - solved.square().sum(-1)
     return mean[:, None] + (left * solved).sum(-1), variance.clamp_min(1e-10)
 
 
@@ -207,6 +197,9 @@ class HyperparameterSearch:
         chosen = np.sort(self.random.permutation(N)[:JUDGED])
         self.judged = torch.from_numpy(chosen).to(self.counts.device)
         self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
+        together = torch.cat([self.neighbours, self.judged[:, None]], 1)
+        self.pairs = Pairs.among(self.places[together])
+        self._once = Remembered()
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
     def learn_from(self, source: PoissonFactorization) -> None:
@@ -229,14 +222,7 @@ class HyperparameterSearch:
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
         loc, variance = predict_without(
-            self.kernel,
-            values,
-            mean,
-            self.places,
-            self.judged,
-            self.neighbours,
-            self.y,
-            self.noise,
+            self._covariance(values), mean, self.judged, self.neighbours, self.y, self.noise
         )
         if self.criterion == "elbo":
             spread = (variance + self.noise[:, self.judged]).sqrt()
@@ -246,6 +232,13 @@ class HyperparameterSearch:
         s = take(self.model.size_factors, self.judged)
         rates = PoissonFactors((loc + variance / 2).to(W.dtype), W, s)
         return -rates.log_prob(self.seen).sum() / len(self.judged)
+
+    def _covariance(self, values: dict[str, Tensor]) -> Tensor:
+        """Covariance of each judged sample and its neighbours; only the nugget's part made anew."""
+        made_of = (self.kernel.chosen, *(values[name] for name in values if name != "nugget"))
+        shared = self._once("shared", made_of, lambda: self.kernel.shared(self.pairs, values))
+        own = self.kernel.own(self.pairs, values)
+        return symmetric(shared + own, self.neighbours.shape[1] + 1)
 
     def _observe(self, source: PoissonFactorization) -> None:
         self.y, self.noise = sites(source, self.counts)
@@ -314,7 +307,7 @@ class HyperparameterSearch:
         Each on the whole grid: from where another kernel is best, a rough one without a nugget is
         not found.
         """
-        values = {k: v.clone() for k, v in self.kernel.hyperparameters.items()}
+        values = {k: v[:1].clone() for k, v in self.kernel.hyperparameters.items()}
         for name in self.names:
             values[name].clamp_(*self._limits()[name])
         mean, found = self._start(), {}
@@ -331,16 +324,19 @@ class HyperparameterSearch:
 
         A nugget does what a short lengthscale does as well.
         """
-        grids, least = self._grids(), float(self.loss(values, mean))
+        least = float(self.loss(values, mean))
+        grids = {
+            name: [values[name].new_tensor([value]) for value in grid]
+            for name, grid in self._grids().items()
+            if name in values
+        }
         for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
             names = [name for name in alike if name in self.names]
             if not names:
                 continue
             tried = [values]
             for point in product(*(grids[name] for name in names)):
-                new = zip(names, point, strict=True)
-                shared = {k: values[k].new_tensor([value]) for k, value in new}
-                tried.append({**values, **shared})
+                tried.append({**values, **dict(zip(names, point, strict=True))})
             losses = [least, *(float(self.loss(one, mean)) for one in tried[1:])]
             best = int(np.nanargmin(losses))
             least, values = losses[best], tried[best]

@@ -14,7 +14,8 @@ Gaussian processes): a = 0 is one field for all groups, a large one independent 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,61 @@ def correlation(name: str, distance: Tensor) -> Tensor:
     kernel = KERNELS[name](input_dim=1).requires_grad_(False)
     value = kernel.forward(distance.new_zeros(1, 1), distance.reshape(-1, 1))
     return value.reshape(distance.shape)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of places: what a kernel asks of them, whatever its hyperparameters.
+
+    Parameters
+    ----------
+    distance : Tensor of any shape
+    groups : pair of Tensor of int64, optional
+        Codes of the groups of either place, which broadcast to that shape.
+    dimensions : int
+        p, of the space.
+    """
+
+    distance: Tensor
+    groups: tuple[Tensor, Tensor] | None
+    dimensions: int
+
+    @classmethod
+    def between(cls, a: Places, b: Places) -> Pairs:
+        """Return the pairs of places of shape (..., n) and (..., m), of shape (..., n, m)."""
+        groups = None
+        if a.groups is not None and b.groups is not None:
+            groups = a.groups[..., :, None], b.groups[..., None, :]
+        return cls(_distances(a.coordinates, b.coordinates), groups, a.coordinates.shape[-1])
+
+    @classmethod
+    def among(cls, places: Places) -> Pairs:
+        """Return each pair of places of shape (..., n) once, n (n + 1) / 2 of them; see symmetric.
+
+        Half of the pairs are half of the work.
+        """
+        n, x, groups = len(places), places.coordinates, places.groups
+        i, j = torch.tril_indices(n, n, device=x.device)
+        distance = _distances(x, x).flatten(-2).index_select(-1, n * i + j)
+        pair = None if groups is None else (groups[..., i], groups[..., j])
+        return cls(distance, pair, x.shape[-1])
+
+    def after(self, values: Tensor) -> Tensor:
+        """Return values of shape (C,) as (C, 1, ..., 1), to stand in front of these pairs."""
+        return values.reshape(-1, *[1] * self.distance.ndim)
+
+
+def symmetric(below: Tensor, n: int) -> Tensor:
+    """Return matrices (..., n, n) from their values at `Pairs.among`, (..., n (n + 1) / 2)."""
+    i, j = torch.tril_indices(n, n, device=below.device)
+    matrices = below.new_empty(*below.shape[:-1], n * n)
+    for entries in (n * i + j, n * j + i):
+        matrices.index_copy_(-1, entries, below)
+    return matrices.unflatten(-1, (n, n))
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class SpatialKernel(nn.Module):
@@ -110,23 +166,24 @@ class SpatialKernel(nn.Module):
     def forward(self, a: Places, b: Places) -> Tensor:
         """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
         if a is b:
-            return self._among(a)
-        distance = _distances(a.coordinates, b.coordinates)
-        groups = None if a.groups is None else a.groups[..., :, None]
-        others = None if b.groups is None else b.groups[..., None, :]
-        return self._at(distance, self._closeness(groups, others), a.coordinates.shape[-1])
+            return symmetric(self._covariance(Pairs.among(a)), len(a))
+        return self._covariance(Pairs.between(a, b))
 
-    def _among(self, places: Places) -> Tensor:
-        """Covariance of places and themselves, with half of the work."""
-        n, coordinates, groups = len(places), places.coordinates, places.groups
-        i, j = torch.tril_indices(n, n, device=coordinates.device)
-        distance = _distances(coordinates, coordinates).flatten(-2).index_select(-1, n * i + j)
-        pairs = (None, None) if groups is None else (groups[..., i], groups[..., j])
-        below = self._at(distance, self._closeness(*pairs), coordinates.shape[-1])
-        covariance = below.new_empty(*below.shape[:-1], n * n)
-        for entries in (n * i + j, n * j + i):
-            covariance.index_copy_(-1, entries, below)
-        return covariance.unflatten(-1, (n, n))
+    def _covariance(self, pairs: Pairs) -> Tensor:
+        values = self.hyperparameters
+        return self.shared(pairs, values) + self.own(pairs, values)
+
+    def shared(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
+        """Return sigma^2 kappa(r / lengthscale), (C, ...), for hyperparameters of shape (C,)."""
+        v = self._closeness(pairs, values)
+        scaled = v.sqrt() * pairs.distance / pairs.after(values["lengthscale"])
+        height = pairs.after(values["sigma"].square()) * v ** (pairs.dimensions / 2)
+        return height * correlation(self.name, scaled)
+
+    def own(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
+        """Return nugget^2 [r = 0], (C, ...), for hyperparameters of shape (C,)."""
+        here = (pairs.distance == 0) & (self._closeness(pairs, values) == 1)
+        return pairs.after(values["nugget"].square()) * here
 
     def one(self, c: int | None) -> SpatialKernel:
         """Return a kernel of one set of hyperparameters, number c, or their geometric means."""
@@ -136,17 +193,9 @@ class SpatialKernel(nn.Module):
             setattr(single, name, chosen.detach().cpu())
         return single
 
-    def _at(self, distance: Tensor, closeness: Tensor, dimensions: int) -> Tensor:
-        """Covariance at distances, in front of whose shape come the C sets."""
-        scaled = closeness.sqrt() * distance / _before(self.lengthscale, distance)
-        height = _before(self.sigma.square(), distance) * closeness ** (dimensions / 2)
-        here = (distance == 0) & (closeness == 1)
-        own = _before(self.nugget.square(), distance) * here
-        return height * correlation(self.name, scaled) + own
-
-    def _closeness(self, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """Factor v of two groups, of the shape to which they broadcast."""
-        return self.sigma.new_ones(())
+    def _closeness(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
+        """Factor v of the groups of pairs, of a shape that broadcasts to theirs."""
+        return values["sigma"].new_ones(())
 
 
 class MultiGroupKernel(SpatialKernel):
@@ -191,9 +240,10 @@ class MultiGroupKernel(SpatialKernel):
         """What may be learned, by name; each of shape (C,)."""
         return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
 
-    def _closeness(self, a: Tensor | None, b: Tensor | None) -> Tensor:
-        d = self.group_distances[a, b]
-        return 1 / (1 + _before(self.group_diff_param, d) * d.square())
+    def _closeness(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
+        assert pairs.groups is not None
+        d = self.group_distances[pairs.groups]
+        return 1 / (1 + pairs.after(values["group_diff_param"]) * d.square())
 
 
 def check_kernels(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -241,12 +291,3 @@ def check_group_distances(group_distances: Any, n_groups: int) -> np.ndarray:
             "scaling) and pass the distances between these."
         )
     return distances
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _before(values: Tensor, like: Tensor) -> Tensor:
-    """Values of shape (C,) as (C, 1, ..., 1), to broadcast in front of the shape of `like`."""
-    return values.reshape(-1, *[1] * like.ndim)

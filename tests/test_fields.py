@@ -7,7 +7,7 @@ import torch
 from pyro.contrib.gp import kernels as pyro_kernels
 from pyro.contrib.gp.models import VariationalSparseGP
 
-from pnmf_pyro.cholesky import inverse_diagonal, jittered_cholesky
+from pnmf_pyro.cholesky import inverse_diagonal, jittered_cholesky, solve
 from pnmf_pyro.counts import as_counts
 from pnmf_pyro.data import Batch, Batches
 from pnmf_pyro.distributions.fields import (
@@ -438,6 +438,16 @@ def test_inverse_diagonal(n):
     found = inverse_diagonal(torch.linalg.cholesky(matrix))
     expected = torch.linalg.inv(matrix).diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(found, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("draws", [(), (3,), (2, 3)])
+def test_solve(draws):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 5, 5, dtype=torch.float64, generator=generator)
+    matrix = root @ root.mT + torch.eye(5, dtype=torch.float64)
+    b = torch.randn(*draws, 2, 5, dtype=torch.float64, generator=generator)
+    found = solve(torch.linalg.cholesky(matrix), b)
+    torch.testing.assert_close(torch.einsum("lij,...lj->...li", matrix, found), b, **TIGHT)
 
 
 @pytest.mark.parametrize("M", [4, None])

@@ -382,12 +382,10 @@ def test_prediction_without_a_sample_is_the_regression_on_the_others():
     y, noise = random.normal(size=(1, 9)), random.uniform(0.1, 1, size=(1, 9))
     everyone = torch.arange(9)
     others = torch.stack([everyone[everyone != i] for i in range(9)])
-    kernel = SpatialKernel("Matern52", 0.5, 1.4)
+    together = Places(torch.from_numpy(x))[torch.cat([others, everyone[:, None]], 1)]
     loc, variance = predict_without(
-        kernel,
-        dict(kernel.hyperparameters),
+        SpatialKernel("Matern52", 0.5, 1.4)(together, together),
         torch.tensor([0.3], dtype=torch.float64),
-        Places(torch.from_numpy(x)),
         everyone,
         others,
         torch.from_numpy(y),
@@ -410,11 +408,10 @@ def test_leave_one_out_is_near_a_refit_without_the_sample(data):
     y, noise = sites(module, as_counts(X))
     everyone = torch.arange(16)
     others = torch.stack([everyone[everyone != i] for i in range(16)])
+    together = module.prior.places[torch.cat([others, everyone[:, None]], 1)]
     loc, _ = predict_without(
-        module.prior.kernel,
-        dict(module.prior.kernel.hyperparameters),
+        module.prior.kernel(together, together),
         module.prior.mean,
-        module.prior.places,
         everyone,
         others,
         y,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, register_kl
 
-from pnmf_pyro.cholesky import BLOCK, inverse_diagonal, log_det
+from pnmf_pyro.cholesky import BLOCK, inverse_diagonal, log_det, solve
 
 
 class OneShape:
@@ -136,7 +136,7 @@ class NaturalNormal(WhitenedNormal):
     def __init__(self, theta1: Tensor, theta2: Tensor, spread: NaturalSpread | None = None):
         self.theta1, self.theta2 = theta1, theta2
         self.spread = spread or NaturalSpread(theta2)
-        self._mean = torch.cholesky_solve(theta1.detach()[..., None], self.precision_tril)[..., 0]
+        self._mean = solve(self.precision_tril, theta1.detach())
         self._field_mean: tuple[Tensor, Tensor] | None = None
         super().__init__(*theta1.shape)
 

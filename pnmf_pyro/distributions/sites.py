@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import register_kl
 
-from pnmf_pyro.cholesky import inverse_diagonal, log_det
+from pnmf_pyro.cholesky import inverse_diagonal, log_det, solve
 from pnmf_pyro.distributions.fields import WhitenedNormal, WhitenedPrior, times
 
 # Least precision of a site; a smaller one tells nothing of a log-factor, and rounding would count.
@@ -51,8 +51,8 @@ class SiteSpread:
         self.A, self.gram = A, gram
         w = precision.clamp_min(FAINTEST)
         self.root = w.sqrt()
-        B = self.root[..., :, None] * gram * self.root[..., None, :]
-        B.diagonal(dim1=-2, dim2=-1).add_(1)
+        B = self.root[..., :, None] * gram
+        B.mul_(self.root[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(1)
         self.tril = torch.linalg.cholesky(B)
         self.variance_at_sites = (1 - inverse_diagonal(self.tril)) / w
 
@@ -133,8 +133,7 @@ class SiteNormal(WhitenedNormal):
 
     def _discounted(self, shift: Tensor) -> Tensor:
         """The x with A x = S A shift: (I + diag(w) Q)^{-1} shift."""
-        right = (self.root * times(self.gram, shift))[..., None]
-        return shift - self.root * torch.cholesky_solve(right, self.tril)[..., 0]
+        return shift - self.root * solve(self.tril, self.root * times(self.gram, shift))
 
     def _whitened(self, cross: Tensor) -> Tensor:
         """Root of what the sites take from a covariance, given that with them, (L, N, n)."""

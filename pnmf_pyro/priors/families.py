@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import MultivariateNormal, Normal
 from torch import Tensor, nn
 
+from pnmf_pyro.cholesky import solve
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data import take
 from pnmf_pyro.distributions.fields import (
@@ -180,7 +181,7 @@ class CovarianceInducing(DenseFamily):
     @torch.no_grad()
     def _set(self, theta1: Tensor, precision: Tensor) -> None:
         tril = torch.linalg.cholesky(precision)
-        self.u_loc.copy_(torch.cholesky_solve(theta1[..., None], tril)[..., 0])
+        self.u_loc.copy_(solve(tril, theta1))
         self._spread(precision, tril)
 
     @abstractmethod
