@@ -194,8 +194,10 @@ def spatial(options: argparse.Namespace) -> None:
                 lambda train=train, test=test: places.spatial(train, test, **settings)
             )
             line: dict[str, Any] = {"fit(X, coords)": deviance}
-            for K, value in places.neighbour_averages(train, test).items():
-                line[f"average of {K} neighbours"] = value
+            for shrunk in (False, True):
+                averages = places.neighbour_averages(train, test, shrink_loadings=shrunk)
+                for K, value in averages.items():
+                    line[f"average of {K} neighbours{', loadings shrunk' * shrunk}"] = value
             if train.groups is not None:
                 line["groups pooled"] = places.pooled(train, test, **settings)
                 line["groups apart"] = places.separately(train, test, **settings)

@@ -134,10 +134,12 @@ def spatial(train: Task, test: Task, **settings: Any) -> tuple[np.ndarray, Any]:
     return held_out_deviance(test, predicted, model.components_), model
 
 
-def neighbour_averages(train: Task, test: Task) -> dict[int, np.ndarray]:
+def neighbour_averages(train: Task, test: Task, **settings: Any) -> dict[int, np.ndarray]:
     """The same from factors without space, averaged over the nearest places of the group."""
     model = ours.quietly(
-        lambda: pnmf_pyro.fit(train.X, n_components=train.L, size_factors=train.size_factors)
+        lambda: pnmf_pyro.fit(
+            train.X, n_components=train.L, size_factors=train.size_factors, **settings
+        )
     )
     factors = np.asarray(get_factors(model))
     return {

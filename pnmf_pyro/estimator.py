@@ -146,6 +146,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
         When a spatial model has been trained by natural gradients with a `kl_weight` other than 1,
         give q the covariance that weight 1 says, around the means as they are. Then the loadings
         settle once more, for up to `max_iter` iterations of their own.
+    shrink_loadings : bool
+        Once the factors have settled, give multiplicative loadings a gamma prior that is learned
+        from them, and make them its posterior means, for up to `max_iter` iterations of their own:
+        see :class:`~pnmf_pyro.optimizers.ShrunkLoadings`. New samples are predicted better where
+        features have few counts; the bound becomes a little lower.
     criterion : {'leave-one-out', 'elbo'}
         What learned hyperparameters of fields are judged by.
     group_distances : array-like of shape (n_groups, n_groups), optional
@@ -271,7 +276,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
                 convergence=stage.convergence,
                 verbose=int(self.verbose),
                 on_step=report,
-                warn=stage is stages[-1],
+                warn=stage.warns,
             )
         self._publish(model)
         self.n_iter_ = len(self.history_)

@@ -243,6 +243,61 @@ class ClosedFormLoadings(ClosedForm):
         self.W.assign(value)
 
 
+class ShrunkLoadings(ClosedFormLoadings):
+    r"""The multiplicative update of W under a gamma prior around what the margins say.
+
+    Given R_jl counts of feature j from component l, and e_l = sum_i s_i E exp F_il,
+
+    .. math:: R_{jl} \sim \mathrm{Poisson}(W_{jl} e_l), \qquad
+        W_{jl} \sim \mathrm{Gamma}(a, a e_l / \bar R_{jl}), \qquad
+        \bar R_{jl} = R_{j\cdot} R_{\cdot l} / R_{\cdot\cdot},
+
+    so that a priori all components have the features in the same proportions. W becomes its
+    posterior mean, times what keeps the total of each feature,
+
+    .. math:: W_{jl} \leftarrow \frac{R'_{jl}}{e_l} \frac{R_{j\cdot}}{R'_{j\cdot}}, \qquad
+        R'_{jl} = \bar R_{jl} \frac{a + R_{jl}}{a + \bar R_{jl}}.
+
+    Empirical Bayes (Clayton and Kaldor 1987): the shape a is that of the loadings before they are
+    shrunk, by the moment of :math:`\chi^2 = \sum_{jl} (R_{jl} - \bar R_{jl})^2 / \bar R_{jl}`, of
+    which the expectation is the number of entries and :math:`R_{\cdot\cdot} / a`. Where there are
+    many counts it is the update without a prior.
+
+    Parameters
+    ----------
+    W, totals
+        As for :class:`ClosedFormLoadings`.
+
+    Attributes
+    ----------
+    shape : float or None
+        a, from the first batch.
+    """
+
+    LARGEST_SHAPE = 1e3
+
+    shape: float | None = None
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Take the expected counts from the gradients of the batch, and shrink them."""
+        super().prepare(batch)
+        R = self.expected_counts.clamp_min(0)
+        tiny = torch.finfo(R.dtype).tiny
+        of_features = R.sum(1, keepdim=True)
+        by_margins = of_features * (R.sum(0) / R.sum().clamp_min(tiny))
+        if self.shape is None:
+            self.shape = self._shape_by_moments(R, by_margins)
+        shrunk = by_margins * (self.shape + R) / (self.shape + by_margins)
+        self.expected_counts = shrunk * (of_features / shrunk.sum(1, keepdim=True).clamp_min(tiny))
+
+    def _shape_by_moments(self, R: Tensor, by_margins: Tensor) -> float:
+        there = by_margins > torch.finfo(R.dtype).eps * R.sum()  # absent but for rounding
+        R, by_margins = R[there].double(), by_margins[there].double()
+        excess = ((R - by_margins).square() / by_margins - 1).sum()
+        return float(R.sum() / excess.clamp_min(R.sum() / self.LARGEST_SHAPE))
+
+
 class ClosedFormScale(ClosedForm):
     """The scale of a normal prior that maximises the ELBO: scale^2 = mean of mu^2 + sigma^2.
 

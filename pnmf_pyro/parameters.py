@@ -36,6 +36,7 @@ from pnmf_pyro.optimizers import (
     OneCycle,
     Plateau,
     Schedule,
+    ShrunkLoadings,
     Still,
 )
 from pnmf_pyro.places import typical_lengthscale
@@ -65,7 +66,7 @@ _COUNT = Interval(Integral, 1, None, closed="left")
 class Stage:
     """One run of the training loop: an objective and the steps that raise it.
 
-    `prepare` is called before it.
+    `prepare` is called before it, and `warns` says whether to warn where it has not converged.
     """
 
     model: PoissonFactorization
@@ -75,6 +76,7 @@ class Stage:
     convergence: Convergence
     monotone: bool
     prepare: Callable[[], Any] = lambda: None
+    warns: bool = True
 
 
 class Parameters(BaseEstimator):
@@ -125,6 +127,7 @@ class Parameters(BaseEstimator):
         "warm_up": ["boolean"],
         "kl_weight": [_POSITIVE],
         "restore_spread": ["boolean"],
+        "shrink_loadings": ["boolean"],
         "train_sigma": ["boolean"],
         "train_group_diff_param": ["boolean"],
         "nugget": [Interval(Real, 0, None, closed="left")],
@@ -182,6 +185,7 @@ class Parameters(BaseEstimator):
         warm_up=False,
         kl_weight=1.0,
         restore_spread=False,
+        shrink_loadings=False,
         train_sigma=False,
         train_group_diff_param=False,
         nugget=0.0,
@@ -235,6 +239,7 @@ class Parameters(BaseEstimator):
         self.warm_up = warm_up
         self.kl_weight = kl_weight
         self.restore_spread = restore_spread
+        self.shrink_loadings = shrink_loadings
         self.train_sigma = train_sigma
         self.train_group_diff_param = train_group_diff_param
         self.nugget = nugget
@@ -256,10 +261,17 @@ class Parameters(BaseEstimator):
             if not self.spatial or self.training_mode != "natural":
                 raise ValueError(NO_SITES)
             refinements.insert(0, lambda: model.prior.restore_spread(self.kl_weight))
+        if self.shrink_loadings and self.loadings_mode != "multiplicative":
+            raise ValueError(
+                "shrink_loadings needs loadings in closed form; set loadings_mode='multiplicative' "
+                f"or shrink_loadings=False. loadings_mode is {self.loadings_mode!r}."
+            )
         stages = self._stages_to_settle(model, counts, random)
         if refinements:
             last = self._stage(model, self.mode, self.tol, q_moves=not restores)
             stages.append(replace(last, prepare=lambda: [refine() for refine in refinements]))
+        if self.shrink_loadings and not restores:
+            stages.append(self._stage(model, self.mode, self.tol, q_moves=False))
         return stages
 
     def _stages_to_settle(
@@ -272,9 +284,10 @@ class Parameters(BaseEstimator):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
             last.prepare = lambda: search.learn_from(source)
-            return [self._stage(source, "lower-bound", self.tol), last]
+            return [replace(self._stage(source, "lower-bound", self.tol), warns=False), last]
         if self.warm_up and self.mode != "lower-bound":
-            return [self._stage(model, "lower-bound", WARM_UP_TOL * self.tol), last]
+            first = self._stage(model, "lower-bound", WARM_UP_TOL * self.tol)
+            return [replace(first, warns=False), last]
         return [last]
 
     def _independent(self, model: PoissonFactorization) -> PoissonFactorization:
@@ -302,7 +315,8 @@ class Parameters(BaseEstimator):
     ) -> Stage:
         natural = self.training_mode == "natural"
         batched = self.batch_size is not None or self.y_batch_size is not None
-        monotone = natural and mode == "lower-bound" and not batched
+        rises = q_moves or not self.shrink_loadings
+        monotone = natural and mode == "lower-bound" and not batched and rises
         apart = model.prior.steps_apart if monotone and self.warm_up and q_moves else 1
         steps = self._steps(model, mode, apart, q_moves)
         schedules = [schedule for _, schedule in steps]
@@ -404,7 +418,7 @@ class Parameters(BaseEstimator):
         else:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":
-            steps.append((ClosedFormLoadings(model.W, model.expected_totals), for_W))
+            steps.append((self._closed_form_loadings(model, q_moves), for_W))
         else:
             by_gradient.append(model.W.raw)
         if self.scale_pf == "auto" and isinstance(model.prior, GaussianPrior):
@@ -413,6 +427,14 @@ class Parameters(BaseEstimator):
             optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
             steps.insert(0, (optimizer, self._schedule()))
         return steps
+
+    def _closed_form_loadings(
+        self, model: PoissonFactorization, q_moves: bool
+    ) -> ClosedFormLoadings:
+        """Steps of W: to where the bound is highest, and around a q at rest with W's own prior."""
+        if q_moves or not self.shrink_loadings:
+            return ClosedFormLoadings(model.W, model.expected_totals)
+        return ShrunkLoadings(model.W, model.expected_totals)
 
     def _schedule(self) -> Schedule:
         schedules: dict[str | None, Schedule] = {

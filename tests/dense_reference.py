@@ -253,6 +253,48 @@ def multiplicative_update(
     return new
 
 
+def expected_counts(X: np.ndarray, W: np.ndarray, fields: list[np.ndarray]) -> np.ndarray:
+    """R_jl, the counts of feature j that come from component l: sum_i X_ij phi_ijl, (D, L)."""
+    R = np.zeros_like(W)
+    for i, j in np.ndindex(X.shape):
+        for field in fields:
+            phi = W[j] * field[:, i]
+            R[j] += X[i, j] * phi / phi.sum() / len(fields)
+    return R
+
+
+def by_margins(R: np.ndarray) -> np.ndarray:
+    """R_j. R_.l / R.., (D, L)."""
+    return R.sum(1)[:, None] * R.sum(0) / R.sum()
+
+
+def shape_by_moments(R: np.ndarray) -> float:
+    """a of E (R - m)^2 / m = 1 + m / a, summed over entries, with m what the margins say."""
+    excess = total = 0.0
+    for seen, mean in zip(R.ravel(), by_margins(R).ravel(), strict=True):
+        if mean > 0:
+            excess += (seen - mean) ** 2 / mean - 1
+            total += mean
+    return total / excess
+
+
+def posterior_mean_loadings(R: np.ndarray, exposure: np.ndarray, shape: float) -> np.ndarray:
+    """E[W_jl | R_jl] by quadrature, scaled to sum_l W_jl e_l = R_j., (D, L).
+
+    R_jl ~ Poisson(W_jl e_l), W_jl ~ Gamma(shape) around what the margins say.
+    """
+    W = np.zeros_like(R)
+    for j, l in zip(*np.nonzero(by_margins(R)), strict=True):
+        mean = by_margins(R)[j, l] / exposure[l]
+        end = 20 * (mean * (1 + 1 / shape) + (R[j, l] + 1) / exposure[l])
+        w = (np.arange(1_000_000) + 0.5) * end / 1_000_000
+        log_density = (shape - 1 + R[j, l]) * np.log(w) - w * (shape / mean + exposure[l])
+        density = np.exp(log_density - log_density.max())
+        W[j, l] = (w * density).sum() / density.sum()
+    totals = W @ exposure
+    return W * np.divide(R.sum(1), totals, out=np.zeros_like(totals), where=totals > 0)[:, None]
+
+
 def loadings_objective(
     X: np.ndarray,
     W: np.ndarray,

@@ -173,6 +173,52 @@ def test_natural_steps_never_lower_the_bound(fitted):
     assert fitted.elbo_ >= fitted.history_[-1] - 1e-6 * abs(fitted.elbo_)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "settings", [{}, {"mode": "expanded"}, {"training_mode": "standard", "learning_rate": 0.1}]
+)
+def test_shrunk_loadings_come_last_and_leave_the_factors(settings, counts):
+    settings = {**NATURAL, "max_iter": 100, "tol": 1e-4, **settings}
+    plain = quick(**settings).fit(counts)
+    shrunk = quick(**settings, shrink_loadings=True).fit(counts)
+    np.testing.assert_array_equal(log_factors(shrunk), log_factors(plain))
+    assert shrunk.history_[: plain.n_iter_] == plain.history_
+    assert shrunk.n_iter_ > plain.n_iter_
+    margins = counts.sum(0) / counts.sum()
+
+    def unlike(model):
+        profiles = model.components_ / model.components_.sum(1, keepdims=True)
+        return np.abs(profiles - margins).mean()
+
+    assert unlike(shrunk) < unlike(plain)
+
+
+def test_shrunk_loadings_are_nearer_the_truth_where_counts_are_few():
+    """Drawn from their prior: posterior means have the least squared error."""
+    random = np.random.default_rng(0)
+    margins = random.gamma(1.0, 1.0, 300)
+    W = margins[:, None] * random.exponential(size=(300, 2))
+    factors = np.exp(random.normal(0, 1, (60, 2)))
+    X = random.poisson(0.3 * factors @ W.T)
+    seen = X.sum(0) > 0
+    truth = (W / W.sum(0))[seen]
+
+    def error(model):
+        found = model.components_.T / model.components_.sum(1)
+        away = (found[:, None] - truth[:, :, None]) / margins[seen, None, None]
+        squares = (away**2).sum(0)
+        return min(squares.trace(), squares[::-1].trace())
+
+    settings = {**NATURAL, "init": "nndsvda", "scale_pf": "auto", "tol": 1e-4, "random_state": 0}
+    plain, shrunk = (PNMF(2, **settings, shrink_loadings=a).fit(X[:, seen]) for a in (False, True))
+    assert error(shrunk) < 0.8 * error(plain)
+
+
+def test_shrinking_needs_loadings_in_closed_form(counts):
+    with pytest.raises(ValueError, match="shrink_loadings needs loadings in closed form"):
+        quick(loadings_mode="softplus", shrink_loadings=True).fit(counts)
+
+
 def test_minibatches_reach_the_same_bound(counts):
     settings = {"mode": "lower-bound", "loadings_mode": "softplus", "learning_rate": 0.05}
     full = quick(**settings, max_iter=600, tol=0).fit(counts)

@@ -26,6 +26,7 @@ from pnmf_pyro.optimizers import (
     NaturalGradient,
     OneCycle,
     Plateau,
+    ShrunkLoadings,
 )
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.random_state import drawing_from
@@ -497,6 +498,38 @@ def test_closed_form_loadings_of_a_batch(problem, scale_ll_D):
     new = problem.W.copy()
     new[j] = twin[j]
     np.testing.assert_allclose(model.W.numpy(), new, rtol=1e-9, atol=1e-12)
+
+
+def test_shrunk_loadings_are_posterior_means(problem):
+    counts = Batch(as_counts(sp.csr_matrix(problem.X)))
+    model, _ = closed_form(problem, counts)
+    optimizer = ShrunkLoadings(model.W, model.expected_totals)
+    optimizer.prepare(counts)
+    optimizer.step()
+    _, fields, expected = update_terms(problem, "lower-bound")
+    R = ref.expected_counts(problem.X, problem.W, fields)
+    assert optimizer.shape == pytest.approx(ref.shape_by_moments(R), rel=1e-9)
+    exposure = (expected if problem.s is None else problem.s * expected).sum(1)
+    twin = ref.posterior_mean_loadings(R, exposure, optimizer.shape)
+    np.testing.assert_allclose(model.W.numpy(), twin, rtol=1e-4, atol=1e-12)
+
+
+def test_the_shape_is_that_before_shrinking_and_finite_without_contrast(problem):
+    counts = Batch(as_counts(problem.X))
+    model, _ = closed_form(problem, counts)
+    optimizer = ShrunkLoadings(model.W, model.expected_totals)
+    optimizer.prepare(counts)
+    shape = optimizer.shape
+    optimizer.step()
+    FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, counts)
+    optimizer.prepare(counts)
+    assert optimizer.shape == shape
+    model.W.assign(torch.ones_like(model.W.data))
+    model.zero_grad()
+    FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, counts)
+    flat = ShrunkLoadings(model.W, model.expected_totals)
+    flat.prepare(counts)
+    assert flat.shape == pytest.approx(flat.LARGEST_SHAPE)
 
 
 @pytest.mark.parametrize("index", [None, [3, 0, 7]])

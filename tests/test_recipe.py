@@ -62,6 +62,7 @@ def test_fit_conditions_many_places_on_neighbours_and_says_so(
         (70, {}, False),
         (70, {"local": False}, False),
         (100, {"training_mode": "standard", "max_iter": 20}, False),
+        (100, {"loadings_mode": "softplus", "max_iter": 20}, False),
     ],
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -73,7 +74,8 @@ def test_fit_follows_samples_more_closely_with_an_inducing_point_at_each(
     parameters = {"tol": 1e-2, "kernel": "Matern32", **parameters}
     model = pnmf_pyro.fit(counts, places, n_components=2, **parameters)
     chosen = {name: getattr(model, name) for name in CLOSER}
-    assert chosen == (CLOSER if closer else {"kl_weight": 1.0, "restore_spread": False})
+    plain = {"kl_weight": 1.0, "restore_spread": False, "shrink_loadings": False}
+    assert chosen == (CLOSER if closer else plain)
 
 
 def test_fit_takes_size_factors(counts):
