@@ -214,6 +214,13 @@ def test_shrunk_loadings_are_nearer_the_truth_where_counts_are_few():
     assert error(shrunk) < 0.8 * error(plain)
 
 
+def test_a_fit_that_has_not_converged_warns_although_its_loadings_have(counts):
+    settings = {**NATURAL, "max_iter": 20, "tol": 1e-7, "shrink_loadings": True}
+    with pytest.warns(ConvergenceWarning, match="max_iter=20") as caught:
+        quick(**settings).fit(counts)
+    assert len(caught) == 1
+
+
 def test_shrinking_needs_loadings_in_closed_form(counts):
     with pytest.raises(ValueError, match="shrink_loadings needs loadings in closed form"):
         quick(loadings_mode="softplus", shrink_loadings=True).fit(counts)
