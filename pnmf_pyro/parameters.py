@@ -255,24 +255,31 @@ class Parameters(BaseEstimator):
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
     ) -> list[Stage]:
         """What to train with, one stage after another."""
+        self._check_stages()
         refinements = model.prior.refinements()
-        restores = self.restore_spread and self.kl_weight != 1
-        if restores:
-            if not self.spatial or self.training_mode != "natural":
-                raise ValueError(NO_SITES)
+        if self._restores:
             refinements.insert(0, lambda: model.prior.restore_spread(self.kl_weight))
+        stages = self._stages_to_settle(model, counts, random)
+        if refinements:
+            last = self._stage(model, self.mode, self.tol, q_moves=not self._restores)
+            stages.append(replace(last, prepare=lambda: [refine() for refine in refinements]))
+        if self.shrink_loadings and not self._restores:
+            stages.append(self._stage(model, self.mode, self.tol, q_moves=False))
+        return stages
+
+    @property
+    def _restores(self) -> bool:
+        return self.restore_spread and self.kl_weight != 1
+
+    def _check_stages(self) -> None:
+        """Refuse what cannot be done once the fit has settled."""
+        if self._restores and not (self.spatial and self.training_mode == "natural"):
+            raise ValueError(NO_SITES)
         if self.shrink_loadings and self.loadings_mode != "multiplicative":
             raise ValueError(
                 "shrink_loadings needs loadings in closed form; set loadings_mode='multiplicative' "
                 f"or shrink_loadings=False. loadings_mode is {self.loadings_mode!r}."
             )
-        stages = self._stages_to_settle(model, counts, random)
-        if refinements:
-            last = self._stage(model, self.mode, self.tol, q_moves=not restores)
-            stages.append(replace(last, prepare=lambda: [refine() for refine in refinements]))
-        if self.shrink_loadings and not restores:
-            stages.append(self._stage(model, self.mode, self.tol, q_moves=False))
-        return stages
 
     def _stages_to_settle(
         self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
