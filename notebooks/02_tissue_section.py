@@ -82,7 +82,9 @@ axes = plotting.plot_spatial(adata, ["core-1", "niche-2", "cycle-1"], unit="µm"
 # depend on how deep it was sequenced: that is what size factors are for. With real data one would
 # take them from total counts; here the depth is known. The first part of the ELBO's course is of
 # factors that know no space, from which the fields then start. The step at its end is where their
-# uncertainty is set, after they have followed each spot a little more closely than the prior likes.
+# uncertainty is set, after they have followed each spot a little more closely than the prior likes,
+# and where loadings are drawn towards those of the other components as far as they rest on few
+# counts: both predict better, at the cost of a little of the bound.
 
 # %%
 model = pnmf_pyro.fit(adata, n_components=5, size_factors=adata.obs["depth"])
