@@ -175,7 +175,13 @@ def test_natural_steps_never_lower_the_bound(fitted):
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(
-    "settings", [{}, {"mode": "expanded"}, {"training_mode": "standard", "learning_rate": 0.1}]
+    "settings",
+    [
+        {},
+        {"mode": "expanded"},
+        {"training_mode": "standard", "learning_rate": 0.1},
+        {"batch_size": 40},
+    ],
 )
 def test_shrunk_loadings_come_last_and_leave_the_factors(settings, counts):
     settings = {**NATURAL, "max_iter": 100, "tol": 1e-4, **settings}
