@@ -19,7 +19,7 @@ from pnmf_pyro.data import Batches, check_counts, check_size_factors, warn_empty
 from pnmf_pyro.distributions import PoissonFactors
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.parameters import Parameters, Stage
+from pnmf_pyro.parts import Parts, Stage
 from pnmf_pyro.persistence import read_archive, write_archive
 from pnmf_pyro.places import GroupCodes, Places, check_coordinates
 from pnmf_pyro.random_state import check_random_state, torch_generator
@@ -34,7 +34,7 @@ TRIAL_STEPS = 20
 Callback = Callable[["PNMF", int, float], None]
 
 
-class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parameters):
+class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
     r"""Probabilistic non-negative matrix factorisation of counts, by variational inference.
 
     The model is X_ij ~ Poisson(s_i sum_l W_jl exp F_il) with F_il ~ N(0, scale_pf^2) and W >= 0
