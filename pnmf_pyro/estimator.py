@@ -150,7 +150,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
         Once the factors have settled, give multiplicative loadings a gamma prior that is learned
         from them, and make them its posterior means, for up to `max_iter` iterations of their own:
         see :class:`~pnmf_pyro.optimizers.ShrunkLoadings`. New samples are predicted better where
-        features have few counts; the bound becomes a little lower.
+        features have few counts, at the cost of a little of the bound.
     criterion : {'leave-one-out', 'elbo'}
         What learned hyperparameters of fields are judged by.
     group_distances : array-like of shape (n_groups, n_groups), optional

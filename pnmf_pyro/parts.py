@@ -144,8 +144,8 @@ class Parts(Parameters):
     ) -> Stage:
         natural = self.training_mode == "natural"
         batched = self.batch_size is not None or self.y_batch_size is not None
-        rises = q_moves or not self.shrink_loadings
-        monotone = natural and mode == "lower-bound" and not batched and rises
+        shrinks = self._shrinks(q_moves)
+        monotone = natural and mode == "lower-bound" and not batched and not shrinks
         apart = model.prior.steps_apart if monotone and self.warm_up and q_moves else 1
         steps = self._steps(model, mode, apart, q_moves)
         schedules = [schedule for _, schedule in steps]
@@ -260,10 +260,12 @@ class Parts(Parameters):
     def _closed_form_loadings(
         self, model: PoissonFactorization, q_moves: bool
     ) -> ClosedFormLoadings:
-        """Steps of W: to where the bound is highest, and around a q at rest with W's own prior."""
-        if q_moves or not self.shrink_loadings:
-            return ClosedFormLoadings(model.W, model.expected_totals)
-        return ShrunkLoadings(model.W, model.expected_totals)
+        kind = ShrunkLoadings if self._shrinks(q_moves) else ClosedFormLoadings
+        return kind(model.W, model.expected_totals)
+
+    def _shrinks(self, q_moves: bool) -> bool:
+        """Whether the loadings have their prior in a stage: around a q at rest."""
+        return self.shrink_loadings and not q_moves
 
     def _schedule(self) -> Schedule:
         schedules: dict[str | None, Schedule] = {

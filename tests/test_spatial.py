@@ -359,6 +359,18 @@ def test_restored_spread_is_wider_around_the_same_means(data, place):
     np.testing.assert_allclose(expected, data[0].sum(0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("place", [{}, {"num_inducing": 20}, {"local": True, "K": 12}])
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_shrunk_loadings_leave_fields_and_totals_of_features(data, place, weight):
+    settings = {**place, "kl_weight": weight, "restore_spread": True}
+    plain, shrunk = fitted(data, **settings), fitted(data, shrink_loadings=True, **settings)
+    np.testing.assert_array_equal(log_factors(shrunk), log_factors(plain))
+    np.testing.assert_array_equal(factor_uncertainty(shrunk), factor_uncertainty(plain))
+    assert not np.allclose(shrunk.components_, plain.components_, rtol=1e-3)
+    expected = (get_factors(shrunk) @ shrunk.components_).sum(0)
+    np.testing.assert_allclose(expected, data[0].sum(0), rtol=1e-3)
+
+
 def test_without_a_weight_there_is_no_spread_to_restore(data, model):
     same = fitted(data, restore_spread=True)
     assert same.history_ == model.history_
