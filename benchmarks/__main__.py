@@ -27,9 +27,9 @@ from benchmarks.measure import (
     timed,
 )
 from pnmf_pyro import PNMF
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import thin_counts
-from pnmf_pyro.distributions import mean_deviance
+from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.models.poisson import mean_deviance
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
 

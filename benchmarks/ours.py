@@ -15,17 +15,18 @@ from sklearn.exceptions import ConvergenceWarning
 
 import pnmf_pyro
 from pnmf_pyro import PNMF, transforms
-from pnmf_pyro.counts import Counts, as_counts
-from pnmf_pyro.data import Batches
-from pnmf_pyro.distributions import mean_deviance
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.estimator.recipe import RECIPE
+from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.places import Places
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.poisson import mean_deviance
 from pnmf_pyro.priors import LCGP
-from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.recipe import RECIPE
-from pnmf_pyro.training import Convergence, evaluate_elbo, train
+from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.loop import evaluate_elbo, train
 
 NATURAL = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
 SETTINGS: dict[str, dict[str, Any]] = {

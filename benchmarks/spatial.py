@@ -13,9 +13,9 @@ from scipy.spatial import cKDTree
 
 import pnmf_pyro
 from benchmarks import ours, tables
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import library_size_factors
-from pnmf_pyro.distributions import mean_deviance
+from pnmf_pyro.data.checks import library_size_factors
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.models.poisson import mean_deviance
 from pnmf_pyro.transforms import get_factors
 
 # Numbers of neighbours over which the factors of a model without space are averaged.

@@ -32,7 +32,8 @@ from sklearn.metrics import mean_poisson_deviance
 from torch import nn
 
 from pnmf_pyro import fit_model, match_factors, transforms
-from pnmf_pyro.data import take, thin_counts
+from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.data.batches import take
 from pnmf_pyro.models import ALL, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
 
@@ -96,7 +97,7 @@ print(f"dispersion {float(model.log_r.detach().exp()):.2f}, 2 in the simulation"
 # right how often a central interval of a log-factor holds the true one.
 
 # %%
-from pnmf_pyro.replicates import replicated_counts
+from pnmf_pyro.analysis.replicates import replicated_counts
 
 
 def coverage(model, levels):

@@ -2,14 +2,20 @@
 
 from importlib.metadata import version
 
-from pnmf_pyro import interpretation, plotting, transforms
-from pnmf_pyro.estimator import PNMF
-from pnmf_pyro.interpretation import contributions, feature_scores, spatial_scores, top_features
-from pnmf_pyro.matching import match_factors
-from pnmf_pyro.own_models import fit_model
-from pnmf_pyro.posterior_checks import posterior_predictive_check, prior_predictive_check
-from pnmf_pyro.recipe import fit
-from pnmf_pyro.selection import select_n_components
+from pnmf_pyro import plotting, transforms
+from pnmf_pyro.analysis import interpretation
+from pnmf_pyro.analysis.interpretation import (
+    contributions,
+    feature_scores,
+    spatial_scores,
+    top_features,
+)
+from pnmf_pyro.analysis.matching import match_factors
+from pnmf_pyro.analysis.predictive_checks import posterior_predictive_check, prior_predictive_check
+from pnmf_pyro.analysis.selection import select_n_components
+from pnmf_pyro.estimator.fit_model import fit_model
+from pnmf_pyro.estimator.pnmf import PNMF
+from pnmf_pyro.estimator.recipe import fit
 
 __version__ = version("pnmf-pyro")
 

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pnmf_pyro.counts import Counts, transposed_counts
-from pnmf_pyro.distributions.log_rate import log_rate_with_gradients
-from pnmf_pyro.distributions.poisson_factors import MODES
-from pnmf_pyro.validation import check_choice
+from pnmf_pyro.data.checks import MODES, check_choice
+from pnmf_pyro.data.counts import Counts, transposed_counts
+from pnmf_pyro.data.log_rate import log_rate_with_gradients
 
 Shape = int | tuple[int, ...]
 Map = Callable[[Tensor], Tensor]

@@ -12,10 +12,9 @@ from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
-from pnmf_pyro.counts import Counts
-from pnmf_pyro.data import check_matrix
-from pnmf_pyro.random_state import RandomState, check_random_state
-from pnmf_pyro.validation import check_choice, check_count, check_positive
+from pnmf_pyro.data.checks import check_choice, check_count, check_matrix, check_positive
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.random_state import RandomState, check_random_state
 
 # Smallest total of a sample or feature that is divided by, relative to their mean.
 LEAST_TOTAL = 0.05

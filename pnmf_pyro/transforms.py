@@ -9,23 +9,31 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from pnmf_pyro.conditional import (
+from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.checks import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_device,
+    check_size_factors,
+    check_training,
+)
+from pnmf_pyro.data.places import Places, check_coordinates
+from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.priors.base import Field
+from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.given_one_side import (
     check_fixed,
     least_squares_loadings,
     loadings_given_factors,
     model_near_posterior,
 )
-from pnmf_pyro.data import Batches, check_counts, check_size_factors
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import OPTIMIZERS
-from pnmf_pyro.places import Places, check_coordinates
-from pnmf_pyro.priors import GaussianPrior, Prior
-from pnmf_pyro.priors.base import Field
-from pnmf_pyro.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.streaming import by_samples, marginals
-from pnmf_pyro.training import Convergence, progress_bar, train
-from pnmf_pyro.validation import check_choice, check_count, check_device, check_training
+from pnmf_pyro.training.loop import progress_bar, train
+from pnmf_pyro.training.schedules import OPTIMIZERS
+from pnmf_pyro.training.streaming import by_samples, marginals
 
 Array = np.ndarray | Tensor
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 import pnmf_pyro
-from pnmf_pyro.hyperparameters import CRITERIA
-from pnmf_pyro.places import Places
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.training.hyperparameters import CRITERIA
 from pnmf_pyro.transforms import log_factors_from_prior, transform_F, uncertainty_from_prior
 from tests import dense_fields
 

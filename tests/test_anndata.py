@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.results import ModelResults, results_of
+from pnmf_pyro.estimator.results import ModelResults, results_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
 from tests.test_spatial import tissue
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from pnmf_pyro.arviz_bridge import to_arviz
+from pnmf_pyro.analysis.arviz_bridge import to_arviz
 from pnmf_pyro.transforms import factor_uncertainty, get_loadings, log_factors
 from tests.conftest import simulate
 

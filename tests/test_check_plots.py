@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from pnmf_pyro.posterior_checks import PredictiveCheck, StatisticCheck
-from pnmf_pyro.selection import ComponentSelection
-from pnmf_pyro.statistics import Statistic
+from pnmf_pyro.analysis.predictive_checks import PredictiveCheck, StatisticCheck
+from pnmf_pyro.analysis.selection import ComponentSelection
+from pnmf_pyro.analysis.statistics import Statistic
 
 plt = pytest.importorskip("matplotlib.pyplot")
-from pnmf_pyro.plotting import plot_predictive_check, plot_selection  # noqa: E402
+from pnmf_pyro.plotting import plot_predictive_check, plot_selection
 
 
 @pytest.fixture(autouse=True)

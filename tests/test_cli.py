@@ -12,9 +12,9 @@ import scipy.io
 import scipy.sparse as sp
 
 from pnmf_pyro import plotting
-from pnmf_pyro.cli import main
-from pnmf_pyro.files import read_counts
-from pnmf_pyro.persistence import read_archive
+from pnmf_pyro.command_line.cli import main
+from pnmf_pyro.command_line.files import read_counts
+from pnmf_pyro.estimator.archive import read_archive
 from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors
 
 SAMPLES = [f"spot{i}" for i in range(80)]

@@ -13,9 +13,9 @@ import pytest
 import scipy.sparse as sp
 
 from pnmf_pyro import PNMF, posterior_predictive_check, select_n_components
-from pnmf_pyro.cli import COMMANDS, main, parser
-from pnmf_pyro.commands import fit
-from pnmf_pyro.files import read_counts
+from pnmf_pyro.command_line import fit
+from pnmf_pyro.command_line.cli import COMMANDS, main, parser
+from pnmf_pyro.command_line.files import read_counts
 
 from .conftest import simulate
 

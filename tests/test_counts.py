@@ -12,18 +12,11 @@ import scipy.sparse as sp
 import torch
 from scipy import special
 
-import pnmf_pyro.counts
-from pnmf_pyro.counts import DenseCounts, SparseCounts, as_counts
-from pnmf_pyro.data import (
-    Batch,
-    Batches,
-    check_counts,
-    check_size_factors,
-    library_size_factors,
-    take,
-    thin_counts,
-    warn_empty,
-)
+import pnmf_pyro.data.counts
+from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.data.batches import Batch, Batches, take
+from pnmf_pyro.data.checks import check_counts, check_size_factors, library_size_factors, warn_empty
+from pnmf_pyro.data.counts import DenseCounts, SparseCounts, as_counts
 
 SPARSE_FORMATS = ("bsr", "coo", "csc", "csr", "dia", "dok", "lil")
 
@@ -45,7 +38,7 @@ def counts(request, X):
 @pytest.fixture(params=["whole", "blocks"])
 def block(request, monkeypatch) -> str:
     if request.param == "blocks":
-        monkeypatch.setattr(pnmf_pyro.counts, "BLOCK_ENTRIES", 9)
+        monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 9)
     return request.param
 
 
@@ -259,7 +252,7 @@ def test_blocks_together_are_the_matrix(counts, X, block):
 
 
 def test_blocks_of_rows_larger_than_a_block(X, monkeypatch):
-    monkeypatch.setattr(pnmf_pyro.counts, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 1)
     for counts in (as_counts(X), as_counts(sp.csr_matrix(X))):
         assert np.vstack([part.to_dense() for _, part in counts.blocks()]).shape == X.shape
         np.testing.assert_array_equal(counts.row_totals, X.sum(1))

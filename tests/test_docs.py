@@ -18,8 +18,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from pnmf_pyro.cli import main
-from pnmf_pyro.commands.options import Exit
+from pnmf_pyro.command_line.cli import main
+from pnmf_pyro.command_line.options import Exit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

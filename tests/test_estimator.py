@@ -12,8 +12,8 @@ from pyro.infer import Predictive, Trace_ELBO
 from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro import PNMF
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batch
+from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.transforms import get_factors, log_factors
 from tests.conftest import NATURAL, simulate
 

@@ -7,25 +7,23 @@ import torch
 from pyro.contrib.gp import kernels as pyro_kernels
 from pyro.contrib.gp.models import VariationalSparseGP
 
-from pnmf_pyro.cholesky import inverse_diagonal, jittered_cholesky, solve
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batch, Batches
-from pnmf_pyro.distributions.fields import (
-    NaturalNormal,
-    WhitenedNormal,
-    WhitenedPrior,
-    weighted_gram,
-)
-from pnmf_pyro.distributions.sites import SiteNormal, SiteSpread
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.inducing import inducing_points
-from pnmf_pyro.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
+from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.gp.cholesky import inverse_diagonal, jittered_cholesky, solve
+from pnmf_pyro.gp.inducing import inducing_points
+from pnmf_pyro.gp.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import ClosedFormLoadings, Decreasing, EveryNth
-from pnmf_pyro.places import Places
-from pnmf_pyro.priors import SVGP, families
-from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.training import evaluate_elbo, train
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.priors import SVGP
+from pnmf_pyro.priors import svgp_posterior as families
+from pnmf_pyro.priors.fields import NaturalNormal, WhitenedNormal, WhitenedPrior, weighted_gram
+from pnmf_pyro.priors.natural import EveryNth
+from pnmf_pyro.priors.svgp_sites import SiteNormal, SiteSpread
+from pnmf_pyro.training.loadings import ClosedFormLoadings
+from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.schedules import Decreasing
 from tests import dense_fields
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-9}
@@ -404,7 +402,7 @@ def test_draws_of_sites_have_their_moments():
 def test_training_by_sites_is_training_in_natural_parameters(batch_size, monkeypatch):
     fields = []
     for sites in (0, 100):
-        monkeypatch.setattr("pnmf_pyro.priors.families.SITES", sites)
+        monkeypatch.setattr("pnmf_pyro.priors.svgp_posterior.SITES", sites)
         prior = assigned(N=10, M=8)
         model, counts = factorization(prior)
         batches = Batches(counts, batch_size, generator=torch_generator(1))

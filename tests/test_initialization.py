@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition._nmf import _initialize_nmf
 
-from pnmf_pyro.counts import as_counts
+from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.initialization import initialize_factors
 
 NAMES = ("random", "nndsvd", "nndsvda", "nndsvdar", "biwhitened", "k-means")

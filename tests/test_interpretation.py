@@ -9,7 +9,12 @@ import pytest
 import scipy.sparse as sp
 
 from pnmf_pyro import PNMF
-from pnmf_pyro.interpretation import contributions, feature_scores, spatial_scores, top_features
+from pnmf_pyro.analysis.interpretation import (
+    contributions,
+    feature_scores,
+    spatial_scores,
+    top_features,
+)
 from pnmf_pyro.transforms import get_factors, get_loadings
 from tests.conftest import NATURAL
 

@@ -9,19 +9,14 @@ import torch
 from torch.distributions import kl_divergence
 
 from pnmf_pyro import PNMF
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batch, Batches
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.kernels import MultiGroupKernel, SpatialKernel
+from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.places import Places
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP
-from pnmf_pyro.transforms import (
-    factor_samples,
-    factor_uncertainty,
-    get_factors,
-    log_factors,
-)
+from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors, log_factors
 from tests import dense_fields
 from tests.test_spatial import STEPS, tissue
 

@@ -13,24 +13,17 @@ import scipy.sparse as sp
 import torch
 from torch.distributions import kl_divergence
 
-from pnmf_pyro.counts import as_counts
 from pnmf_pyro.custom_modules import ConstrainedParameter, PositiveParameter
-from pnmf_pyro.data import Batch, Batches
-from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import drawing_from
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import (
-    ClosedFormLoadings,
-    ClosedFormScale,
-    Constant,
-    Decreasing,
-    NaturalGradient,
-    OneCycle,
-    Plateau,
-    ShrunkLoadings,
-)
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.random_state import drawing_from
-from pnmf_pyro.training import train
+from pnmf_pyro.priors.natural import NaturalGradient
+from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale, ShrunkLoadings
+from pnmf_pyro.training.loop import train
+from pnmf_pyro.training.schedules import Constant, Decreasing, OneCycle, Plateau
 from tests import dense_reference as ref
 
 PARAMETER_MODES = ("softplus", "exp", "projected", "multiplicative")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from pnmf_pyro import neighbors, ordering
-from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch, order_spots
-from pnmf_pyro.ordering import max_min_order
-from pnmf_pyro.random_state import gumbel_noise
+from pnmf_pyro.data.random_state import gumbel_noise
+from pnmf_pyro.gp import neighbors, ordering
+from pnmf_pyro.gp.neighbors import build_graph, nearest, neighbors_of_batch, order_spots
+from pnmf_pyro.gp.ordering import max_min_order
 
 
 def places(kind: str, N: int = 300) -> np.ndarray:

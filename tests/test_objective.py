@@ -21,23 +21,19 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from scipy import integrate, special, stats
 from sklearn.metrics import mean_poisson_deviance
 
-import pnmf_pyro.counts
-from pnmf_pyro.counts import Counts, as_counts
+import pnmf_pyro.data.counts
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data import Batch, Batches, take
-from pnmf_pyro.distributions import PoissonFactors, mean_deviance
-from pnmf_pyro.distributions.fields import FieldMarginals
-from pnmf_pyro.distributions.log_rate import (
-    log_rate,
-    log_rate_and_moments,
-    log_rate_with_gradients,
-)
-from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.data.batches import Batch, Batches, take
+from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments, log_rate_with_gradients
+from pnmf_pyro.data.random_state import drawing_from
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import NaturalGradient
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.poisson import PoissonFactors, mean_deviance
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.random_state import drawing_from
-from pnmf_pyro.training import evaluate_elbo, train
+from pnmf_pyro.priors.fields import FieldMarginals
+from pnmf_pyro.priors.natural import NaturalGradient
+from pnmf_pyro.training.loop import evaluate_elbo, train
 from tests import dense_reference as ref
 
 MODES = ("simple", "expanded", "lower-bound")
@@ -94,9 +90,11 @@ def fields(monkeypatch) -> list[torch.Tensor]:
 def kernel(request, monkeypatch) -> str:
     """The ways through the kernel: whole, cut into blocks, and without torch's sampled product."""
     if request.param != "one block":
-        monkeypatch.setattr(pnmf_pyro.counts, "BLOCK_ENTRIES", 10)
+        monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 10)
     if request.param == "portable":
-        monkeypatch.setattr(pnmf_pyro.counts, "_has_sampled_addmm", lambda device, dtype: False)
+        monkeypatch.setattr(
+            pnmf_pyro.data.counts, "_has_sampled_addmm", lambda device, dtype: False
+        )
     return request.param
 
 

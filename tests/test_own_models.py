@@ -11,14 +11,14 @@ from torch import nn
 
 import pnmf_pyro
 from pnmf_pyro import PNMF, fit_model, match_factors, posterior_predictive_check, transforms
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batch, Batches, take
-from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.data.batches import Batch, Batches, take
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.initialization import initialize_factors, start_values
 from pnmf_pyro.models import ALL, PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.training import evaluate_elbo
+from pnmf_pyro.training.loop import evaluate_elbo
 from tests.conftest import NATURAL, simulate
 
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pnmf_pyro.pages import Page, Picture, Table, Text
+from pnmf_pyro.command_line.pages import Page, Picture, Table, Text
 
 
 def draw(*values):

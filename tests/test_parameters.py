@@ -9,16 +9,17 @@ import scipy.sparse as sp
 import torch
 from scipy.optimize import fsolve
 
-from pnmf_pyro import PNMF, neighborhoods
+from pnmf_pyro import PNMF
 from pnmf_pyro import transforms as T
-from pnmf_pyro.counts import as_counts
 from pnmf_pyro.custom_modules import ConstrainedParameter, PositiveParameter
-from pnmf_pyro.data import Batch
-from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import drawing_from
+from pnmf_pyro.gp import neighborhoods
 from pnmf_pyro.initialization import INITS, initialize_factors
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.random_state import drawing_from
 from tests.calibration import coverage, separated_loadings
 
 # A step so short that every step of a fit is taken from the same place, to all intents.

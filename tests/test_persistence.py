@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pnmf_pyro import PNMF
-from pnmf_pyro.persistence import read_archive, write_archive
+from pnmf_pyro.estimator.archive import read_archive, write_archive
 
 
 def test_round_trip(fitted, counts, tmp_path):

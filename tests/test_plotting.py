@@ -296,7 +296,7 @@ def spatial():
 def test_a_model_is_drawn_as_its_anndata_object(spatial):
     model, X, x = spatial
     adata = anndata.AnnData(X.astype(np.float32), obsm={"spatial": x})
-    pnmf_pyro.anndata_bridge.add_results(adata, model)
+    pnmf_pyro.estimator.anndata_bridge.add_results(adata, model)
     for plot in (plotting.plot_factors, plotting.plot_uncertainty):
         one, other = plot(model), plot(adata)
         for a, b in zip(one, other, strict=True):

@@ -9,11 +9,11 @@ import scipy.sparse as sp
 import torch
 
 from pnmf_pyro import PNMF, posterior_predictive_check, prior_predictive_check
-from pnmf_pyro import statistics as S
-from pnmf_pyro.frames import as_frame
-from pnmf_pyro.places import Places
-from pnmf_pyro.posterior_checks import StatisticCheck
-from pnmf_pyro.statistics import Statistic
+from pnmf_pyro.analysis import statistics as S
+from pnmf_pyro.analysis.frames import as_frame
+from pnmf_pyro.analysis.predictive_checks import StatisticCheck
+from pnmf_pyro.analysis.statistics import Statistic
+from pnmf_pyro.data.places import Places
 from tests.conftest import NATURAL, simulate
 
 ROWS = {

@@ -8,12 +8,12 @@ import scipy.sparse as sp
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batches
-from pnmf_pyro.elbo import FactorizationELBO
-from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.recipe import CLOSER, RECIPE, SPATIAL
-from pnmf_pyro.training import evaluate_elbo
+from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.estimator.recipe import CLOSER, RECIPE, SPATIAL
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.training.loop import evaluate_elbo
 from tests.conftest import NATURAL, simulate
 
 
@@ -43,7 +43,7 @@ def test_fit_logs_its_choices_and_takes_overrides(counts, caplog):
 def test_fit_conditions_many_places_on_neighbours_and_says_so(
     counts, caplog, monkeypatch, most, parameters, local
 ):
-    monkeypatch.setattr("pnmf_pyro.recipe.ALL_INDUCING", most)
+    monkeypatch.setattr("pnmf_pyro.estimator.recipe.ALL_INDUCING", most)
     places = np.random.default_rng(0).uniform(size=(80, 2))
     with caplog.at_level(logging.INFO, logger="pnmf_pyro"):
         model = pnmf_pyro.fit(counts, places, n_components=2, tol=1e-2, **parameters)
@@ -69,7 +69,7 @@ def test_fit_conditions_many_places_on_neighbours_and_says_so(
 def test_fit_follows_samples_more_closely_with_an_inducing_point_at_each(
     counts, monkeypatch, most, parameters, closer
 ):
-    monkeypatch.setattr("pnmf_pyro.recipe.ALL_INDUCING", most)
+    monkeypatch.setattr("pnmf_pyro.estimator.recipe.ALL_INDUCING", most)
     places = np.random.default_rng(0).uniform(size=(80, 2))
     parameters = {"tol": 1e-2, "kernel": "Matern32", **parameters}
     model = pnmf_pyro.fit(counts, places, n_components=2, **parameters)

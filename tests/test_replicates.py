@@ -8,12 +8,14 @@ import scipy.sparse as sp
 import torch
 from sklearn.exceptions import NotFittedError
 
-from pnmf_pyro import PNMF, replicates
-from pnmf_pyro.data import Batch
-from pnmf_pyro.distributions import PoissonFactors, poisson_factors
+from pnmf_pyro import PNMF
+from pnmf_pyro.analysis import replicates
+from pnmf_pyro.analysis.replicates import draw_latents, replicated_counts
+from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models import poisson as poisson_factors
+from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.replicates import draw_latents, replicated_counts
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from sklearn.metrics import mean_poisson_deviance
 
 import pnmf_pyro
 from pnmf_pyro import PNMF, match_factors, select_n_components
-from pnmf_pyro.data import thin_counts
-from pnmf_pyro.selection import ComponentSelection
+from pnmf_pyro.analysis.selection import ComponentSelection, thin_counts
 from pnmf_pyro.transforms import get_factors, get_loadings
 from tests.conftest import NATURAL, simulate
 

@@ -7,18 +7,13 @@ from scipy.stats import poisson
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.hyperparameters import HyperparameterSearch, predict_without, sites
-from pnmf_pyro.kernels import SpatialKernel
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.places import Places, spacing, typical_lengthscale
+from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.places import Places, spacing, typical_lengthscale
 from pnmf_pyro.priors import SVGP
-from pnmf_pyro.transforms import (
-    factor_samples,
-    factor_uncertainty,
-    get_factors,
-    log_factors,
-)
+from pnmf_pyro.training.hyperparameters import HyperparameterSearch, predict_without, sites
+from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors, log_factors
 from tests import dense_fields
 from tests.calibration import coverage_at_new_places
 
@@ -437,10 +432,10 @@ def test_leave_one_out_is_near_a_refit_without_the_sample(data):
 
 
 def refit_given_loadings(X, x, W):
-    from pnmf_pyro.data import Batches
-    from pnmf_pyro.elbo import FactorizationELBO
-    from pnmf_pyro.random_state import torch_generator
-    from pnmf_pyro.training import train
+    from pnmf_pyro.data.batches import Batches
+    from pnmf_pyro.data.random_state import torch_generator
+    from pnmf_pyro.models.elbo import FactorizationELBO
+    from pnmf_pyro.training.loop import train
 
     places = Places(torch.from_numpy(x))
     kernel = SpatialKernel("Matern32", 0.4, 1.0)

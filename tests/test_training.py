@@ -10,16 +10,17 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 
 import pnmf_pyro
-from pnmf_pyro import PNMF, training
-from pnmf_pyro.counts import as_counts
-from pnmf_pyro.data import Batch, Batches
-from pnmf_pyro.distributions import fields
-from pnmf_pyro.elbo import FactorizationELBO
+from pnmf_pyro import PNMF
+from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.optimizers import ClosedForm, Descent, EveryNth, Still
-from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.random_state import torch_generator
-from pnmf_pyro.training import Convergence, evaluate_elbo, train
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.priors import GaussianPrior, fields
+from pnmf_pyro.priors.natural import ClosedForm, Descent, EveryNth, Still
+from pnmf_pyro.training import loop as training
+from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.loop import evaluate_elbo, train
 
 
 def steps_until_reached(convergence, values):

@@ -10,10 +10,10 @@ import scipy.sparse as sp
 import torch
 from torch.distributions import Independent, Laplace, kl_divergence
 
-from pnmf_pyro.distributions.vecchia import VecchiaNormal, kl_terms, kl_terms_given_weights, predict
-from pnmf_pyro.neighbors import build_graph, nearest, neighbors_of_batch
-from pnmf_pyro.vecchia_factor import VecchiaFactor, conditional_weights, on_components
-from pnmf_pyro.vecchia_posterior import VecchiaPosterior
+from pnmf_pyro.gp.neighbors import build_graph, nearest, neighbors_of_batch
+from pnmf_pyro.gp.vecchia import VecchiaFactor, conditional_weights, on_components
+from pnmf_pyro.gp.vecchia_solver import VecchiaPosterior
+from pnmf_pyro.priors.vecchia_normal import VecchiaNormal, kl_terms, kl_terms_given_weights, predict
 
 LENGTHSCALES = (0.15, 0.4)
 SCALES = (1.0, 2.5)  # k(x, x)
@@ -432,7 +432,7 @@ def test_jitter_is_added_only_where_it_is_needed():
 def test_weights_in_small_blocks_are_the_same(monkeypatch):
     points = places(50)
     whole = make(points, 6)
-    monkeypatch.setattr("pnmf_pyro.vecchia_factor.BLOCK", 500)
+    monkeypatch.setattr("pnmf_pyro.gp.vecchia.BLOCK", 500)
     parts = make(points, 6)
     np.testing.assert_array_equal(whole.matrices[1].data, parts.matrices[1].data)
 
@@ -601,7 +601,7 @@ def test_threads_over_components_change_nothing(monkeypatch):
     for shape in ((3, 30), (3, 30, 4)):
         x = random.normal(size=shape)
         few = on_components(lambda A, x: A @ x, matrices, x)
-        monkeypatch.setattr("pnmf_pyro.vecchia_factor.FEW_PRODUCTS", 0)
+        monkeypatch.setattr("pnmf_pyro.gp.vecchia.FEW_PRODUCTS", 0)
         monkeypatch.setattr("torch.get_num_threads", lambda: 2)
         many = on_components(lambda A, x: A @ x, matrices, x)
         monkeypatch.undo()

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from pnmf_pyro.analysis.predictive_checks import FLAGGED, PredictiveCheck, StatisticCheck
+from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.plotting.figures import panels, plain
-from pnmf_pyro.posterior_checks import FLAGGED, PredictiveCheck, StatisticCheck
-from pnmf_pyro.selection import ComponentSelection
 
 SEEN, USUAL, ODD = "#222222", "#7a9cc6", "#d1495b"
 

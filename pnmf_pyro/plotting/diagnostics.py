@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from pnmf_pyro.data import check_counts
-from pnmf_pyro.hyperparameters import HyperparameterSearch
-from pnmf_pyro.places import extent, spacing
+from pnmf_pyro.data.checks import check_array, check_counts
+from pnmf_pyro.data.places import extent, spacing
+from pnmf_pyro.data.random_state import check_random_state
+from pnmf_pyro.estimator.results import Results, is_anndata, results_of
 from pnmf_pyro.plotting.figures import BLUE, one_axes, plain
-from pnmf_pyro.random_state import check_random_state
-from pnmf_pyro.results import Results, is_anndata, results_of
-from pnmf_pyro.validation import check_array
+from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 
 # Lengthscales of a profile that are tried without being asked for.
 PROFILED = 25

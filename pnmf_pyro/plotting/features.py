@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pnmf_pyro.interpretation import contributions, feature_scores, top_features
+from pnmf_pyro.analysis.interpretation import contributions, feature_scores, top_features
+from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.estimator.results import chosen_components, results_of
 from pnmf_pyro.plotting.figures import BLUE, one_axes, panels, plain
-from pnmf_pyro.results import chosen_components, results_of
-from pnmf_pyro.validation import check_count
 
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
@@ -37,7 +37,7 @@ def plot_top_features(
         Features of a component.
     by : {'weight', 'specificity'}
         What they are ranked by and what the bars show, see
-        :func:`~pnmf_pyro.interpretation.feature_scores`.
+        :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
     components : sequence of int, optional
         Which, counted from 0; all unless given.
     axes : array of matplotlib Axes, optional
@@ -85,7 +85,7 @@ def plot_loadings(
     n : int, optional
         Features of each component; as many as can be read unless given, from 2 to 8.
     by : {'weight', 'specificity'}
-        What they are ranked by, see :func:`~pnmf_pyro.interpretation.feature_scores`.
+        What they are ranked by, see :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
     ax : matplotlib Axes, optional
         Drawn in a new figure unless given.
     cmap : str

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pnmf_pyro.plotting.figures import panels
-from pnmf_pyro.plotting.tissue import MapStyle, Tissue
-from pnmf_pyro.results import (
+from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     Results,
     chosen_components,
@@ -17,7 +16,8 @@ from pnmf_pyro.results import (
     is_anndata,
     results_of,
 )
-from pnmf_pyro.validation import check_array
+from pnmf_pyro.plotting.figures import panels
+from pnmf_pyro.plotting.tissue import MapStyle, Tissue
 
 # Share of the values that has its own colour; the highest, if far above, all have the last one.
 SHOWN = 0.995

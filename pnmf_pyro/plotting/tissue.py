@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.spatial import cKDTree
 
-from pnmf_pyro.places import GroupCodes, check_coordinates
-from pnmf_pyro.validation import check_count, check_positive
+from pnmf_pyro.data.checks import check_count, check_positive
+from pnmf_pyro.data.places import GroupCodes, check_coordinates
 
 # Samples up to which each is drawn as a spot. Of more, the mean in each pixel of an image is shown:
 # spots would be smaller than a pixel of the screen.

@@ -13,8 +13,8 @@ from pyro import poutine
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
-from pnmf_pyro.data import Batch
-from pnmf_pyro.places import Places
+from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.places import Places
 
 Draws = Callable[[Tensor | None], Tensor]
 

@@ -10,11 +10,11 @@ from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data import Batch, take
-from pnmf_pyro.optimizers import NaturalGradient
-from pnmf_pyro.places import Places
+from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
+from pnmf_pyro.data.places import Places
 from pnmf_pyro.priors.base import Draws, Field, Prior
-from pnmf_pyro.validation import check_count, check_positive
+from pnmf_pyro.priors.natural import NaturalGradient
 
 
 class _MeanScale(nn.Module):
@@ -84,7 +84,7 @@ class GaussianPrior(Prior):
         Standard deviation of the prior.
     use_natural_gradients : bool
         Hold q in its natural parameters theta1 = mean / scale^2 and theta2 = -1 / (2 scale^2), for
-        training by :class:`~pnmf_pyro.optimizers.NaturalGradient`.
+        training by :class:`~pnmf_pyro.priors.natural.NaturalGradient`.
 
     Attributes
     ----------
@@ -216,19 +216,3 @@ class GaussianPrior(Prior):
                 "prior is trained in mean and scale."
             )
         return [self.q.theta1, self.q.theta2]
-
-
-def check_data(y: Any) -> None:
-    """Raise a ValueError unless `y` is a tensor of shape (D, N)."""
-    if not isinstance(y, Tensor) or y.ndim != 2:
-        shape = f" of shape {tuple(y.shape)}" if hasattr(y, "shape") else ""
-        raise ValueError(
-            f"y must be a tensor of shape (D, N), features by samples; got {type(y).__name__}"
-            f"{shape}. torch.as_tensor(X.T) makes one of an array of samples by features."
-        )
-
-
-def like_data(module: nn.Module, y: Any) -> nn.Module:
-    """Move a module to the floating-point type and the device of the data `y`, in place."""
-    module.to(y.dtype if y.dtype.is_floating_point else torch.get_default_dtype())
-    return module if y.device.type == "meta" else module.to(y.device)

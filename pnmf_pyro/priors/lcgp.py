@@ -11,14 +11,14 @@ from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data import Batch, take
-from pnmf_pyro.distributions.local_fields import LocalPosterior, LocalPrior, draw_given
-from pnmf_pyro.distributions.vecchia import predict
-from pnmf_pyro.kernels import SpatialKernel
-from pnmf_pyro.neighborhoods import Neighborhoods
-from pnmf_pyro.optimizers import ClosedForm
-from pnmf_pyro.places import Places
+from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
+from pnmf_pyro.priors.natural import ClosedForm
+from pnmf_pyro.priors.vecchia_normal import predict
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
 # steps they take at most from where the mean was before.
@@ -92,10 +92,10 @@ class LCGP(Prior):
     .. math:: F_{\cdot l} \sim N(\mathrm{mean}_l, Q_l^{-1}), \qquad
         Q = (I - B)^T \mathrm{diag}(1 / v) (I - B),
 
-    see :mod:`pnmf_pyro.vecchia_factor`; with K = N - 1 nothing is approximated. The variational
+    see :mod:`pnmf_pyro.gp.vecchia`; with K = N - 1 nothing is approximated. The variational
     family has mean m and covariance V V^T + diag(d), for each component. In training V has no
     columns. When that has settled, V is given the posterior's smooth part
-    (:meth:`~pnmf_pyro.vecchia_posterior.VecchiaPosterior.smooth_part`), with which all else settles
+    (:meth:`~pnmf_pyro.gp.vecchia_solver.VecchiaPosterior.smooth_part`), with which all else settles
     once more.
 
     Parameters
@@ -109,7 +109,7 @@ class LCGP(Prior):
     K : int
         Neighbours of a place, N - 1 where it is larger.
     neighbors : {'knn', 'probabilistic'}
-        How they are chosen among the places before it, see :mod:`pnmf_pyro.neighbors`.
+        How they are chosen among the places before it, see :mod:`pnmf_pyro.gp.neighbors`.
     precompute_knn : bool
         Keep neighbours and their weights. Otherwise they are found at each step: for the batch
         alone in standard training, for all places by natural gradients.

@@ -10,15 +10,15 @@ import torch
 from pyro.distributions import Normal
 from torch import Tensor
 
-from pnmf_pyro.cholesky import jittered_cholesky
-from pnmf_pyro.data import Batch, take
-from pnmf_pyro.distributions.fields import FieldMarginals, WhitenedPrior, times
-from pnmf_pyro.kernels import SpatialKernel
-from pnmf_pyro.optimizers import Descent
-from pnmf_pyro.places import Places
+from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cholesky import jittered_cholesky
+from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors.base import Draws, Prior
-from pnmf_pyro.priors.families import family
-from pnmf_pyro.remembered import Remembered
+from pnmf_pyro.priors.fields import FieldMarginals, WhitenedPrior, times
+from pnmf_pyro.priors.natural import Descent
+from pnmf_pyro.priors.svgp_posterior import family
 
 CHOLESKY_MODES = ("exp", "softplus")
 

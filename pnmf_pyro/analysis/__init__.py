@@ -1,0 +1,5 @@
+"""What to do with a fit: interpret it, match it with another, check it, choose its size.
+
+It imports from `estimator` and the rooms above that. Begin with
+:mod:`~pnmf_pyro.analysis.interpretation`.
+"""

@@ -1,0 +1,402 @@
+r"""Posterior and prior predictive checks: whether the model makes tables like the data.
+
+For a statistic T the check compares T(X) with its values for tables that the model makes
+(:mod:`~pnmf_pyro.replicates`). Where T has a number for each feature or sample, one p-value for
+all of them comes from the mean of their squared z-scores. Data and replicated tables are treated
+alike: with t_k the values for table k, k = 0 being the data,
+
+.. math:: z_{kj} = \frac{t_{kj} - \bar t_j}{\mathrm{sd}(t_j)}, \qquad
+    S_k = \frac{1}{m} \sum_j z_{kj}^2, \qquad
+    p = \frac{\#\{k : S_k \ge S_0\}}{n + 1},
+
+where means and standard deviations are over all n + 1 tables. If the data were one more table of
+the predictive distribution, the n + 1 numbers S_k would be exchangeable and p would be below
+:math:`\alpha` with probability at most :math:`\alpha`, however the m values depend on each other:
+so many features make no multiple testing within a statistic.
+
+The data are used twice, to fit and to check. A fit pulls the model's tables towards the data, so
+that T(X) lies closer to the middle of its replicated values than one more table would, and p is
+conservative: more so the more directly T is fitted. Totals are fitted almost exactly and can hardly
+ever fail; the shape of the distribution of counts, zeros, maxima and correlations are not
+(Meng 1994; Robins, van der Vaart and Ventura 2000; Bayarri and Berger 2000). S is one-sided on
+purpose. A two-sided test of the mean z-score would turn the slight overfitting of the loadings,
+which leaves the data a little less variable around the fit than a Poisson, into alarms; S sees it
+only where it is large, with far too many components for few samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from pnmf_pyro.analysis.frames import as_frame
+from pnmf_pyro.analysis.replicates import replicated_counts
+from pnmf_pyro.analysis.statistics import NAMES, Statistic, named_statistics
+from pnmf_pyro.data.checks import check_count, check_counts
+from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
+from pnmf_pyro.data.random_state import RandomState
+from pnmf_pyro.training.loop import progress_bar
+from pnmf_pyro.transforms import fitted_module
+
+# p-value below which a statistic is reported as misfit.
+FLAGGED = 0.01
+
+# Mean z-score, over their quadratic mean, below which z-scores have no side that words could name.
+ONE_SIDED = 0.1
+
+
+@dataclass(frozen=True)
+class StatisticCheck:
+    """One statistic of the data beside its values for replicated tables.
+
+    Attributes
+    ----------
+    statistic : Statistic
+    labels : sequence of length m
+    observed : ndarray of shape (m,)
+    replicated : ndarray of shape (n_draws, m), float32
+    """
+
+    statistic: Statistic
+    labels: Sequence[Any]
+    observed: np.ndarray
+    replicated: np.ndarray
+
+    @cached_property
+    def _scores(self) -> tuple[np.ndarray, float]:
+        """z-scores of the data and the p-value of all of them."""
+        tables = np.vstack([self.observed.astype(self.replicated.dtype), self.replicated])
+        spread = tables.std(0, dtype=np.float64)
+        z = tables - tables.mean(0, dtype=np.float64)
+        np.divide(z, spread, out=z, where=spread > 0)
+        S = np.mean(z**2, axis=1)
+        return z[0], float(np.mean(S[0] <= S))
+
+    @property
+    def z(self) -> np.ndarray:
+        """z-score of each number, (m,): its distance from the replicated mean in their sd."""
+        return self._scores[0]
+
+    @property
+    def p_value(self) -> float:
+        """Probability of replicated tables as far from what the model expects as the data are."""
+        return self._scores[1]
+
+    @property
+    def p_values(self) -> np.ndarray:
+        """Two-sided posterior predictive p-value of each number, shape (m,)."""
+        seen = self.observed.astype(self.replicated.dtype)
+        n = len(self.replicated)
+        above = (1 + (self.replicated >= seen).sum(0)) / (1 + n)
+        below = (1 + (self.replicated <= seen).sum(0)) / (1 + n)
+        return np.minimum(1, 2 * np.minimum(above, below))
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What the table of a check says of this statistic."""
+        mean = self.replicated.mean(1, dtype=np.float64)
+        low, high = np.quantile(mean, (0.05, 0.95))
+        return {
+            "statistic": self.statistic.name,
+            "of": self.statistic.of,
+            "observed": float(self.observed.mean()),
+            "replicated": float(mean.mean()),
+            "replicated_5%": float(low),
+            "replicated_95%": float(high),
+            "mean_z": float(self.z.mean()),
+            "share_below_0.05": float(np.mean(self.p_values < 0.05)),
+            "p_value": self.p_value,
+        }
+
+    @property
+    def sentence(self) -> str:
+        """What the check found, in words."""
+        s, mean = self.statistic, self.row
+        if abs(mean["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
+            return (
+                f"{s.name} of each {s.of}: too high in the data for some and too low for others "
+                f"(p = {self.p_value:.3g}): the model does not follow it from one {s.of} to "
+                "another."
+            )
+        higher = mean["mean_z"] > 0
+        meaning = (s.above if higher else s.below) or "the model does not reproduce it"
+        return (
+            f"{s.name} of each {s.of}: {'higher' if higher else 'lower'} in the data, on average "
+            f"{mean['observed']:.3g} against {mean['replicated']:.3g} "
+            f"(p = {self.p_value:.3g}): {meaning}."
+        )
+
+
+@dataclass(frozen=True)
+class PredictiveCheck:
+    """Statistics of the data beside those of tables that the model makes.
+
+    Attributes
+    ----------
+    results : list of StatisticCheck
+    n_draws : int
+        Number of replicated tables.
+    kind : {'posterior', 'prior'}
+    """
+
+    results: list[StatisticCheck]
+    n_draws: int
+    kind: str
+
+    def __getitem__(self, name: str | tuple[str, str]) -> StatisticCheck:
+        """Return the result for a statistic, by name or by (name, of)."""
+        found = [
+            one
+            for one in self.results
+            if name in (one.statistic.name, (one.statistic.name, one.statistic.of))
+        ]
+        if not found:
+            known = [(one.statistic.name, one.statistic.of) for one in self.results]
+            raise KeyError(f"there is no statistic {name!r} in this check, which has {known}")
+        return found[0]
+
+    def table(self, of: str | None = None) -> Any:
+        """Return a table of the results.
+
+        Parameters
+        ----------
+        of : str, optional
+            "feature", "sample" or another `of` of the statistics: a row for each of these, with
+            observed values, replicated means and p-values. A row for each statistic unless given.
+
+        Returns
+        -------
+        pandas.DataFrame, or a dict of columns where pandas is not installed
+
+        Raises
+        ------
+        ValueError
+            If no statistic is of that.
+        """
+        if of is None:
+            rows = [one.row for one in self.results]
+            return as_frame({name: [row[name] for row in rows] for name in rows[0]})
+        chosen = [one for one in self.results if one.statistic.of == of]
+        if not chosen:
+            known = sorted({one.statistic.of for one in self.results})
+            raise ValueError(f"of must be one of {known}, or None; got {of!r}.")
+        columns: dict[str, Any] = {of: list(chosen[0].labels)}
+        for one in chosen:
+            name = one.statistic.name
+            columns[name] = one.observed
+            columns[f"{name}_replicated"] = one.replicated.mean(0, dtype=np.float64)
+            columns[f"{name}_p_value"] = one.p_values
+        return as_frame(columns)
+
+    @property
+    def flagged(self) -> list[StatisticCheck]:
+        """The statistics that the model does not reproduce, the smallest p-value first."""
+        found = [one for one in self.results if one.p_value < FLAGGED]
+        return sorted(found, key=lambda one: one.p_value)
+
+    def verdict(self) -> str:
+        """Say in words what the model misses."""
+        flagged = self.flagged
+        if not flagged:
+            return (
+                f"None of the {len(self.results)} statistics tells the data from {self.n_draws} "
+                f"tables of the {self.kind} predictive distribution (all p >= {FLAGGED}). That is "
+                "no proof of the model: it says that these statistics see nothing wrong."
+            )
+        common = "; one cause can move several" if len(flagged) > 1 else ""
+        lines = [f"- {one.sentence}" for one in flagged]
+        return (
+            f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
+            f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "
+            f"distribution){common}:\n" + "\n".join(lines)
+        )
+
+
+def posterior_predictive_check(
+    model: Any,
+    X: Any,
+    coordinates: Any = None,
+    groups: Any = None,
+    statistics: Sequence[str | Statistic | Callable] | None = None,
+    n_draws: int = 200,
+    *,
+    random_state: RandomState = None,
+    verbose: bool | int = False,
+) -> PredictiveCheck:
+    """Compare the data with tables that the fitted model makes.
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted to X.
+    X : array-like or sparse matrix of shape (N, D)
+        The data of the fit.
+    coordinates : array-like of shape (N, p), optional
+        Where the samples are, for Moran's I; a spatial model knows.
+    groups : array-like of shape (N,), optional
+        Slices or batches, across which there are no neighbours; a multi-group model knows them.
+    statistics : sequence, optional
+        Names among 'total', 'variance_to_mean', 'zero_fraction', 'maximum' (each of samples and of
+        features), 'correlation' (of pairs among the 50 most abundant features) and 'moran';
+        functions of a table, an ndarray or csr_array of shape (N, D) like X, to a number or an
+        array; or a :class:`~pnmf_pyro.analysis.statistics.Statistic`. All the names that apply unless given.
+    n_draws : int
+        Number of replicated tables. The smallest p-value is 1 / (n_draws + 1).
+    random_state : int, RandomState, Generator or None
+    verbose : bool or int
+        Show a progress bar.
+
+    Returns
+    -------
+    PredictiveCheck
+
+    Raises
+    ------
+    ValueError
+        For data that do not fit the model, and statistics that cannot be used.
+
+    Notes
+    -----
+    Memory above the data: a few replicated tables, sparse where X is, and
+    4 n_draws (N + D) bytes for each statistic of samples and features.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pnmf_pyro
+    >>> X = np.random.default_rng(0).negative_binomial(1, 0.1, size=(100, 20))
+    >>> model = pnmf_pyro.fit(X, n_components=2)
+    >>> check = pnmf_pyro.posterior_predictive_check(model, X, n_draws=100, random_state=0)
+    >>> check["variance_to_mean"].p_value < 0.01
+    True
+    """
+    table, chosen = _prepare(model, X, (coordinates, groups), statistics)
+    tables = replicated_counts(model, n_draws, sparse=sp.issparse(table), random_state=random_state)
+    return _compare(table, chosen, tables, n_draws, "posterior", int(verbose))
+
+
+def prior_predictive_check(
+    model: Any,
+    X: Any,
+    coordinates: Any = None,
+    groups: Any = None,
+    statistics: Sequence[str | Statistic | Callable] | None = None,
+    n_draws: int = 200,
+    *,
+    random_state: RandomState = None,
+    verbose: bool | int = False,
+) -> PredictiveCheck:
+    """Compare the data with tables made from the prior of the factors and the model's loadings.
+
+    It shows what the prior takes for possible. The loadings have no prior: they are those that the
+    model holds, and the scales of a prior that learns its own are learned from the data too. So a
+    wide distribution of the replicated statistics is no fault, and data far outside of it are.
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        A fitted estimator, or a model that need not be.
+    X, coordinates, groups, statistics, n_draws, random_state, verbose
+        As for :func:`posterior_predictive_check`.
+
+    Returns
+    -------
+    PredictiveCheck
+    """
+    table, chosen = _prepare(model, X, (coordinates, groups), statistics)
+    tables = replicated_counts(
+        model, n_draws, prior=True, sparse=sp.issparse(table), random_state=random_state
+    )
+    return _compare(table, chosen, tables, n_draws, "prior", int(verbose))
+
+
+def _prepare(
+    model: Any, X: Any, where: tuple[Any, Any], statistics: Any
+) -> tuple[Any, list[tuple[Statistic, Sequence[Any]]]]:
+    """The data as a table, and the statistics with the labels of their numbers."""
+    module = fitted_module(model)
+    counts = check_counts(X).numpy()
+    if counts.shape != (module.N, module.D):
+        raise ValueError(
+            f"X must be the data that the model was fitted to, of shape {(module.N, module.D)}; "
+            f"got {counts.shape}. To check other samples, fit them or select those of the fit."
+        )
+    table = sp.csr_array(counts) if sp.issparse(counts) else counts
+    names = {
+        "sample": list(getattr(X, "index", range(module.N))),
+        "feature": list(getattr(model, "feature_names_in_", range(module.D))),
+    }
+    places = _places(module, *where)
+    if statistics is None:
+        statistics = [name for name in NAMES if name != "moran" or places is not None]
+    chosen = [
+        one
+        for wanted in _checked(statistics)
+        for one in (
+            named_statistics(wanted, table, places, names["feature"])
+            if isinstance(wanted, str)
+            else [wanted if isinstance(wanted, Statistic) else _of_function(wanted, table)]
+        )
+    ]
+    return table, [(one, one.labels or names.get(one.of, [])) for one in chosen]
+
+
+def _checked(statistics: Any) -> Sequence[Any]:
+    if isinstance(statistics, (str, Statistic)) or callable(statistics):
+        statistics = [statistics]
+    wanted = list(statistics)
+    for one in wanted:
+        if one not in NAMES and not callable(one):
+            raise ValueError(
+                f"statistics must be among {', '.join(map(repr, NAMES))}, or functions of a table; "
+                f"got {one!r}."
+            )
+    if not wanted:
+        raise ValueError("statistics must name at least one; got none. Leave it out for all.")
+    return wanted
+
+
+def _of_function(function: Callable[[Any], Any], table: Any) -> Statistic:
+    """The statistic of a user's function; what its numbers are for follows from how many."""
+    size, (n, d) = np.size(function(table)), table.shape
+    kinds = {1: "table", d: "feature", n: "sample"}
+    ambiguous = n == d and size == n
+    of = "value" if ambiguous else kinds.get(size, "value")
+    return Statistic(getattr(function, "__name__", "statistic"), of, function)
+
+
+def _places(module: Any, coordinates: Any, groups: Any) -> Places | None:
+    """Where the samples are: as is said, or as a spatial prior knows."""
+    if coordinates is None and groups is None:
+        return getattr(module.prior, "places", None)
+    codes = None if groups is None else GroupCodes.of(groups, module.N).encode(groups, module.N)
+    return Places(check_coordinates(coordinates, module.N), codes)
+
+
+def _compare(
+    table: Any,
+    statistics: Sequence[tuple[Statistic, Sequence[Any]]],
+    replicates: Iterable[Any],
+    n_draws: int,
+    kind: str,
+    verbose: int,
+) -> PredictiveCheck:
+    """Work out the statistics of a table and of its replicates, in one pass over these."""
+    check_count("n_draws", n_draws)
+    observed = [one(table) for one, _ in statistics]
+    replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
+    with progress_bar(n_draws, verbose, f"{kind} predictive") as progress:
+        for draw, replicate in enumerate(replicates):
+            for (one, _), values in zip(statistics, replicated, strict=True):
+                values[draw] = one(replicate)
+            progress.update()
+    results = [
+        StatisticCheck(one, labels or range(len(seen)), seen, values)
+        for (one, labels), seen, values in zip(statistics, observed, replicated, strict=True)
+    ]
+    return PredictiveCheck(results, n_draws, kind)

@@ -1,0 +1,157 @@
+"""Replicated counts: tables that the model itself would have made, one after another.
+
+Latent variables are drawn for all samples at once, so that draws of a field are of one piece, and
+the counts given them for a block of samples at a time. What is held is a few tables in the form of
+the data, sparse where the data are; a tensor of draws by samples by features is never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import scipy.sparse as sp
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pnmf_pyro.analysis.statistics import Table
+from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.transforms import fitted_module
+
+Program = Callable[[Batch], Any]
+
+# Stored entries that the tables of one group of draws may have together, and how many these are.
+HELD_ENTRIES = 1 << 24
+GROUP = 8
+
+# Entries of a block of samples, few enough for the caches.
+BLOCK_ENTRIES = 1 << 19
+
+ALL = Batch()
+
+
+def replicated_counts(
+    model: Any,
+    n_draws: int,
+    *,
+    prior: bool = False,
+    sparse: bool = False,
+    random_state: RandomState = None,
+) -> Iterator[Table]:
+    """Draw tables of counts from the posterior predictive, or the prior predictive, distribution.
+
+    Each table is made from one draw of the latent variables and the fitted loadings. Any model with
+    a site "X" for the counts will do, whatever its likelihood.
+
+    Parameters
+    ----------
+    model : PNMF or PoissonFactorization
+        Fitted, unless `prior`.
+    n_draws : int
+        Number of tables.
+    prior : bool
+        Draw the latent variables from the model's prior rather than from its guide.
+    sparse : bool
+        Make sparse tables.
+    random_state : int, RandomState, Generator or None
+        Seed; None for different tables at each call.
+
+    Yields
+    ------
+    ndarray or csr_array of shape (N, D)
+    """
+    module = fitted_module(model)
+    program = _without_counts(module.model) if prior else module.guide
+    rows = torch.arange(module.N, device=module.W.device)
+    blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
+    left, group = check_count("n_draws", n_draws), 1
+    generator = torch_generator(random_state)
+    while left > 0:
+        n = min(group, left)
+        with drawing_from(generator, module.W.device):
+            latents = draw_latents(program, n)
+            drawn = [_as_tables(draw_counts(module, latents, block), sparse) for block in blocks]
+        tables = [_joined(parts) for parts in zip(*drawn, strict=True)]
+        del drawn
+        group = max(1, min(GROUP, HELD_ENTRIES // max(1, tables[0].size)))
+        left -= n
+        yield from tables
+        del tables
+
+
+def _without_counts(model: Program) -> Program:
+    """Return the model as a program over its latent variables: it draws no counts."""
+    return poutine.condition(model, {"X": torch.zeros(())})
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Draws of latent variables for all samples.
+
+    Attributes
+    ----------
+    values : dict of Tensor
+        By site, the draws leading.
+    dims : dict of int
+        The dimension of samples, for the sites that have one.
+    """
+
+    values: dict[str, Tensor]
+    dims: dict[str, int]
+
+    def of(self, samples: Tensor) -> dict[str, Tensor]:
+        """Return the values for some of the samples."""
+        return {
+            name: value.index_select(self.dims[name], samples) if name in self.dims else value
+            for name, value in self.values.items()
+        }
+
+
+def draw_latents(program: Program, n_draws: int) -> Latents:
+    """Draw all latent variables of a program, jointly over samples, `n_draws` times."""
+    with pyro.validation_enabled(False):
+        trace: Any = poutine.trace(torch.no_grad()(program)).get_trace(ALL)
+        drawn = Predictive(program, num_samples=n_draws)(ALL)
+    drawn.pop("X", None)
+    dims = {
+        name: frame.dim - site["fn"].event_dim
+        for name, site in trace.nodes.items()
+        for frame in site.get("cond_indep_stack", ())
+        if name in drawn and frame.name == "samples"
+    }
+    return Latents(drawn, dims)
+
+
+def draw_counts(module: Any, latents: Latents, samples: Tensor) -> Tensor:
+    """Draw counts of some samples given each draw of the latent variables, (n_draws, n, D)."""
+    predictive = Predictive(
+        module.model, posterior_samples=latents.of(samples), return_sites=("X",)
+    )
+    with pyro.validation_enabled(False):
+        drawn = predictive(Batch(samples=samples))["X"]
+    return drawn.reshape(-1, len(samples), module.D)
+
+
+def _as_tables(drawn: Tensor, sparse: bool) -> list[Table]:
+    tables = drawn.cpu().numpy()
+    return [_compressed(table) for table in tables] if sparse else list(tables)
+
+
+def _joined(parts: tuple[Any, ...]) -> Table:
+    join = sp.vstack if sp.issparse(parts[0]) else np.concatenate
+    return join(parts) if len(parts) > 1 else parts[0]
+
+
+def _compressed(table: np.ndarray) -> sp.csr_array:
+    """Return a table as CSR, several times as fast as scipy does."""
+    (n, d), flat = table.shape, table.ravel()
+    stored = np.flatnonzero(flat != 0)
+    starts = np.searchsorted(stored, d * np.arange(n + 1))
+    return sp.csr_array((flat[stored], (stored % d).astype(np.int32), starts), shape=(n, d))

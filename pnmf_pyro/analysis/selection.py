@@ -1,0 +1,314 @@
+"""How many components: prediction of held-out counts, and stability, over a range of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from joblib import Parallel, delayed
+
+from pnmf_pyro.analysis.frames import as_frame
+from pnmf_pyro.analysis.matching import match_factors
+from pnmf_pyro.data.checks import _numeric_matrix, check_count, check_counts, check_size_factors
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.random_state import RandomState, check_random_state
+from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.models.poisson import mean_deviance
+from pnmf_pyro.training.loop import progress_bar
+from pnmf_pyro.transforms import get_factors, get_loadings
+
+# Steps without noise: they settle soon, and only predictions are compared.
+FAST: dict[str, Any] = {"mode": "lower-bound"}
+
+CAVEATS = (
+    "The curve says how many components can be told from noise with this many counts of these "
+    "samples. It does not say how many processes there are: more counts usually support more "
+    "components, and where the curve is flat the data leave the number open; then choose by "
+    "stability and by what the components mean. It takes the counts for Poisson: with "
+    "overdispersion the two parts of a thinned table share their noise, and the curve goes on "
+    "falling because components fit it. posterior_predictive_check tells whether that is so."
+)
+
+
+@dataclass(frozen=True)
+class ComponentSelection:
+    """Held-out deviance and stability for each number of components.
+
+    Attributes
+    ----------
+    n_components : list of int
+        Numbers tried, rising.
+    deviance : ndarray of shape (n_tried, n_seeds)
+        Mean Poisson deviance of held-out counts, for each thinning of the data.
+    stability : ndarray of shape (n_tried, n_pairs)
+        Mean cosine of matched components, for each pair of thinnings.
+    """
+
+    n_components: list[int]
+    deviance: np.ndarray
+    stability: np.ndarray
+
+    @property
+    def mean_deviance(self) -> np.ndarray:
+        """Mean over thinnings of the held-out deviance, (n_tried,)."""
+        return self.deviance.mean(1)
+
+    @property
+    def excess(self) -> np.ndarray:
+        """Mean held-out deviance above that of the best number, (n_tried,)."""
+        return self.mean_deviance - self.mean_deviance.min()
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """Standard error of `excess` over thinnings, (n_tried,); 0 for the best number itself.
+
+        The difference is taken within each thinning: how hard its counts are to predict is the same
+        for all numbers of components and does not count.
+        """
+        above = self.deviance - self.deviance[np.argmin(self.mean_deviance)]
+        return above.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
+
+    @property
+    def best(self) -> int:
+        """Number of components with the lowest mean held-out deviance."""
+        return self.n_components[int(np.argmin(self.mean_deviance))]
+
+    @property
+    def chosen(self) -> int:
+        """Smallest number whose mean deviance is within one standard error of the lowest.
+
+        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), with the standard
+        error of the difference.
+        """
+        return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
+
+    @property
+    def beyond(self) -> str | None:
+        """`fewer` or `more`: what is left to try where the chosen number ends the range."""
+        first, last = self.n_components[0], self.n_components[-1]
+        if first < last == self.chosen:
+            return "more"
+        return "fewer" if 1 < self.chosen == first < last else None
+
+    def table(self) -> Any:
+        """Return a row for each number of components.
+
+        Returns
+        -------
+        pandas.DataFrame, or a dict of columns where pandas is not installed
+        """
+        return as_frame(
+            {
+                "n_components": list(self.n_components),
+                "deviance": self.mean_deviance,
+                "excess": self.excess,
+                "standard_error": self.standard_error,
+                "stability": self.stability.mean(1),
+                "chosen": [number == self.chosen for number in self.n_components],
+            }
+        )
+
+    def summary(self) -> str:
+        """Say in words what was found, and what it does and does not tell."""
+        position = self.n_components.index(self.chosen)
+        parts = [
+            f"Held-out counts are predicted best with {self.best} components; {self.chosen} is the "
+            "smallest number within one standard error of that.",
+            f"With {self.chosen}, components of different thinnings match with a mean "
+            f"cosine of {self.stability[position].mean():.2f} (1: the same components each time).",
+        ]
+        if self.beyond:
+            parts.append(f"This is the end of the range: try {self.beyond} components as well.")
+        return " ".join(parts) + "\n" + CAVEATS
+
+
+def select_n_components(
+    X: Any,
+    n_components: Iterable[int] = range(2, 13),
+    *,
+    coordinates: Any = None,
+    groups: Any = None,
+    size_factors: Any = None,
+    n_seeds: int = 5,
+    train_fraction: float = 0.5,
+    n_jobs: int | None = None,
+    random_state: RandomState = None,
+    verbose: bool | int = False,
+    **parameters: Any,
+) -> ComponentSelection:
+    r"""Compare numbers of components by how well they predict counts that were held out.
+
+    Each count is split in two by binomial thinning: where X is Poisson with rates mu, the parts
+    are independent Poisson tables with rates f mu and (1 - f) mu, f being `train_fraction`. So a
+    model of the first predicts the second, of the same samples and features, without having seen
+    any of it (Neufeld, Gao, Popp, Battle and Witten 2024). Several thinnings give a standard
+    error, and show whether the components are the same each time.
+
+    Parameters
+    ----------
+    X : array-like or sparse matrix of shape (n_samples, n_features)
+        Raw counts, whole numbers. Sparse input stays sparse.
+    n_components : iterable of int
+        Numbers to try.
+    coordinates, groups, size_factors : array-like, optional
+        As for :func:`~pnmf_pyro.fit`.
+    n_seeds : int
+        Number of thinnings, at least 2; each has a seed of its own for the fits as well.
+    train_fraction : float in (0, 1)
+        Share of the counts to fit to.
+    n_jobs : int, optional
+        Fits at the same time, each in a process of its own; -1 for as many as there are cores, 1
+        unless given.
+    random_state : int, RandomState, Generator or None
+    verbose : bool or int
+        Show a progress bar.
+    **parameters
+        Parameters of :class:`~pnmf_pyro.PNMF`, in place of those of :func:`~pnmf_pyro.fit` with
+        mode="lower-bound".
+
+    Returns
+    -------
+    ComponentSelection
+
+    Raises
+    ------
+    ValueError
+        For input that cannot be used; the message says what to change.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pnmf_pyro import select_n_components
+    >>> random = np.random.default_rng(0)
+    >>> F = random.normal(size=(100, 2))
+    >>> X = random.poisson(np.exp(F) @ random.gamma(0.3, 10, size=(2, 30)))
+    >>> selection = select_n_components(X, range(1, 5), n_seeds=2, random_state=0)
+    >>> selection.chosen
+    2
+    """
+    counts = check_counts(X)
+    s = check_size_factors(size_factors, counts.shape[0], counts)
+    numbers = _checked_numbers(n_components, max(counts.shape))
+    if check_count("n_seeds", n_seeds) < 2:
+        raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
+    if not isinstance(train_fraction, Real) or not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
+    random = check_random_state(random_state)
+    seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
+    table, given = counts.numpy(), {"coords": coordinates, "groups": groups} | FAST | parameters
+    trial = _Trial(table, None if s is None else s.numpy(), float(train_fraction), given)
+    tasks = [(number, seed) for number in numbers for seed in seeds]
+    found = _run(trial, tasks, n_jobs, int(verbose))
+    by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
+    return ComponentSelection(
+        numbers,
+        np.array([[deviance for deviance, _ in results] for results in by_number]),
+        np.array([_stability([loadings for _, loadings in results]) for results in by_number]),
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Fit one part of the counts, predict the other."""
+
+    table: Any
+    size_factors: np.ndarray | None
+    fraction: float
+    parameters: dict[str, Any]
+
+    def __call__(self, number: int, seed: int) -> tuple[float, np.ndarray]:
+        """Held-out deviance and loadings (D, L) of a number of components and a thinning."""
+        train, test = thin_counts(self.table, self.fraction, np.random.RandomState(seed))
+        seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
+        model = fit(
+            train[:, seen],
+            n_components=number,
+            size_factors=self.size_factors,
+            **{"random_state": seed, **self.parameters},
+        )
+        factors = torch.as_tensor(get_factors(model)) * (1 - self.fraction) / self.fraction
+        if self.size_factors is not None:
+            factors = factors * torch.as_tensor(self.size_factors)[:, None]
+        W = torch.as_tensor(get_loadings(model)).to(factors)
+        loadings = np.zeros((train.shape[1], number))
+        loadings[seen] = W.numpy()
+        return mean_deviance(as_counts(test[:, seen]), factors, W), loadings
+
+
+def _run(
+    trial: _Trial, tasks: Sequence[tuple[int, int]], n_jobs: int | None, verbose: int
+) -> list[tuple[float, np.ndarray]]:
+    parallel = Parallel(n_jobs=n_jobs, return_as="generator")
+    with progress_bar(len(tasks), verbose, "fits") as progress:
+        found = []
+        for result in parallel(delayed(trial)(*task) for task in tasks):
+            found.append(result)
+            progress.update()
+    return found
+
+
+def _stability(loadings: Sequence[np.ndarray]) -> list[float]:
+    """Mean cosine of matched components for each pair of fits."""
+    return [match_factors(a, b).similarity for a, b in combinations(loadings, 2)]
+
+
+def _checked_numbers(n_components: Any, largest: int) -> list[int]:
+    try:
+        numbers = sorted({check_count("n_components", number) for number in n_components})
+    except TypeError as error:
+        raise ValueError(
+            "n_components must be several whole numbers, such as range(2, 13); got "
+            f"{n_components!r}."
+        ) from error
+    if not numbers or numbers[-1] > largest:
+        raise ValueError(
+            f"n_components must be numbers from 1 to {largest}, the larger side of X; got "
+            f"{numbers}."
+        )
+    return numbers
+
+
+def thin_counts(
+    X: Any, fraction: float, random: np.random.RandomState
+) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray | sp.csr_matrix]:
+    """Split counts into two tables of the same shape that are independent if X is Poisson.
+
+    Each count goes to the first table with probability `fraction`, and to the second otherwise
+    (binomial thinning): so what a model learns from one can be tested on the other.
+
+    Parameters
+    ----------
+    X : ndarray or sparse matrix of shape (n, d)
+        Whole numbers.
+    fraction : float in (0, 1)
+    random : RandomState
+
+    Returns
+    -------
+    first, second : ndarray or CSR matrix of shape (n, d)
+
+    Raises
+    ------
+    ValueError
+        If X does not hold whole numbers.
+    """
+    matrix = as_counts(_numeric_matrix(X)).numpy()
+    entries = matrix.data if sp.issparse(matrix) else matrix
+    whole = np.asarray(entries).astype(np.int64)
+    if not np.array_equal(whole, entries):
+        raise ValueError("X must hold whole numbers to be thinned; pass the raw counts.")
+    drawn = random.binomial(whole, fraction).astype(matrix.dtype)
+    if not sp.issparse(matrix):
+        return drawn, matrix - drawn
+    first = matrix.copy()
+    first.data = drawn
+    second = matrix - first
+    first.eliminate_zeros()
+    second.eliminate_zeros()
+    return first, second

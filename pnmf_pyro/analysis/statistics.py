@@ -1,0 +1,248 @@
+"""Statistics of a table of counts, for comparing it with tables that a model makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.neighbors import nearest
+
+# Counts (N, D) as an ndarray or a scipy csr_array, whose operators are the same.
+Table = Any
+
+# Features between which correlations are taken: of the highest totals.
+CORRELATED = 50
+
+# Neighbours of a sample in Moran's I.
+NEIGHBORS = 6
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number, or one for each sample, feature or anything else, from a table of counts.
+
+    Parameters
+    ----------
+    name : str
+    of : str
+        What there is a number for: "sample", "feature", "pair of features" or any other word.
+    function : callable
+        From a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a number or
+        an array of shape (m,).
+    above, below : str
+        What it means where the data are higher, or lower, than the model's tables.
+    labels : sequence, optional
+        Names of the m numbers.
+    """
+
+    name: str
+    of: str
+    function: Callable[[Any], Any]
+    above: str = ""
+    below: str = ""
+    labels: Sequence[Any] | None = None
+
+    def __call__(self, table: Table) -> np.ndarray:
+        """Return the values for a table, shape (m,), float64."""
+        return np.atleast_1d(np.asarray(self.function(table), dtype=np.float64)).ravel()
+
+
+def total(table: Table, axis: int) -> np.ndarray:
+    """Sum along an axis: 1 for that of each sample, 0 for that of each feature."""
+    return _vector(table.sum(axis=axis, dtype=np.float64))
+
+
+def variance_to_mean(table: Table, axis: int) -> np.ndarray:
+    """Variance along an axis divided by the mean, 1 for a Poisson; 0 where all counts are 0."""
+    n = table.shape[axis]
+    mean = total(table, axis) / n
+    variance = _vector((table**2).sum(axis=axis, dtype=np.float64)) / n - mean**2
+    return np.divide(variance, mean, out=np.zeros_like(mean), where=mean > 0)
+
+
+def zero_fraction(table: Table, axis: int) -> np.ndarray:
+    """Share of zeros along an axis."""
+    return 1 - _vector((table != 0).sum(axis=axis)) / table.shape[axis]
+
+
+def maximum(table: Table, axis: int) -> np.ndarray:
+    """Largest count along an axis."""
+    return _vector(table.max(axis=axis))
+
+
+def correlations(table: Table, features: np.ndarray) -> np.ndarray:
+    """Pearson correlations between features, over samples; 0 where one does not vary.
+
+    Parameters
+    ----------
+    table : ndarray or csr_array of shape (N, D)
+    features : ndarray of int, shape (m,)
+
+    Returns
+    -------
+    ndarray of shape (m (m - 1) / 2,)
+        For the pairs in the order of `numpy.triu_indices(m, 1)`.
+    """
+    chosen = table[:, features]
+    centred = np.asarray(chosen.toarray() if sp.issparse(chosen) else chosen, dtype=np.float64)
+    centred = centred - centred.mean(0)
+    length = np.sqrt((centred**2).sum(0))
+    scaled = np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+    return (scaled.T @ scaled)[np.triu_indices(len(features), 1)]
+
+
+def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
+    """Return weights of the k nearest other samples, of one's own group where there are groups.
+
+    Parameters
+    ----------
+    places : Places of shape (N,)
+    k : int
+
+    Returns
+    -------
+    csr_array of shape (N, N)
+        Each row sums to one, or is empty for a sample that is alone in its group.
+    """
+    points = places.coordinates.cpu().numpy()
+    groups = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
+    rows, columns = [], []
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        found = nearest(points[members], points[members], min(k + 1, len(members)))
+        rows.append(np.repeat(members, found.shape[1]))
+        columns.append(members[found.ravel()])
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    others = row != column
+    row, column = row[others], column[others]
+    weights = 1 / np.bincount(row, minlength=len(points))[row]
+    return sp.csr_array((weights, (row, column)), shape=(len(points), len(points)))
+
+
+def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
+    r"""Moran's I of each feature, its spatial autocorrelation; 0 where it does not vary.
+
+    With x the counts less their mean, and w the weights,
+
+    .. math:: I = \frac{N}{\sum_{ik} w_{ik}} \frac{\sum_{ik} w_{ik} x_i x_k}{\sum_i x_i^2}.
+
+    The mean is taken off after the sums, so that a sparse table stays sparse (Moran 1950).
+
+    Parameters
+    ----------
+    table : ndarray or csr_array of shape (N, D)
+    weights : csr_array of shape (N, N)
+
+    Returns
+    -------
+    ndarray of shape (D,)
+    """
+    n, all_weights = len(weights.indptr) - 1, weights.sum()
+    mean = total(table, 0) / n
+    square = _vector((table**2).sum(axis=0, dtype=np.float64)) - n * mean**2
+    ends = weights.sum(0) + weights.sum(1)
+    product = _vector((table * (weights @ table)).sum(axis=0, dtype=np.float64))
+    product = product - mean * _vector(ends @ table) + mean**2 * all_weights
+    varies = square > 1e-9 * n * mean**2
+    return np.divide(n * product, all_weights * square, out=np.zeros(len(mean)), where=varies)
+
+
+def _vector(values: Any) -> np.ndarray:
+    return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
+
+
+_ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
+    "total": (
+        total,
+        "the model expects too few counts",
+        "the model expects too many counts",
+    ),
+    "variance_to_mean": (
+        variance_to_mean,
+        "counts vary more than the Poisson model allows (overdispersion): more components, size "
+        "factors, or a likelihood such as the negative binomial may be needed",
+        "counts vary less than the model says: it may have fitted noise, try fewer components",
+    ),
+    "zero_fraction": (
+        zero_fraction,
+        "there are more zeros than the model makes, as overdispersion or dropout would leave",
+        "there are fewer zeros than the model makes",
+    ),
+    "maximum": (
+        maximum,
+        "the largest counts are beyond the model's: outliers, or overdispersion",
+        "the model makes larger counts than there are: its factors may vary too much",
+    ),
+}
+
+NAMES = (*_ON_AXES, "correlation", "moran")
+
+
+def named_statistics(
+    name: str, table: Table, places: Places | None, feature_names: Sequence[Any]
+) -> list[Statistic]:
+    """Return the statistics of one name.
+
+    Parameters
+    ----------
+    name : str
+        One of `NAMES`.
+    table : ndarray or csr_array of shape (N, D)
+        The data; correlations are between its most abundant features.
+    places : Places of shape (N,), optional
+        Needed by "moran".
+    feature_names : sequence of length D
+
+    Raises
+    ------
+    ValueError
+        For "moran" without places.
+    """
+    if name == "correlation":
+        return _correlation(table, feature_names)
+    if name == "moran":
+        return [_moran(places, table.dtype)]
+    function, above, below = _ON_AXES[name]
+    return [
+        Statistic(name, of, partial(function, axis=axis), above, below)
+        for of, axis in (("feature", 0), ("sample", 1))
+    ]
+
+
+def _correlation(table: Table, feature_names: Sequence[Any]) -> list[Statistic]:
+    """Of the most abundant features; none where there is only one."""
+    chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
+    pairs = zip(*(chosen[index] for index in np.triu_indices(len(chosen), 1)), strict=True)
+    labels = [(feature_names[first], feature_names[second]) for first, second in pairs]
+    statistic = Statistic(
+        "correlation",
+        "pair of features",
+        partial(correlations, features=chosen),
+        "features go together more than the components explain: try more components",
+        "features go together less than the model says, as noise beyond a Poisson makes them",
+        labels,
+    )
+    return [statistic] if labels else []
+
+
+def _moran(places: Places | None, dtype: Any) -> Statistic:
+    if places is None:
+        raise ValueError(
+            "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
+            "check a spatial model."
+        )
+    return Statistic(
+        "moran",
+        "feature",
+        partial(moran, weights=neighbor_weights(places).astype(dtype)),
+        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
+        "components or a shorter lengthscale",
+        "neighbouring samples are less alike than the model makes them: the counts have noise that "
+        "a Poisson does not, or the lengthscale is too long",
+    )

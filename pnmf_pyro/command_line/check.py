@@ -1,0 +1,113 @@
+"""pnmf-pyro check: compare the data with tables that the fitted model makes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pnmf_pyro.analysis.predictive_checks import (
+    FLAGGED,
+    PredictiveCheck,
+    posterior_predictive_check,
+)
+from pnmf_pyro.command_line.files import CountTable, read_model
+from pnmf_pyro.command_line.options import (
+    Exit,
+    add_command,
+    add_common,
+    add_counts,
+    add_places,
+    places,
+    read_table,
+    say,
+)
+from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.report import check_report, check_words
+from pnmf_pyro.data.checks import check_output_path
+from pnmf_pyro.estimator.pnmf import PNMF
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "check",
+        run,
+        help="compare the data with tables that a fit makes",
+        description="Posterior predictive check: draw tables of counts from a fitted model and "
+        "compare their totals, variances, zeros, maxima, correlations and, where there are "
+        "coordinates, Moran's I with those of the data. MODEL is what fit --save-model or "
+        "PNMF.save wrote; the factors in an .h5ad file are not enough, since they do not say how "
+        "samples vary together. COUNTS are those of the fit.",
+        examples=(
+            "pnmf-pyro fit section.h5ad --out factors.h5ad --save-model model.npz",
+            "pnmf-pyro check model.npz section.h5ad --out check.html",
+        ),
+        fine="no misfit is flagged, which is no proof of the model",
+        look=f"a misfit is flagged: at least one statistic has p < {FLAGGED}",
+    )
+    parser.add_argument("model", metavar="MODEL", help=".npz by fit --save-model or PNMF.save")
+    add_counts(parser)
+    parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
+    add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
+    add_common(parser)
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Check, say what was found, and write it."""
+    fewest = round(1 / FLAGGED)
+    if options.draws < fewest:
+        raise ValueError(
+            f"--draws must be at least {fewest}, since the smallest p-value of n tables is "
+            f"1 / (n + 1) and p < {FLAGGED} is flagged; got {options.draws}."
+        )
+    if options.out:
+        check_output_path("--out", options.out, FORMATS)
+    model, table = read_model(options.model), read_table(options)
+    _check_features(model, table)
+    coords, groups = (None, None) if model.spatial else places(options, table)
+    check = posterior_predictive_check(
+        model,
+        table.X,
+        coords,
+        groups,
+        n_draws=options.draws,
+        random_state=options.seed,
+        verbose=not options.quiet,
+    )
+    check = _with_sample_names(check, table)
+    say(options, "\n\n".join(map(str, check_words(check))))
+    if options.out:
+        check_report(check).write(options.out)
+        say(options, f"\nwrote {options.out}")
+    return Exit.LOOK if check.flagged else Exit.FINE
+
+
+def _with_sample_names(check: PredictiveCheck, table: CountTable) -> PredictiveCheck:
+    """Call samples what the file calls them, which the counts alone do not know."""
+    if not table.sample_names:
+        return check
+    named = [
+        replace(one, labels=table.sample_names) if one.statistic.of == "sample" else one
+        for one in check.results
+    ]
+    return replace(check, results=named)
+
+
+def _check_features(model: PNMF, table: CountTable) -> None:
+    """Raise a ValueError if model and counts name their features differently."""
+    known = getattr(model, "feature_names_in_", None)
+    if known is None or table.feature_names is None or len(known) != len(table.feature_names):
+        return  # other shapes are refused with the counts
+    other = np.flatnonzero(np.asarray(table.feature_names, dtype=object) != known)
+    if len(other):
+        first = other[0]
+        raise ValueError(
+            f"COUNTS must have the features of the fit in their order; {len(other)} of "
+            f"{len(known)} differ, the first is {table.feature_names[first]!r} where the fit has "
+            f"{known[first]!r}. Give the file that was fitted."
+        )

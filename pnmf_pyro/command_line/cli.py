@@ -1,0 +1,78 @@
+"""The command line: pnmf-pyro fit, check, select, plot and demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from pnmf_pyro.command_line import check, demo, fit, plot, select
+from pnmf_pyro.command_line.options import COMMON_CODES, Exit, epilog
+
+COMMANDS = (fit, check, select, plot, demo)
+
+EXAMPLES = (
+    "pnmf-pyro select counts.h5ad --range 2:12 --out select.html",
+    "pnmf-pyro fit counts.h5ad --components 8 --out factors.h5ad --save-model model.npz",
+    "pnmf-pyro plot factors.h5ad --out report.html",
+    "pnmf-pyro check model.npz counts.h5ad --out check.html",
+    "pnmf-pyro fit --help",
+)
+CODES = {
+    Exit.FINE: "all went well",
+    Exit.LOOK: "done, but look at the result: the fit had not settled, the check flagged a misfit, "
+    "or the chosen number is at the end of its range",
+    **COMMON_CODES,
+}
+
+# What the user can do something about: what is given, where it is to be written, what is installed.
+THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Those of the process unless given.
+
+    Returns
+    -------
+    int
+        0 if all went well, 1 if the result needs a look, 2 if the input or the options cannot be
+        used, 3 for a fault of the program. What 1 means for each command is in its --help.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return options.run(options)
+    except THEIRS as error:
+        sys.stderr.write(f"pnmf-pyro: {error}\n")
+        return Exit.UNUSABLE
+    except Exception:
+        # Python itself would end with 1, which here is an answer.
+        traceback.print_exc()
+        return Exit.FAULT
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what it has parsed can `run`."""
+    found = argparse.ArgumentParser(
+        prog="pnmf-pyro",
+        description="Probabilistic non-negative matrix factorisation of counts.",
+        epilog=epilog(EXAMPLES, CODES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = found.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.add(commands)
+    return found

@@ -1,0 +1,95 @@
+"""pnmf-pyro demo: scikit-learn's digits, beside simpler models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.decomposition import NMF
+from sklearn.metrics import mean_poisson_deviance
+
+from pnmf_pyro import plotting
+from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.command_line.options import Exit, add_command, add_common, say
+from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.transforms import get_factors
+
+TRAIN_FRACTION = 0.5
+# Lowest expected test count that a prediction may claim; factorisations can predict exact zeros.
+LOWEST_PREDICTION = 1e-3
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "demo",
+        run,
+        help="fit scikit-learn's digits and compare with other models",
+        description="Fit the 1,797 x 64 pixel counts of scikit-learn's digits, print the ELBO and "
+        "the deviance of held-out counts beside that of other models, and draw the components.",
+        examples=("pnmf-pyro demo --out demo",),
+    )
+    parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--out", default=".", help="folder for the picture (default: here)")
+    add_common(parser)
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Fit, compare and draw."""
+    train, test = thin_counts(
+        load_digits().data, TRAIN_FRACTION, np.random.RandomState(options.seed)
+    )
+    kept = train.sum(0) > 0
+    train, test = train[:, kept], test[:, kept]
+    model = fit(
+        train,
+        n_components=options.components,
+        random_state=options.seed,
+        verbose=not options.quiet,
+    )
+    nmf = NMF(
+        options.components, beta_loss="kullback-leibler", solver="mu", init="nndsvda", max_iter=1000
+    )
+    predictions = {
+        "pnmf_pyro": model.inverse_transform(get_factors(model)),
+        "scikit-learn NMF (Kullback-Leibler)": nmf.fit_transform(train) @ nmf.components_,
+        "feature means only": np.broadcast_to(train.mean(0), train.shape),
+    }
+    say(
+        options,
+        f"digits: {train.shape[0]} samples x {train.shape[1]} features with counts, "
+        f"{options.components} components\n"
+        f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations\n"
+        f"mean Poisson deviance of held-out counts ({1 - TRAIN_FRACTION:.0%}, by thinning):",
+    )
+    for name, mean in predictions.items():
+        say(options, f"  {_held_out_deviance(test, mean):.4f}  {name}")
+    components = np.zeros((options.components, len(kept)))
+    components[:, kept] = model.components_
+    try:
+        say(options, f"wrote {_draw_digits(components, model.history_, Path(options.out))}")
+    except ImportError as error:
+        say(options, f"no picture: {error}")
+    return Exit.FINE
+
+
+def _held_out_deviance(test: np.ndarray, mean: np.ndarray) -> float:
+    expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
+    return mean_poisson_deviance(test.ravel(), expected.ravel())
+
+
+def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path) -> Path:
+    figure = plotting.new_figure((9, 3.6))
+    images, trace = figure.subfigures(1, 2, width_ratios=(1.6, 1))
+    rows = -(-len(components) // 5)
+    plotting.plot_component_images(components, (8, 8), images.subplots(rows, 5, squeeze=False))
+    plotting.plot_elbo(history, trace.subplots())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "digits.png"
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,131 @@
+"""pnmf-pyro fit: factorise a table of counts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from pnmf_pyro.command_line.files import check_results_path, write_results
+from pnmf_pyro.command_line.options import (
+    Exit,
+    add_command,
+    add_settings,
+    places,
+    read_table,
+    say,
+    settings,
+)
+from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.report import fit_report
+from pnmf_pyro.data.checks import check_output_path
+from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator.pnmf import PNMF
+from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.models.poisson import mean_deviance
+from pnmf_pyro.transforms import get_factors, get_loadings
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "fit",
+        run,
+        help="factorise a table of counts",
+        description="Factorise a table of counts, samples by features, and write the factors, "
+        "their uncertainty, the loadings, the settings and the ELBO history. Where an .h5ad file "
+        "has coordinates the factors are smooth in space.",
+        examples=(
+            "pnmf-pyro fit section.h5ad --components 8 --out factors.h5ad",
+            "pnmf-pyro fit sections.h5ad --batch-key section --size-factors total "
+            "--out factors.h5ad",
+            "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
+        ),
+        fine="the fit has settled, and results are written",
+        look="results are written, but the fit had not settled: a warning says what to do",
+    )
+    parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--out", "-o", required=True, help="where to write results: .h5ad or .npz")
+    parser.add_argument(
+        "--save-model",
+        metavar="MODEL",
+        help="write the fitted model as well, .npz, for check, plot and PNMF.load",
+    )
+    parser.add_argument("--report", help="write what plot draws as well: .html or .png")
+    add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Fit, write and say how it went."""
+    _check_paths(options)
+    table = read_table(options)
+    coords, groups = places(options, table)
+    chosen = {"n_components": options.components, **settings(options, table)}
+    started = time.perf_counter()
+    with _listening_for(ConvergenceWarning) as heard:
+        model = fit(table.X, coords, groups, **chosen)
+    seconds = time.perf_counter() - started
+    if table.feature_names:
+        model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
+    written = [options.out]
+    write_results(options.out, model, table)
+    if options.save_model:
+        model.save(options.save_model)
+        written.append(options.save_model)
+    if options.report:
+        fit_report(model).write(options.report)
+        written.append(options.report)
+    explained = _deviance_explained(model, table.X, chosen["size_factors"])
+    say(
+        options,
+        f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components\n"
+        f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations, {seconds:.1f} s\n"
+        f"deviance explained {explained:.1%} "
+        "(1 - deviance / deviance of a model with feature means only)\n"
+        f"wrote {', '.join(written)}",
+    )
+    return Exit.LOOK if heard else Exit.FINE
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    """Find out what cannot be written before the fit takes its time."""
+    check_results_path(options.out)
+    if options.save_model:
+        check_output_path("--save-model", options.save_model, (".npz",))
+    if options.report:
+        check_output_path("--report", options.report, FORMATS)
+
+
+@contextmanager
+def _listening_for(wanted: type[Warning]) -> Iterator[list[Warning | str]]:
+    """Collect warnings of a kind, which are shown all the same."""
+    heard: list[Warning | str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, wanted):
+                heard.append(message)
+            show(message, category, *rest, **more)
+
+        warnings.showwarning = note
+        yield heard
+
+
+def _deviance_explained(model: PNMF, X: Any, size_factors: np.ndarray | None) -> float:
+    counts = as_counts(X)
+    s = counts.values.new_ones(counts.shape[0], 1)
+    if size_factors is not None:
+        s *= torch.from_numpy(size_factors)[:, None]
+    feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
+    factors = torch.as_tensor(get_factors(model)).to(s) * s
+    loadings = torch.as_tensor(get_loadings(model)).to(s)
+    return 1 - mean_deviance(counts, factors, loadings) / mean_deviance(counts, s, feature_means)

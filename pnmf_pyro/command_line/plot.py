@@ -1,0 +1,41 @@
+"""pnmf-pyro plot: a fit on one page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from pnmf_pyro.command_line.files import read_fit
+from pnmf_pyro.command_line.options import Exit, add_command
+from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.report import fit_report
+from pnmf_pyro.data.checks import check_output_path
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "plot",
+        run,
+        help="draw a report on a fit",
+        description="Draw maps, top features, loadings and the course of a fit that is in an .h5ad "
+        "file, as fit writes it, or in a model saved by fit --save-model or PNMF.save.",
+        examples=(
+            "pnmf-pyro plot factors.h5ad --out report.html --unit um",
+            "pnmf-pyro plot model.npz --out report.png",
+        ),
+    )
+    parser.add_argument("fit", metavar="FIT", help=".h5ad with results, or .npz with a saved model")
+    parser.add_argument("--out", "-o", required=True, help="where to write it: .html or .png")
+    parser.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
+    parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Draw and write."""
+    check_output_path("--out", options.out, FORMATS)
+    fit_report(read_fit(options.fit), key=options.key, unit=options.unit).write(options.out)
+    sys.stdout.write(f"wrote {options.out}\n")
+    return Exit.FINE

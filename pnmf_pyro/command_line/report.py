@@ -1,0 +1,149 @@
+"""Reports on one page: a fit, a predictive check, a choice of the number of components."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pnmf_pyro import plotting
+from pnmf_pyro.analysis.predictive_checks import PredictiveCheck, StatisticCheck
+from pnmf_pyro.analysis.selection import ComponentSelection
+from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
+from pnmf_pyro.estimator.results import results_of
+
+# Features, samples or pairs that are named for each statistic that a model misses.
+NAMED = 8
+
+
+def fit_report(fit: Any, *, key: str = "pnmf", unit: str = "") -> Page:
+    """Return a page on a fit: maps where there are places, top features, loadings and ELBO.
+
+    Parameters
+    ----------
+    fit : PNMF or AnnData
+    key : str
+        `key_added` of the fit, for AnnData.
+    unit : str
+        Of the coordinates, for scale bars.
+
+    Raises
+    ------
+    ValueError
+        For an AnnData object without such a fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pnmf_pyro
+    >>> from pnmf_pyro.command_line.report import fit_report
+    >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
+    >>> page = fit_report(pnmf_pyro.fit(X, n_components=2))
+    >>> [block.heading for block in page.blocks]
+    ['The fit', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
+    >>> page.write("fit.html")  # doctest: +SKIP
+    """
+    found = results_of(fit, key)
+    summary = {name: str(value) for name, value in found.summary().items()}
+    blocks: list[Block] = [
+        Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
+    ]
+    if found.coordinates is not None and found.coordinates.shape[1] == 2:
+        blocks += [
+            Picture("Factors", partial(plotting.plot_factors, found, unit=unit)),
+            Picture(
+                "Uncertainty of log-factors", partial(plotting.plot_uncertainty, found, unit=unit)
+            ),
+        ]
+    top_features = partial(plotting.plot_top_features, found, by="specificity")
+    blocks += [
+        Picture("Features by specificity", top_features),
+        Picture("Loadings", partial(plotting.plot_loadings, found)),
+        Picture("Correlation of factors", partial(plotting.plot_factor_correlation, found)),
+        Picture("ELBO", partial(plotting.plot_elbo, found)),
+    ]
+    return Page("Poisson factorisation", blocks)
+
+
+def check_report(check: PredictiveCheck) -> Page:
+    """Return a page on a predictive check: verdict, statistics, and what is farthest off.
+
+    Parameters
+    ----------
+    check : PredictiveCheck
+    """
+    return Page(
+        f"{check.kind.capitalize()} predictive check",
+        [
+            *check_words(check),
+            Picture("Data and model", partial(plotting.plot_predictive_check, check)),
+            *_farthest_off(check),
+        ],
+    )
+
+
+def check_words(check: PredictiveCheck) -> list[Text | Table]:
+    """Return the verdict of a predictive check and the table of its statistics."""
+    rows = [one.row for one in check.results]
+    columns = {
+        "statistic": [row["statistic"].replace("_", " ") for row in rows],
+        "of each": [row["of"] for row in rows],
+        "data": [row["observed"] for row in rows],
+        "model": [row["replicated"] for row in rows],
+        "5%": [row["replicated_5%"] for row in rows],
+        "95%": [row["replicated_95%"] for row in rows],
+        "mean z": [round(row["mean_z"], 2) for row in rows],
+        "p": [round(row["p_value"], 4) for row in rows],
+    }
+    return [Text("Verdict", check.verdict()), Table("Statistics", columns)]
+
+
+def _farthest_off(check: PredictiveCheck) -> list[Block]:
+    """What is farthest from the model, for each flagged statistic that has several numbers."""
+    flagged = [one for one in check.flagged if len(one.observed) > 1]
+    if not flagged:
+        return []
+    explained = (
+        "Numbers that are farthest from those of the model's tables; z is the distance from their "
+        "mean in standard deviations."
+    )
+    return [Text("Farthest off", explained), *map(_farthest, flagged)]
+
+
+def _farthest(one: StatisticCheck) -> Table:
+    chosen = np.argsort(-np.abs(one.z), kind="stable")[:NAMED]
+    name, of = one.statistic.name.replace("_", " "), one.statistic.of
+    return Table(
+        f"{name} of each {of}",
+        {
+            of: [_name(one.labels[i]) for i in chosen],
+            "data": one.observed[chosen],
+            "model": one.replicated[:, chosen].mean(0, dtype=np.float64),
+            "z": one.z[chosen].round(1),
+        },
+    )
+
+
+def _name(label: Any) -> str:
+    """A label, or those of a pair."""
+    return " – ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
+def selection_report(selection: ComponentSelection) -> Page:
+    """Return a page on a choice of the number of components: curves, table and what they tell.
+
+    Parameters
+    ----------
+    selection : ComponentSelection
+    """
+    table, summary = selection_words(selection)
+    curves = Picture("Curves", partial(plotting.plot_selection, selection))
+    return Page("Number of components", [summary, curves, table])
+
+
+def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
+    """Return the table of a choice and what it tells in words."""
+    table = selection.table()
+    columns = {name.replace("_", " "): list(table[name]) for name in table}
+    return Table("Numbers tried", columns), Text("What the curves tell", selection.summary())

@@ -1,0 +1,95 @@
+"""pnmf-pyro select: compare numbers of components."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pnmf_pyro.analysis.selection import select_n_components
+from pnmf_pyro.command_line.options import (
+    Exit,
+    add_command,
+    add_settings,
+    places,
+    read_table,
+    say,
+    settings,
+)
+from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.report import selection_report, selection_words
+from pnmf_pyro.data.checks import check_output_path
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "select",
+        run,
+        help="compare numbers of components",
+        description="Fit each number of components to one half of the events of a table of counts "
+        "and predict the other half, for several random halves; compare how well they predict, "
+        "and whether they find the same components each time. Takes the options of fit, and by "
+        "default the same model: in space where there are coordinates, which takes longer; "
+        "--no-space gives a first answer soon.",
+        examples=(
+            "pnmf-pyro select section.h5ad --range 2:12 --no-space --out select.html",
+            "pnmf-pyro select table.csv --range 2,4,8,16 --thinnings 3 --jobs 2",
+        ),
+        fine="the chosen number is inside the range, or there is nothing beyond it to try",
+        look="the chosen number is at the end of the range, beyond which there may be a better one",
+    )
+    parser.add_argument(
+        "--range",
+        type=_numbers,
+        default=_numbers("2:12"),
+        metavar="NUMBERS",
+        help="numbers to try: FIRST:LAST or FIRST:LAST:STEP, both ends included, or A,B,C "
+        "(default: 2:12)",
+    )
+    parser.add_argument(
+        "--thinnings", type=int, default=5, help="random halves, at least 2 (default: 5)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="fits at the same time (default: 1)")
+    parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Compare, say what was found, and write it."""
+    if options.out:
+        check_output_path("--out", options.out, FORMATS)
+    table = read_table(options)
+    coordinates, groups = places(options, table)
+    chosen = {"n_components": options.range, **settings(options, table)}
+    selection = select_n_components(
+        table.X,
+        coordinates=coordinates,
+        groups=groups,
+        n_seeds=options.thinnings,
+        n_jobs=options.jobs,
+        **chosen,
+    )
+    say(options, "\n\n".join(map(str, selection_words(selection))))
+    if options.out:
+        selection_report(selection).write(options.out)
+        say(options, f"\nwrote {options.out}")
+    return Exit.LOOK if selection.beyond else Exit.FINE
+
+
+def _numbers(text: str) -> Sequence[int]:
+    """Read FIRST:LAST, FIRST:LAST:STEP, or numbers with commas between them."""
+    steps = re.fullmatch(r"(\d+):(\d+)(?::([1-9]\d*))?", text)
+    if steps:
+        first, last, step = (int(number or 1) for number in steps.groups())
+        found: Sequence[int] = range(first, last + 1, step)
+    else:
+        listed = re.fullmatch(r"\d+(,\d+)*", text)
+        found = [int(number) for number in text.split(",")] if listed else []
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no range of numbers from 1 on, such as 2:12, 2:20:3 or 2,4,8"
+        )
+    return found

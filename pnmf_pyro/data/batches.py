@@ -1,0 +1,141 @@
+"""What the user gives, checked once at the door: counts, size factors, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from torch import Tensor
+
+from pnmf_pyro.data.counts import Counts
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of the data that one step sees; without arguments, all of it, unobserved.
+
+    Model and guide are given the same batch, so they can never see different samples.
+
+    Parameters
+    ----------
+    counts : Counts of shape (n, d), optional
+        Observed counts; None to draw them from the model.
+    samples, features : Tensor of int64, optional
+        Which samples and features of the data the counts are; None for all.
+    likelihood_scale, prior_scale : float
+        Factors on the log-likelihood and on the KL of each sample, beside the N/n of the plate.
+    """
+
+    counts: Counts | None = None
+    samples: Tensor | None = None
+    features: Tensor | None = None
+    likelihood_scale: float = 1.0
+    prior_scale: float = 1.0
+
+    @property
+    def dense_counts(self) -> Tensor | None:
+        """The counts as a tensor of shape (n, d), for likelihoods that need every zero."""
+        return None if self.counts is None else self.counts.to_dense()
+
+    def plate(self, n_samples: int) -> pyro.plate:
+        """Return the plate over samples, which scales a batch of n to all `n_samples`."""
+        subsample: Any = range(n_samples) if self.samples is None else self.samples
+        return pyro.plate("samples", n_samples, subsample=subsample, dim=-1)
+
+
+def take(values: MaybeTensor, index: Any, dim: int = -1) -> MaybeTensor:
+    """Select `index` along `dim`; all of it if the index is None, None if there are no values.
+
+    The index is a tensor of whole numbers, or anything else that selects from one dimension, such
+    as a list, an array, a slice or a mask.
+    """
+    if index is None or values is None:
+        return values
+    if isinstance(index, tuple):
+        index = list(index)
+    if not isinstance(index, Tensor) or index.dtype == torch.bool:
+        index = torch.arange(values.shape[dim], device=values.device)[index]
+    return values.index_select(dim, index)
+
+
+@dataclass
+class Batches:
+    """An endless stream of batches of a data set.
+
+    A pass over the samples visits each once, in batches of `batch_size` of which the last may be
+    smaller; there is one such pass for each batch of features. A batch that covers everything is
+    the data set itself.
+
+    Parameters
+    ----------
+    counts : Counts of shape (N, D)
+    batch_size, y_batch_size : int, optional
+        Samples and features in a batch; all of them unless given.
+    shuffle : bool
+        Visit in a new random order in each pass, and in the given order otherwise.
+    scale_ll_D : bool
+        Scale the likelihood of a batch of features by D/d, so that it estimates that of all.
+    scale_kl_NM : bool
+        Scale the KL of a batch of samples by N/n likewise.
+    generator : torch.Generator, optional
+        Source of the random order; needed where `shuffle` is true.
+    """
+
+    counts: Counts
+    batch_size: int | None = None
+    y_batch_size: int | None = None
+    shuffle: bool = False
+    scale_ll_D: bool = True
+    scale_kl_NM: bool = True
+    generator: torch.Generator | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate without end, in each pass over every pair of a sample and a feature batch."""
+        N, D = self.counts.shape
+        while True:
+            for features in self._pieces(D, self.y_batch_size):
+                for samples in self._pieces(N, self.batch_size):
+                    yield self.batch(samples, features)
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Iterate once over all samples in their order, each batch with all features."""
+        N = self.counts.shape[0]
+        for samples in _split(torch.arange(N), self.batch_size or N):
+            yield self.batch(samples, None)
+
+    def batch(self, samples: Tensor | None, features: Tensor | None) -> Batch:
+        """Return the batch of these samples and features."""
+        N, D = self.counts.shape
+        counts = self.counts
+        if samples is not None:
+            samples = samples.to(counts.device)
+            counts = counts.rows(samples)
+        if features is not None:
+            features = features.to(counts.device)
+            counts = counts.columns(features)
+        n, d = counts.shape
+        return Batch(
+            counts,
+            samples,
+            features,
+            likelihood_scale=D / d if self.scale_ll_D else 1.0,
+            prior_scale=1.0 if self.scale_kl_NM else n / N,
+        )
+
+    def _pieces(self, size: int, batch_size: int | None) -> Sequence[Tensor | None]:
+        if batch_size is None or batch_size >= size:
+            return (None,)
+        order = torch.arange(size)
+        if self.shuffle:
+            order = torch.randperm(size, generator=self.generator)
+        return _split(order, batch_size)
+
+
+def _split(order: Tensor, size: int) -> Sequence[Tensor | None]:
+    """Cut into pieces of `size`, the last perhaps smaller; one piece is no index at all."""
+    return (None,) if size >= len(order) else order.split(size)

@@ -1,0 +1,306 @@
+"""Checks of options that several modules share, with errors that say what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pnmf_pyro.data.counts import Counts, as_counts
+
+DEVICES = ("cpu", "cuda", "mps", "auto")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
+    """Return `value` if it is one of `choices`; raise a ValueError naming `name` otherwise."""
+    if not any(value is choice or value == choice for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}.")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above zero; raise a ValueError otherwise."""
+    if not isinstance(value, Real) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return `value` if it is a whole number of at least 1; raise a ValueError otherwise."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
+    return int(value)
+
+
+def check_array(name: str, values: Any) -> np.ndarray:
+    """Return numbers as an array on the CPU; raise a ValueError naming `name` for anything else.
+
+    Parameters
+    ----------
+    name : str
+    values : array-like, Tensor, sparse matrix or DataFrame
+        Real numbers; float32 stays float32, and everything else becomes float64.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().to_dense()
+    elif hasattr(values, "toarray"):
+        values = values.toarray()
+    try:
+        array = np.asarray(values)
+        return array if array.dtype == np.float32 else array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}.") from error
+
+
+def check_output_path(name: str, path: str | Path, endings: tuple[str, ...]) -> Path:
+    """Return a path to write to; raise a ValueError for another ending or a folder not there."""
+    path = Path(path)
+    if path.suffix not in endings:
+        raise ValueError(f"{name} must end in {' or '.join(endings)}; got {path.name}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} must be in an existing folder; there is no {path.parent}.")
+    return path
+
+
+def check_callback(callback: Any, interval: Any) -> None:
+    """Raise a ValueError unless the callback can be called every `interval` steps."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"callback must be a function of (model, iteration, elbo), or None; got {callback!r}."
+        )
+    check_count("callback_interval", interval)
+
+
+def check_training(*, max_iter: int, tol: float, E: int = 1, learning_rate: float = 1.0) -> None:
+    """Raise a ValueError for settings of a training loop that cannot be used."""
+    check_count("max_iter", max_iter)
+    check_count("E", E)
+    check_positive("learning_rate", learning_rate)
+    if not isinstance(tol, Real) or not tol >= 0:
+        raise ValueError(f"tol must be a number of at least 0; got {tol!r}. 0 goes on to max_iter.")
+
+
+def check_device(device: str) -> torch.device:
+    """Choose the device to compute on.
+
+    Parameters
+    ----------
+    device : {'cpu', 'cuda', 'mps', 'auto'}
+        ``'auto'`` takes CUDA where there is one and the CPU otherwise.
+
+    Raises
+    ------
+    ValueError
+        For another word, and for a device that this machine does not have or that lacks float64.
+    """
+    check_choice("device", device, DEVICES)
+    if device == "mps":
+        raise ValueError(
+            "device='mps' is not supported: the ELBO is summed in float64, which Apple's backend "
+            "lacks. Use device='cpu'."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda' was asked for, but torch sees no CUDA device. "
+            "Use device='auto' or 'cpu', or install a CUDA build of torch."
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+NAMED_AT_MOST = 5
+
+
+def check_counts(X: Any) -> Counts:
+    """Check a matrix of counts of shape (N, D) and return it for computing.
+
+    Parameters
+    ----------
+    X : ndarray, Tensor, scipy sparse matrix, pandas DataFrame or Counts of shape (N, D)
+        Finite and non-negative. Sparse input stays sparse.
+
+    Returns
+    -------
+    Counts
+        float64 where X is float64 and float32 otherwise.
+
+    Raises
+    ------
+    ValueError
+        For a matrix that is empty, not two-dimensional or not numeric, and for entries that are
+        NaN, infinite or negative.
+
+    Warns
+    -----
+    UserWarning
+        For entries that are not whole numbers.
+    """
+    counts = check_matrix(X)
+    _warn_not_whole(counts.values)
+    return counts
+
+
+def check_matrix(X: Any) -> Counts:
+    """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
+    counts = as_counts(_numeric_matrix(X))
+    _check_entries(counts.values)
+    return counts
+
+
+def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> None:
+    """Warn of samples and of features without any counts, with their number and names.
+
+    Parameters
+    ----------
+    counts : Counts of shape (N, D)
+    feature_names : sequence of str, optional
+        Column numbers stand in for names where there are none.
+    """
+    ones = counts.values.new_ones(counts.shape[0], 1)
+    column_totals = counts.transposed_matmul(counts.values, ones)[:, 0]
+    _warn_empty("samples", counts.row_totals)
+    _warn_empty("features", column_totals, feature_names)
+
+
+def _numeric_matrix(X: Any) -> Any:
+    if isinstance(X, (Counts, Tensor)) or hasattr(X, "tocsr"):
+        matrix = X
+    elif hasattr(X, "dtypes") and hasattr(X, "sparse") and _all_sparse(X):
+        matrix = X.sparse.to_coo()
+    else:
+        matrix = np.asarray(X)
+    if len(matrix.shape) != 2:
+        raise ValueError(
+            f"X must be a matrix of shape (samples, features); got shape {tuple(matrix.shape)}. "
+            "Reshape a single sample with X.reshape(1, -1)."
+        )
+    if 0 in matrix.shape:
+        raise ValueError(f"X must have samples and features; got shape {tuple(matrix.shape)}.")
+    if isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "biuf":
+        return _as_numbers(matrix)
+    return matrix
+
+
+def _all_sparse(frame: Any) -> bool:
+    return all(hasattr(kind, "subtype") and "Sparse" in str(kind) for kind in frame.dtypes)
+
+
+def _as_numbers(matrix: np.ndarray) -> np.ndarray:
+    try:
+        if matrix.dtype.kind in "OV":
+            return matrix.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
+        "Drop columns of text and convert the rest to numbers."
+    )
+
+
+def _check_entries(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        n_nan = int(values.isnan().sum())
+        raise ValueError(
+            f"X must be finite; it contains NaN {n_nan} times and infinity "
+            f"{int(values.isinf().sum())} times. Remove these entries, or impute them, first."
+        )
+    lowest = float(values.min()) if values.numel() else 0.0
+    if lowest < 0:
+        raise ValueError(
+            f"Negative values in data passed to X: counts must not be negative, the lowest is "
+            f"{lowest:g}. Pass the raw counts, not centred or log-transformed data."
+        )
+
+
+def _warn_not_whole(values: Tensor) -> None:
+    if bool((values != values.round()).any()):
+        warnings.warn(
+            "X is not made of counts (whole numbers). The Poisson likelihood accepts it, but its "
+            "uncertainty is right for raw counts only: pass them if you have them.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:
+    empty = torch.nonzero(totals == 0)[:, 0].tolist()
+    if empty:
+        shown = [str(names[i] if names is not None else i) for i in empty[:NAMED_AT_MOST]]
+        more = f" and {len(empty) - len(shown)} more" if len(empty) > len(shown) else ""
+        warnings.warn(
+            f"{len(empty)} of {len(totals)} {what} have no counts at all: "
+            f"{', '.join(shown)}{more}. The fit goes on; consider removing them.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def check_size_factors(size_factors: Any, n_samples: int, like: Counts) -> Tensor | None:
+    """Check size factors and return them with the type and device of `like`.
+
+    Parameters
+    ----------
+    size_factors : array-like of shape (n_samples,) or None
+        Positive; 1 for all where None.
+
+    Raises
+    ------
+    ValueError
+        For a wrong length or entries that are not positive and finite.
+    """
+    if size_factors is None:
+        return None
+    try:
+        values = np.asarray(size_factors, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size_factors must be numbers; got {size_factors!r}.") from error
+    if values.shape != (n_samples,):
+        raise ValueError(
+            f"size_factors must have one entry for each of the {n_samples} samples, shape "
+            f"({n_samples},); got shape {values.shape}."
+        )
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(
+            "size_factors must be positive and finite; the lowest is "
+            f"{values.min():g}. For a sample without counts use any positive number."
+        )
+    return torch.from_numpy(values).to(like.device, like.dtype)
+
+
+def library_size_factors(counts: Counts) -> np.ndarray:
+    """Return row totals divided by their mean; samples without counts get the lowest of the rest.
+
+    Returns
+    -------
+    ndarray of shape (N,)
+    """
+    totals = counts.row_totals.cpu().numpy()
+    totals = np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
+    return totals / totals.mean()
+
+
+MODES = ("simple", "expanded", "lower-bound")
+
+
+def check_data(y: Any) -> None:
+    """Raise a ValueError unless `y` is a tensor of shape (D, N)."""
+    if not isinstance(y, Tensor) or y.ndim != 2:
+        shape = f" of shape {tuple(y.shape)}" if hasattr(y, "shape") else ""
+        raise ValueError(
+            f"y must be a tensor of shape (D, N), features by samples; got {type(y).__name__}"
+            f"{shape}. torch.as_tensor(X.T) makes one of an array of samples by features."
+        )
+
+
+def like_data(module: nn.Module, y: Any) -> nn.Module:
+    """Move a module to the floating-point type and the device of the data `y`, in place."""
+    module.to(y.dtype if y.dtype.is_floating_point else torch.get_default_dtype())
+    return module if y.device.type == "meta" else module.to(y.device)

@@ -1,0 +1,150 @@
+r"""Term (a) of the ELBO, sum_j X_ij log sum_l A_il W_jl, with its gradients: the hot kernel.
+
+With rho = A W^T and the entries G_ij = X_ij / rho_ij at the stored counts,
+
+    value_i        = sum_j X_ij log rho_ij
+    d value / dA   = G W        (n, L)
+    d value / dW   = G^T A      (d, L)
+
+so a value with both gradients costs one sampled product and two sparse-dense products. Both
+gradients are made on the way forward, block by block: nothing as large as X outlives its block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pnmf_pyro.data.counts import Counts
+
+
+def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """Return sum_j X_ij log rho_ij for each sample i, with rho = factors @ loadings.T.
+
+    Differentiable (once) in `factors` and `loadings`.
+
+    Parameters
+    ----------
+    counts : Counts of shape (n, d)
+    factors : Tensor of shape (n, L)
+        exp F, non-negative.
+    loadings : Tensor of shape (d, L)
+        W, non-negative.
+
+    Returns
+    -------
+    Tensor of shape (n,), float64
+    """
+    if torch.is_grad_enabled() and (factors.requires_grad or loadings.requires_grad):
+        return _LogRate.apply(counts, factors, loadings, False)
+    parts = [
+        block.row_sums(block.values * _rates(block, factors[rows], loadings).log())
+        for rows, block in counts.blocks()
+    ]
+    return torch.cat(parts)
+
+
+def log_rate_and_moments(
+    counts: Counts, factors: Tensor, loadings: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return :func:`log_rate` with sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2.
+
+    With phi_ijl = W_jl exp F_il / rho_ij the share of component l in a rate, these two give the
+    curvature
+
+    .. math:: \frac{\partial^2}{\partial F_{il}^2} \sum_j X_{ij} \log \rho_{ij}
+        = \sum_j X_{ij} \phi_{ijl} (1 - \phi_{ijl}).
+
+    Parameters
+    ----------
+    counts, factors, loadings
+        As for :func:`log_rate`.
+
+    Returns
+    -------
+    values : Tensor of shape (n,), float64
+        Differentiable as those of :func:`log_rate`.
+    first, second : Tensor of shape (n, L)
+        Not differentiable.
+    """
+    return _LogRate.apply(counts, factors, loadings, True)
+
+
+def log_rate_with_gradients(
+    counts: Counts, factors: Tensor, loadings: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values of :func:`log_rate` and the gradients of their sum.
+
+    Parameters
+    ----------
+    counts, factors, loadings
+        As for :func:`log_rate`.
+    weights : Tensor of shape (n,), optional
+        Weight of each sample in the sum that is differentiated; 1 unless given.
+
+    Returns
+    -------
+    values : Tensor of shape (n,), float64
+    factors_gradient : Tensor of shape (n, L)
+    loadings_gradient : Tensor of shape (d, L)
+    """
+    values, factors_gradient = [], []
+    loadings_gradient = torch.zeros_like(loadings)
+    for rows, block in counts.blocks():
+        A = factors[rows]
+        rates = _rates(block, A, loadings)
+        ratio = block.values / rates
+        values.append(block.row_sums(rates.log_().mul_(block.values)))
+        factors_gradient.append(block.matmul(ratio, loadings))
+        weighted = A if weights is None else A * weights[rows, None]
+        loadings_gradient += block.transposed_matmul(ratio, weighted)
+    gradient = torch.cat(factors_gradient)
+    if weights is not None:
+        gradient = gradient * weights[:, None]
+    return torch.cat(values), gradient, loadings_gradient
+
+
+def _second_moment(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """sum_j X_ij phi_ijl^2, of shape (n, L)."""
+    parts = []
+    largest = torch.finfo(factors.dtype).max ** 0.75
+    squared = loadings.square()
+    for rows, block in counts.blocks():
+        rates = _rates(block, factors[rows], loadings)
+        steep = (block.values / rates.square_()).clamp_max_(largest)
+        parts.append(block.matmul(steep, squared))
+    return factors.square() * torch.cat(parts)
+
+
+def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """Rates at the stored entries, kept so far above zero that log and 1/rho stay finite."""
+    floor = torch.finfo(factors.dtype).tiny ** 0.5
+    return block.inner(factors, loadings).clamp_min_(floor)
+
+
+class _LogRate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, counts: Counts, factors: Tensor, loadings: Tensor, with_moments: bool
+    ) -> Any:
+        values, *gradients = log_rate_with_gradients(counts, factors, loadings)
+        ctx.counts = counts
+        ctx.save_for_backward(factors, loadings, *gradients)
+        if not with_moments:
+            return values
+        first, second = factors * gradients[0], _second_moment(counts, factors, loadings)
+        ctx.mark_non_differentiable(first, second)
+        return values, first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor, *unused: Any) -> tuple[None, Tensor, Tensor, None]:
+        factors, loadings, factors_gradient, loadings_gradient = ctx.saved_tensors
+        weights = weights.to(factors.dtype)
+        if bool((weights == weights[0]).all()):
+            return None, factors_gradient * weights[0], loadings_gradient * weights[0], None
+        _, *weighted = log_rate_with_gradients(ctx.counts, factors, loadings, weights)
+        return None, weighted[0], weighted[1], None

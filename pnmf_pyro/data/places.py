@@ -1,0 +1,213 @@
+"""Where the samples are: coordinates and groups, checked once at the door."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from pnmf_pyro.data.batches import take
+
+
+@dataclass(frozen=True)
+class Places:
+    """Points in space, each perhaps in a group.
+
+    Parameters
+    ----------
+    coordinates : Tensor of shape (..., n, p), float64
+    groups : Tensor of shape (..., n), int64, optional
+        Codes of the groups.
+    """
+
+    coordinates: Tensor
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.coordinates.shape[-2]
+
+    def __getitem__(self, index: Any) -> Places:
+        """Select places; an index of shape (..., n) gives places of that shape."""
+        groups = None if self.groups is None else self.groups[index]
+        return Places(self.coordinates[index], groups)
+
+    def take(self, index: Tensor | None) -> Places:
+        """Select places by their numbers; all of them if the index is None."""
+        return Places(take(self.coordinates, index, dim=0), take(self.groups, index))
+
+    def distinct(self) -> Places:
+        """Return the places without repetitions, in the order in which they first occur."""
+        columns = [self.coordinates]
+        if self.groups is not None:
+            columns.append(self.groups[:, None].to(self.coordinates))
+        rows = torch.cat(columns, 1).cpu().numpy()
+        _, first = np.unique(rows, axis=0, return_index=True)
+        return self[torch.from_numpy(np.sort(first))]
+
+    def to(self, device: torch.device) -> Places:
+        """Return the places on a device."""
+        groups = None if self.groups is None else self.groups.to(device)
+        return Places(self.coordinates.to(device), groups)
+
+
+def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None = None) -> Tensor:
+    """Check the coordinates of samples.
+
+    Parameters
+    ----------
+    coordinates : array-like of shape (n_samples, p)
+        In any unit.
+    n_samples : int
+    dimensions : int, optional
+        p, where it is known already.
+
+    Returns
+    -------
+    Tensor of shape (n_samples, p), float64
+
+    Raises
+    ------
+    ValueError
+        Where coordinates are missing, of another shape, or not finite.
+    """
+    if coordinates is None:
+        raise ValueError(
+            "coordinates must be given for a spatial model, of shape "
+            f"(n_samples, dimensions) with n_samples={n_samples}; got None. Pass coordinates=, or "
+            "use spatial=False."
+        )
+    if isinstance(coordinates, Tensor):
+        coordinates = coordinates.detach().cpu()
+    try:
+        values = np.array(coordinates, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"coordinates must be numbers: {error}.") from error
+    wanted = f"({n_samples}, {dimensions or 'dimensions'})"
+    fits = values.ndim == 2 and len(values) == n_samples and values.shape[1] > 0
+    if not fits or dimensions not in (None, values.shape[1]):
+        raise ValueError(
+            f"coordinates must have one row for each sample, shape {wanted}; got {values.shape}."
+        )
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if len(bad):
+        raise ValueError(
+            f"coordinates must be finite; {len(bad)} samples have NaN or infinity there, the first "
+            f"is sample {bad[0]}. Remove these samples."
+        )
+    return torch.from_numpy(values)
+
+
+class GroupCodes:
+    """Names of groups and their codes 0, 1, ...
+
+    Parameters
+    ----------
+    names : sequence
+        In the order of the codes.
+    """
+
+    def __init__(self, names: Sequence[Any]):
+        self.names = list(names)
+
+    @classmethod
+    def of(cls, groups: Any, n_samples: int) -> GroupCodes:
+        """Return the codes for the groups that occur, in sorted order."""
+        return cls(sorted(set(_group_labels(groups, n_samples)), key=lambda g: (str(type(g)), g)))
+
+    def encode(self, groups: Any, n_samples: int) -> Tensor:
+        """Return the code of each sample's group.
+
+        Raises
+        ------
+        ValueError
+            For groups that are missing, of a wrong length, or not among the names.
+        """
+        labels = _group_labels(groups, n_samples)
+        code = {name: number for number, name in enumerate(self.names)}
+        unknown = sorted({str(label) for label in labels if label not in code})
+        if unknown:
+            raise ValueError(
+                f"groups must be among those of the fit, {self.names}; got {unknown}. The model "
+                "knows nothing of other groups: fit it again with samples of them."
+            )
+        return torch.tensor([code[label] for label in labels], dtype=torch.int64)
+
+
+def _group_labels(groups: Any, n_samples: int) -> list[Any]:
+    if groups is None:
+        raise ValueError(
+            "groups must be given for a model with multigroup=True, one for each of the "
+            f"{n_samples} samples; got None. Pass groups=, or use multigroup=False."
+        )
+    if isinstance(groups, Tensor):
+        groups = groups.detach().cpu()
+    labels = np.asarray(groups)
+    if labels.shape != (n_samples,):
+        raise ValueError(
+            f"groups must have one entry for each of the {n_samples} samples, shape "
+            f"({n_samples},); got shape {labels.shape}."
+        )
+    found = labels.tolist()
+    if any(label is None or label != label for label in found):
+        raise ValueError("groups must not be missing (None or NaN). Give each sample a group.")
+    return found
+
+
+def spacing(places: Places) -> float:
+    """Median distance from a place to the nearest other one (of its group, where there are any)."""
+    gaps = [_nearest_gaps(part.coordinates.cpu().numpy()) for part in _by_group(places.distinct())]
+    values = np.concatenate(gaps)
+    return float(np.median(values)) if len(values) else 0.0
+
+
+def extent(places: Places) -> float:
+    """Largest side of the box around the places (of one group, where there are any)."""
+    sides = [np.ptp(part.coordinates.cpu().numpy(), axis=0).max() for part in _by_group(places)]
+    return float(max(sides))
+
+
+def _by_group(places: Places) -> list[Places]:
+    if places.groups is None:
+        return [places]
+    return [places[places.groups == group] for group in places.groups.unique()]
+
+
+def _nearest_gaps(points: np.ndarray) -> np.ndarray:
+    if len(points) < 2:
+        return np.empty(0)
+    return cKDTree(points).query(points, k=2)[0][:, 1]
+
+
+def check_extent(places: Places) -> None:
+    """Raise a ValueError where all places are one and the same."""
+    if extent(places) == 0:
+        raise ValueError(
+            "coordinates must differ between samples; all samples are at one single place. Use "
+            "spatial=False, or pass the true coordinates."
+        )
+
+
+def warn_lengthscale(lengthscale: float, places: Places) -> None:
+    """Warn of a lengthscale in the wrong unit, and name a sensible one."""
+    low, high = spacing(places), extent(places)
+    if lengthscale < low / 5 or lengthscale > 10 * high:
+        warnings.warn(
+            f"lengthscale={lengthscale:g} does not suit the coordinates, whose neighbours are "
+            f"{low:.3g} apart and which extend over {high:.3g}: is it in another unit? "
+            f"A sensible value is {typical_lengthscale(places):.3g}; train_lengthscale=True learns "
+            "it.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def typical_lengthscale(places: Places) -> float:
+    """Geometric mean of the places' spacing and their extent, from which to start learning."""
+    low, high = spacing(places), extent(places)
+    return float(np.sqrt(low * high)) if low > 0 else high / 10

@@ -1,0 +1,9 @@
+"""The scikit-learn estimator, the recommended fit, and what a fit leaves behind.
+
+It imports from `training`, `transforms` and the rooms above those. Begin with
+:mod:`~pnmf_pyro.estimator.pnmf`, then :mod:`~pnmf_pyro.estimator.plan`.
+"""
+
+from pnmf_pyro.estimator.pnmf import PNMF
+
+__all__ = ["PNMF"]

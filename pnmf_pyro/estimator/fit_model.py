@@ -1,0 +1,138 @@
+"""Training of a model of one's own: any subclass of the Poisson factorisation, with any prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.checks import check_counts, check_training
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.random_state import RandomState, check_random_state, torch_generator
+from pnmf_pyro.initialization import start_values
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.training.loop import TrainingResult, evaluate_elbo, train
+from pnmf_pyro.training.schedules import OneCycle
+
+# Draws for the value of the ELBO at the end, whose noise then hardly matters.
+FINAL_DRAWS = 50
+
+
+@dataclass
+class ModelFit(TrainingResult):
+    """What the training of a model did.
+
+    Attributes
+    ----------
+    elbo : float
+        ELBO of the trained model in nats, from 50 draws, constants included.
+    """
+
+    elbo: float = field(kw_only=True)
+
+
+def fit_model(
+    model: PoissonFactorization,
+    X: Any,
+    *,
+    max_iter: int = 1000,
+    learning_rate: float = 0.2,
+    n_draws: int = 3,
+    batch_size: int | None = None,
+    init: str | None = None,
+    random_state: RandomState = 0,
+    verbose: bool = False,
+) -> ModelFit:
+    """Train a model, its guide and its prior by Adam, whatever they are.
+
+    The steps of :func:`pnmf_pyro.fit` are those of one model, the Poisson factorisation. These need
+    nothing but a `model` and a `guide`, so they are for what has been changed: another likelihood,
+    a covariate, another prior. Every parameter of the module is learned; the ELBO is taken in
+    closed form where it has one, see :class:`~pnmf_pyro.models.elbo.FactorizationELBO`.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        Trained in place; where its loadings and factors stood before plays no part. A change that
+        explains what a decomposition of X would put into the factors starts better at random.
+    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
+        Counts.
+    max_iter : int
+        Number of steps. The learning rate rises in the first three tenths and falls to nothing at
+        the end (one cycle).
+    learning_rate : float
+        The highest.
+    n_draws : int
+        Monte Carlo draws at each step.
+    batch_size : int, optional
+        Samples in a minibatch; all unless given.
+    init : str, optional
+        Where to start, see :func:`~pnmf_pyro.initialization.initialize_factors`.
+    random_state : int, RandomState or None
+    verbose : bool
+        Show a progress bar with the ELBO.
+
+    Returns
+    -------
+    ModelFit
+
+    Raises
+    ------
+    ValueError
+        If X is not of the size that the model was made for, or its loadings have no gradient steps.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If the ELBO still rose at the end, or ceased to be finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from pnmf_pyro import fit_model
+    >>> from pnmf_pyro.models import PoissonFactorization
+    >>> from pnmf_pyro.priors import GaussianPrior
+    >>> X = np.random.default_rng(0).poisson(5, size=(30, 20)).astype("float32")
+    >>> y = torch.from_numpy(X.T)
+    >>> model = PoissonFactorization(GaussianPrior(y, L=2), y, L=2)
+    >>> result = fit_model(model, X, max_iter=200)
+    >>> result.elbo > result.history[0]
+    True
+    """
+    check_training(max_iter=max_iter, tol=0.0, learning_rate=learning_rate)
+    objective = FactorizationELBO(model.mode, n_draws)
+    counts = _check_fits(check_counts(X), model).to(model.W.dtype).to(model.W.device)
+    random = check_random_state(random_state)
+    model.assign(*start_values(counts, model.L, init, random, model.size_factors))
+    generator = torch_generator(random)
+    trained = train(
+        model,
+        Batches(counts, batch_size, shuffle=batch_size is not None, generator=generator),
+        objective,
+        [torch.optim.Adam(model.parameters(), lr=learning_rate)],
+        generator,
+        max_iter=max_iter,
+        schedules=[OneCycle()],
+        verbose=int(verbose),
+    )
+    final = FactorizationELBO(model.mode, FINAL_DRAWS)
+    elbo = evaluate_elbo(model, Batches(counts, batch_size), final, generator)
+    return ModelFit(trained.history, trained.converged, trained.failure, elbo=elbo)
+
+
+def _check_fits(counts: Counts, model: PoissonFactorization) -> Counts:
+    if model.loadings_mode == "multiplicative":
+        raise ValueError(
+            "loadings_mode='multiplicative' has closed-form steps of the Poisson factorisation "
+            "alone; make the model with 'softplus', 'exp' or 'projected'."
+        )
+    if counts.shape != (model.N, model.D):
+        raise ValueError(
+            f"X must have the shape that the model was made for, ({model.N}, {model.D}) samples by "
+            f"features; got {counts.shape}. The model takes y = X^T."
+        )
+    return counts

@@ -1,0 +1,61 @@
+"""training.convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
+LEAST_TREND = 1e-5
+
+
+@dataclass
+class Convergence:
+    """Decide from smoothed values of the ELBO whether a fit has converged.
+
+    The ELBO is averaged over windows of `window` steps. A window that rises by less than `tol`
+    times the size of the ELBO over the one before is quiet; `patience` quiet windows in a row are
+    convergence. One noisy step can therefore neither stop a fit nor keep it going.
+
+    Parameters
+    ----------
+    tol : float
+        0 never stops.
+    start : int
+        Steps to leave out at first, such as the warm-up of a learning rate.
+    window, patience : int
+    """
+
+    tol: float = 1e-4
+    start: int = 0
+    window: int = 10
+    patience: int = 3
+    _quiet: int = field(default=0, init=False)
+
+    def reached(self, history: Sequence[float]) -> bool:
+        """Say whether to stop, given all values so far; to be asked after each step."""
+        judged = len(history) - self.start
+        if self.tol <= 0 or judged < 2 * self.window or judged % self.window:
+            return False
+        rise, _ = self._rise(history, self.window)
+        self._quiet = self._quiet + 1 if rise < self.tol else 0
+        return self._quiet >= self.patience
+
+    def still_rising(self, history: Sequence[float]) -> bool:
+        """Say whether the ELBO rose at the end by more than `tol` and more than its own noise."""
+        window = min(self.window, len(history) // 2)
+        if window < 1:
+            return True
+        rise, noise = self._rise(history, window)
+        return rise > max(self.tol, LEAST_TREND, 2 * noise)
+
+    @staticmethod
+    def _rise(history: Sequence[float], window: int) -> tuple[float, float]:
+        """Rise over the last two windows and its standard error, relative to the ELBO's size."""
+        recent = np.asarray(history[-2 * window :])
+        before, now = recent[:window].mean(), recent[window:].mean()
+        size = max(abs(now), np.finfo(float).tiny)
+        noise = np.sqrt(np.mean(np.diff(recent) ** 2) / window)
+        return float((now - before) / size), float(noise / size)

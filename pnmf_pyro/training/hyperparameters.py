@@ -1,0 +1,384 @@
+r"""Learning of a field's hyperparameters: by predicting each sample without itself.
+
+Near its optimum q(F) behaves as if each sample i told of F_il by one normal observation, its site:
+with g and h the slope of the expected log-likelihood in the mean of q(F_il) and its negative
+curvature,
+
+.. math:: y_{il} = \mu_{il} + g_{il} / h_{il}, \qquad \mathrm{noise}_{il} = 1 / h_{il}.
+
+Given the sites, the field at a sample without that sample's own site is a Gaussian-process
+regression on those of the others (Rasmussen and Williams 2006, section 5.4.2; Vehtari et al. 2016),
+here on those of its nearest neighbours, which carry nearly all there is to know: so it costs
+O(K^3) a sample, whichever prior the field was fitted with. Predicted means of the counts follow,
+and their Poisson deviance judges lengthscale, sigma and mean. The ELBO is the wrong judge: counts
+vary more than a Poisson, and it buys short lengthscales to explain that (criterion 'elbo').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.places import Places, extent, spacing
+from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, symmetric
+from pnmf_pyro.gp.neighbors import nearest
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.poisson import PoissonFactors
+
+CRITERIA = ("leave-one-out", "elbo")
+
+# Neighbours from which a sample is predicted, of its own group and of others.
+NEAREST = 16
+NEAREST_ELSEWHERE = 8
+
+# Of L-BFGS-B; more change predictions by less than splits of the data do.
+ITERATIONS = 10
+
+# Samples that are predicted, at most: drawn at random from larger data.
+JUDGED = 1000
+
+# Where the search begins: numbers of lengthscales from the spacing to the extent, and sigmas.
+GRID_LENGTHSCALES = 8
+GRID_SIGMAS = (0.5, 1.0, 2.0)
+GRID_NUGGETS = (0.001, 0.1, 0.3, 1.0)
+GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
+
+# Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
+SIGMA_BOUNDS = (0.05, 4.0)
+NUGGET_BOUNDS = (0.001, 2.0)
+GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
+
+# Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
+# the values that all components share.
+SPREAD = 0.1
+
+# Largest rise, in units of F, by which a site may stand above the mean of q.
+HIGHEST_SITE = 5.0
+
+
+def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
+    """Return what each sample tells of its log-factors: observations y and their noise variance.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+    counts : Counts of shape (N, D)
+
+    Returns
+    -------
+    y, noise : Tensor of shape (L, N), float64
+    """
+    with torch.no_grad():
+        q = model.prior.marginal()
+    loc = q.loc.detach().requires_grad_()
+    variance = q.variance.detach().requires_grad_()
+    likelihood = PoissonFactors(loc, model.W.data.detach(), model.size_factors)
+    normal = torch.distributions.Normal(loc, variance.sqrt(), validate_args=False)
+    value = likelihood.expected_log_prob(counts, normal, "lower-bound").sum()
+    slope, curvature = (
+        gradient.double() for gradient in torch.autograd.grad(value, (loc, variance))
+    )
+    h = (-2 * curvature).clamp_min(1e-6)
+    return loc.detach().double() + (slope / h).clamp_max(HIGHEST_SITE), 1 / h
+
+
+def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
+    """Return the numbers of the samples from which each judged one is predicted, (n, K).
+
+    The nearest of its own group, and of the other groups where there are any. Where there are
+    fewer than asked for, the sample's own number fills up: it is masked.
+    """
+    points = places.coordinates.cpu().numpy()
+    codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
+    chosen = judged.cpu().numpy()
+    found = np.empty((len(chosen), 0), dtype=np.int64)
+    shares = [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
+    if places.groups is None:
+        shares = shares[:1]
+    for same, K in shares:
+        part = np.repeat(chosen[:, None], K, 1)
+        for code in np.unique(codes[chosen]):
+            rows = np.flatnonzero(codes[chosen] == code)
+            pool = np.flatnonzero((codes == code) == same)
+            if len(pool):
+                part[rows] = _nearest(points, chosen[rows], pool, K)
+        found = np.concatenate([found, part], 1)
+    if criterion == "elbo":  # each given those before it: the chain rule
+        found = np.where(found < chosen[:, None], found, chosen[:, None])
+    return torch.from_numpy(found).to(judged.device)
+
+
+def _nearest(points: np.ndarray, rows: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
+    """The K nearest of the pool that are not the row itself, filled up by the row."""
+    wanted = min(K + 1, len(pool))
+    found = pool[nearest(points[pool], points[rows], wanted)]
+    itself = found == rows[:, None]
+    order = np.argsort(itself, axis=1, kind="stable")  # the row itself to the end
+    found = np.take_along_axis(found, order, 1)[:, :K]
+    missing = K - found.shape[1]
+    return np.concatenate([found, np.repeat(rows[:, None], missing, 1)], 1)
+
+
+def predict_without(
+    covariance: Tensor, mean: Tensor, judged: Tensor, neighbours: Tensor, y: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of F at samples, given the sites of their neighbours.
+
+    Parameters
+    ----------
+    covariance : Tensor of shape (L or 1, n, K + 1, K + 1)
+        Of F at the neighbours of each judged sample, and in the last place at the sample.
+    mean : Tensor of shape (L,)
+    judged : Tensor of shape (n,)
+    neighbours : Tensor of shape (n, K)
+        Entries equal to the judged sample itself are left out.
+    y, noise : Tensor of shape (L, N)
+        Sites.
+
+    Returns
+    -------
+    mean, variance : Tensor of shape (L, n)
+    """
+    among, prior = covariance[..., :-1, :-1], covariance[..., -1, -1]
+    absent = neighbours == judged[:, None]
+    towards = covariance[..., :-1, -1:].masked_fill(absent[..., None], 0.0)
+    spread = noise[:, neighbours].masked_fill(absent, 1e12)
+    diagonal = among.diagonal(dim1=-2, dim2=-1) + spread
+    among = among.expand(*diagonal.shape, -1)
+    tril = torch.linalg.cholesky(among.diagonal_scatter(diagonal, dim1=-2, dim2=-1))
+    towards = towards.expand(*diagonal.shape, 1)
+    right = torch.cat([(y[:, neighbours] - mean[:, None, None])[..., None], towards], -1)
+    left, solved = torch.linalg.solve_triangular(tril, right, upper=False).unbind(-1)
+    variance = prior - solved.square().sum(-1)
+    return mean[:, None] + (left * solved).sum(-1), variance.clamp_min(1e-10)
+
+
+@dataclass
+class HyperparameterSearch:
+    """Search of the hyperparameters of a spatial model at its present q and loadings.
+
+    Where its kernel has several names, one of them is chosen as well.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        With a spatial prior.
+    counts : Counts of shape (N, D)
+    names : sequence of str
+        Hyperparameters to learn; the mean is always learned.
+    criterion : {'leave-one-out', 'elbo'}
+        Deviance of each sample as predicted without it; or the evidence of the sites, to which the
+        ELBO is equal up to a constant where q is at its optimum.
+    random : RandomState
+        Draws the samples that are predicted where there are more than `JUDGED`.
+    """
+
+    model: PoissonFactorization
+    counts: Counts
+    names: Sequence[str]
+    criterion: str
+    random: np.random.RandomState
+
+    def __post_init__(self) -> None:
+        self.prior = cast(Any, self.model.prior)
+        self.kernel: SpatialKernel = self.prior.kernel
+        self.places: Places = self.prior.places
+        N = len(self.places)
+        chosen = np.sort(self.random.permutation(N)[:JUDGED])
+        self.judged = torch.from_numpy(chosen).to(self.counts.device)
+        self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
+        together = torch.cat([self.neighbours, self.judged[:, None]], 1)
+        self.pairs = Pairs.among(self.places[together])
+        self._once = Remembered()
+        self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
+
+    def learn_from(self, source: PoissonFactorization) -> None:
+        """Learn hyperparameters from the sites of a fit, and set q to their posterior.
+
+        Parameters
+        ----------
+        source : PoissonFactorization
+            The model itself, or one of the same samples and loadings.
+        """
+        self._observe(source)
+        values, mean = self._best_of_grid()
+        values, mean = self._descend(values, mean)
+        with torch.no_grad():
+            for name, value in values.items():
+                getattr(self.kernel, name).copy_(value)
+            self.prior.mean.copy_(mean)
+        self.prior.assign(self.y, self.noise.sqrt())
+
+    def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
+        """Return the criterion per sample, to be minimised; differentiable."""
+        loc, variance = predict_without(
+            self._covariance(values), mean, self.judged, self.neighbours, self.y, self.noise
+        )
+        if self.criterion == "elbo":
+            spread = (variance + self.noise[:, self.judged]).sqrt()
+            seen = torch.distributions.Normal(loc, spread, validate_args=False)
+            return -seen.log_prob(self.y[:, self.judged]).sum() / len(self.judged)
+        W = self.model.W.data.detach()
+        s = take(self.model.size_factors, self.judged)
+        rates = PoissonFactors((loc + variance / 2).to(W.dtype), W, s)
+        return -rates.log_prob(self.seen).sum() / len(self.judged)
+
+    def _covariance(self, values: dict[str, Tensor]) -> Tensor:
+        """Covariance of each judged sample and its neighbours; only the nugget's part made anew."""
+        made_of = (self.kernel.chosen, *(values[name] for name in values if name != "nugget"))
+        shared = self._once("shared", made_of, lambda: self.kernel.shared(self.pairs, values))
+        own = self.kernel.own(self.pairs, values)
+        return symmetric(shared + own, self.neighbours.shape[1] + 1)
+
+    def _observe(self, source: PoissonFactorization) -> None:
+        self.y, self.noise = sites(source, self.counts)
+
+    def profile(self, source: PoissonFactorization, lengthscales: Any) -> np.ndarray:
+        """Return the criterion at lengthscales shared by all components, the rest as it is.
+
+        Parameters
+        ----------
+        source : PoissonFactorization
+            As for :meth:`learn_from`.
+        lengthscales : array-like of shape (n,)
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Negative log-likelihood in nats per sample.
+        """
+        self._observe(source)
+        mean = self.prior.mean
+        values = dict(self.kernel.hyperparameters)
+        found = []
+        for lengthscale in lengthscales:
+            values["lengthscale"] = torch.full_like(self.kernel.lengthscale, float(lengthscale))
+            with torch.no_grad():
+                found.append(float(self.loss(values, mean)))
+        return np.array(found)
+
+    @torch.no_grad()
+    def _dispersion(self, values: dict[str, Tensor], mean: Tensor) -> float:
+        """Mean deviance of the predicted counts, by which they vary more than a Poisson."""
+        if self.criterion == "elbo":
+            return 1.0
+        entries = self.seen.values.double()
+        saturated = (torch.xlogy(entries, entries) - entries - (entries + 1).lgamma()).sum()
+        n, D = self.seen.shape
+        deviance = 2 * (float(saturated) / n + float(self.loss(values, mean))) / D
+        return max(1.0, deviance)
+
+    def _start(self) -> Tensor:
+        """Mean of the sites by their precision."""
+        weights = 1 / self.noise
+        return (weights * self.y).sum(1) / weights.sum(1)
+
+    def _grids(self) -> dict[str, Any]:
+        low, high = self._limits()["lengthscale"]
+        return {
+            "lengthscale": np.geomspace(2 * low, high / 5, GRID_LENGTHSCALES),
+            "sigma": GRID_SIGMAS,
+            "nugget": GRID_NUGGETS,
+            "group_diff_param": GRID_GROUP_DIFFERENCES,
+        }
+
+    def _limits(self) -> dict[str, tuple[float, float]]:
+        return {
+            "lengthscale": (spacing(self.places) / 2, 10 * extent(self.places)),
+            "sigma": SIGMA_BOUNDS,
+            "nugget": NUGGET_BOUNDS,
+            "group_diff_param": GROUP_DIFFERENCE_BOUNDS,
+        }
+
+    @torch.no_grad()
+    def _best_of_grid(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Search the same values for all components, with each kernel that there is to choose.
+
+        Each on the whole grid: from where another kernel is best, a rough one without a nugget is
+        not found.
+        """
+        values = {k: v[:1].clone() for k, v in self.kernel.hyperparameters.items()}
+        for name in self.names:
+            values[name].clamp_(*self._limits()[name])
+        mean, found = self._start(), {}
+        for kernel in self.kernel.names:
+            self.kernel.choose(kernel)
+            found[kernel] = self._search(values, mean)
+        best = min(found, key=lambda kernel: found[kernel][0])
+        self.kernel.choose(best)
+        n_sets = len(self.kernel.sigma)
+        return {k: v.expand(n_sets).clone() for k, v in found[best][1].items()}, mean
+
+    def _search(self, values: dict[str, Tensor], mean: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Return the least loss and where it is: one after another, or jointly what is alike.
+
+        A nugget does what a short lengthscale does as well.
+        """
+        least = float(self.loss(values, mean))
+        grids = {
+            name: [values[name].new_tensor([value]) for value in grid]
+            for name, grid in self._grids().items()
+            if name in values
+        }
+        for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
+            names = [name for name in alike if name in self.names]
+            if not names:
+                continue
+            tried = [values]
+            for point in product(*(grids[name] for name in names)):
+                tried.append({**values, **dict(zip(names, point, strict=True))})
+            losses = [least, *(float(self.loss(one, mean)) for one in tried[1:])]
+            best = int(np.nanargmin(losses))
+            least, values = losses[best], tried[best]
+        return least, values
+
+    def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Give each component hyperparameters of its own, by L-BFGS-B in their logarithms.
+
+        What is maximised is a quasi-likelihood, for counts that vary more than a Poisson
+        (Wedderburn 1974), times a normal prior around the values that all components share: where
+        there are few samples, components stay near one another.
+        """
+        sizes = [len(values[name]) for name in self.names]
+
+        def unpack(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            *logs, level = x.split([*sizes, len(mean)])
+            learned = {name: log.exp() for name, log in zip(self.names, logs, strict=True)}
+            return {**values, **learned}, level
+
+        weight = len(self.judged) / self._dispersion(values, mean)
+
+        def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+            point = torch.from_numpy(x).to(mean).requires_grad_()
+            away = (point - origin).square().sum() / (2 * SPREAD**2)
+            loss = weight * self.loss(*unpack(point)) + away
+            (gradient,) = torch.autograd.grad(loss, point)
+            return float(loss.detach()), gradient.cpu().numpy()
+
+        origin = torch.cat([*(values[name].log() for name in self.names), mean])
+        bounds = [
+            tuple(np.log(self._limits()[name]))
+            for name, size in zip(self.names, sizes, strict=True)
+            for _ in range(size)
+        ]
+        bounds += [(level - 5, level + 5) for level in mean.tolist()]
+        found = minimize(
+            fun,
+            origin.cpu().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": ITERATIONS},
+        )
+        with torch.no_grad():
+            return unpack(torch.from_numpy(found.x).to(mean))

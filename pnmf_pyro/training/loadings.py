@@ -1,0 +1,140 @@
+"""training.loadings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pnmf_pyro.custom_modules import PositiveParameter
+from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.priors.natural import ClosedForm
+
+
+class ClosedFormLoadings(ClosedForm):
+    r"""The multiplicative update of W, from the gradient that the ELBO has already taken.
+
+    With R_jl the expected counts of feature j that come from component l,
+
+    .. math:: R_{jl} = W_{jl} \left(\frac{\partial ELBO}{\partial W_{jl}}
+        + \sum_i s_i E \exp F_{il}\right), \qquad
+        W_{jl} \leftarrow \frac{R_{jl}}{\sum_i s_i E \exp F_{il}},
+
+    the second sum taken after q has moved. Both q and W then move up the same lower bound
+    (expectation conditional maximisation), for the price of one pass over the counts.
+
+    Parameters
+    ----------
+    W : PositiveParameter of shape (D, L)
+    totals : callable
+        From a batch to its estimate of sum_i s_i E exp F_il, shape (L,).
+    lr : float in (0, 1]
+        Fraction of the way to go; less than 1 averages over noisy steps.
+    """
+
+    def __init__(self, W: PositiveParameter, totals: Callable[[Batch], Tensor], lr: float = 1.0):
+        super().__init__([W.raw], {"lr": lr})
+        self.W = W
+        self.totals = totals
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Take the expected counts from the gradients of the batch."""
+        super().prepare(batch)
+        W, gradient = self.W, self.W.raw.grad
+        assert gradient is not None
+        slope = -take(gradient / W.unit, batch.features, dim=0) / batch.likelihood_scale
+        self.expected_counts = take(W.data, batch.features, dim=0) * (slope + self.totals(batch))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move W towards the expected counts over the totals."""
+        totals = self.totals(self.batch)
+        target = self.expected_counts / totals.clamp_min(torch.finfo(totals.dtype).tiny)
+        features = slice(None) if self.batch.features is None else self.batch.features
+        value = self.W.detach()
+        value[features] = value[features].lerp(target.clamp_min(0), self.param_groups[0]["lr"])
+        self.W.assign(value)
+
+
+class ShrunkLoadings(ClosedFormLoadings):
+    r"""The multiplicative update of W under a gamma prior around what the margins say.
+
+    Given R_jl counts of feature j from component l, and e_l = sum_i s_i E exp F_il,
+
+    .. math:: R_{jl} \sim \mathrm{Poisson}(W_{jl} e_l), \qquad
+        W_{jl} \sim \mathrm{Gamma}(a, a e_l / \bar R_{jl}), \qquad
+        \bar R_{jl} = R_{j\cdot} R_{\cdot l} / R_{\cdot\cdot},
+
+    so that a priori all components have the features in the same proportions. W becomes its
+    posterior mean, times what keeps the total of each feature,
+
+    .. math:: W_{jl} \leftarrow \frac{R'_{jl}}{e_l} \frac{R_{j\cdot}}{R'_{j\cdot}}, \qquad
+        R'_{jl} = \bar R_{jl} \frac{a + R_{jl}}{a + \bar R_{jl}}.
+
+    Empirical Bayes (Clayton and Kaldor 1987): the shape a is that of the loadings before they are
+    shrunk, by the moment of :math:`\chi^2 = \sum_{jl} (R_{jl} - \bar R_{jl})^2 / \bar R_{jl}`, of
+    which the expectation is the number of entries and :math:`R_{\cdot\cdot} / a`. Where there are
+    many counts it is the update without a prior.
+
+    Parameters
+    ----------
+    W, totals
+        As for :class:`ClosedFormLoadings`.
+
+    Attributes
+    ----------
+    shape : float or None
+        a, from the first batch.
+    """
+
+    LARGEST_SHAPE = 1e3
+
+    shape: float | None = None
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Take the expected counts from the gradients of the batch, and shrink them."""
+        super().prepare(batch)
+        R = self.expected_counts.clamp_min(0)
+        tiny = torch.finfo(R.dtype).tiny
+        of_features = R.sum(1, keepdim=True)
+        by_margins = of_features * (R.sum(0) / R.sum().clamp_min(tiny))
+        if self.shape is None:
+            self.shape = self._shape_by_moments(R, by_margins)
+        shrunk = by_margins * (self.shape + R) / (self.shape + by_margins)
+        self.expected_counts = shrunk * (of_features / shrunk.sum(1, keepdim=True).clamp_min(tiny))
+
+    def _shape_by_moments(self, R: Tensor, by_margins: Tensor) -> float:
+        there = by_margins > torch.finfo(R.dtype).eps * R.sum()  # absent but for rounding
+        R, by_margins = R[there].double(), by_margins[there].double()
+        excess = ((R - by_margins).square() / by_margins - 1).sum()
+        return float(R.sum() / excess.clamp_min(R.sum() / self.LARGEST_SHAPE))
+
+
+class ClosedFormScale(ClosedForm):
+    """The scale of a normal prior that maximises the ELBO: scale^2 = mean of mu^2 + sigma^2.
+
+    Empirical Bayes, in closed form (an M step). The prior's mean stays 0: the loadings hold the
+    level of a component.
+
+    Parameters
+    ----------
+    prior : GaussianPrior
+    lr : float in (0, 1]
+        Fraction of the way to go, in scale^2.
+    """
+
+    def __init__(self, prior: Any, lr: float = 1.0):
+        super().__init__([prior.scale_pf], {"lr": lr})
+        self.prior = prior
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the scale towards its optimum given q."""
+        q = self.prior.marginal(self.batch.samples)
+        optimum = (q.loc.square() + q.variance).mean()
+        scale = self.prior.scale_pf
+        scale.copy_(scale.square().lerp(optimum, self.param_groups[0]["lr"]).sqrt())

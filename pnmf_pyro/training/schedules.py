@@ -1,0 +1,136 @@
+"""Optimisers and learning-rate schedules by name, and natural-gradient ascent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer, lr_scheduler
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "NAdam": torch.optim.NAdam,
+    "SGD": torch.optim.SGD,
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+class Schedule(Protocol):
+    """How the learning rate changes over a fit."""
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return the number of steps over which the learning rate still rises."""
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that is called with the ELBO after each step."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The learning rate stays as it is."""
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return 0."""
+        return 0
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that does nothing."""
+        return lambda elbo: None
+
+
+@dataclass(frozen=True)
+class Decreasing:
+    """The learning rate falls from `start` as (offset + step / delay) ** -forgetting.
+
+    For noisy closed-form steps. With `forgetting` in (0.5, 1] they satisfy the conditions of
+    Robbins and Monro (1951), as in stochastic variational inference (Hoffman et al. 2013).
+    """
+
+    delay: float = 10.0
+    forgetting: float = 0.7
+    start: float = 1.0
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return 0."""
+        return 0
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that sets the learning rate of the next step."""
+        offset = self.start ** (-1 / self.forgetting)
+        scheduler = lr_scheduler.LambdaLR(
+            optimizer, lambda step: (offset + step / self.delay) ** -self.forgetting
+        )
+        return lambda elbo: scheduler.step()
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Linear warm-up to the learning rate, then cosine annealing.
+
+    Parameters
+    ----------
+    pct_start : float
+        Fraction of the iterations spent in warm-up.
+    div_factor : float
+        The first learning rate is the optimiser's divided by this.
+    final_div_factor : float
+        The last one is the first divided by this.
+    """
+
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return the number of warm-up steps."""
+        return int(self.pct_start * max_iter)
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that sets the learning rate of the next step."""
+        scheduler = lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.factor(step / max(max_iter - 1, 1))
+        )
+        return lambda elbo: scheduler.step()
+
+    def factor(self, progress: float) -> float:
+        """Return the learning rate at a fraction of the fit, relative to the highest."""
+        first = 1 / self.div_factor
+        if progress < self.pct_start:
+            return first + (1 - first) * progress / self.pct_start
+        last = first / self.final_div_factor
+        remaining = min(1.0, (progress - self.pct_start) / max(1 - self.pct_start, 1e-12))
+        return last + (1 - last) * (1 + math.cos(math.pi * remaining)) / 2
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Reduce the learning rate where the ELBO stops rising.
+
+    Parameters
+    ----------
+    patience : int
+        Steps without a rise, of one part in 10^4 at least, to wait for.
+    factor : float
+        The learning rate is multiplied by this.
+    min_lr : float
+        It does not fall below this.
+    """
+
+    patience: int = 200
+    factor: float = 0.8
+    min_lr: float = 1e-5
+
+    def warm_up(self, max_iter: int) -> int:
+        """Return 0."""
+        return 0
+
+    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+        """Return a function that takes note of the ELBO."""
+        scheduler = lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="min", factor=self.factor, patience=self.patience, min_lr=self.min_lr
+        )
+        return lambda elbo: scheduler.step(-elbo)
