@@ -1,28 +1,30 @@
-"""Data that several test files share."""
+"""Fixtures that several rooms share, and hooks of pytest."""
 
 import os
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
+import torch
 
+import pnmf_pyro.data.counts
 from pnmf_pyro import PNMF
+from tests.support import dense as ref
+from tests.support.data import simulate
+from tests.support.models import ELBO_MODES, LAYOUTS, PARAMETER_MODES, TOLERANCE
+from tests.support.settings import NATURAL
 
 DATA = Path(os.environ.get("PNMF_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-# Steps without a learning rate: a fit of a small table takes a fraction of a second.
-NATURAL = {
-    "mode": "lower-bound",
-    "training_mode": "natural",
-    "loadings_mode": "multiplicative",
-    "scheduler": None,
-}
 
 
 def pytest_configure(config):
     """Give each worker of pytest-xdist one thread: more of them than cores only wait."""
     if getattr(config.option, "numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# --- data and fits
 
 
 @pytest.fixture(scope="session")
@@ -38,15 +40,6 @@ def data_file():
     return path
 
 
-def simulate(seed: int, N: int, D: int, L: int, mean: float = 5.0):
-    """Counts from the model with sparse loadings; returns X, F (N, L) and W (D, L)."""
-    random = np.random.default_rng(seed)
-    F = random.normal(size=(N, L))
-    W = random.gamma(0.3, 1.0, size=(D, L))
-    W *= mean / (W.sum(1).mean() * np.exp(0.5))
-    return random.poisson(np.exp(F) @ W.T), F, W
-
-
 @pytest.fixture(scope="session")
 def counts():
     """A small table from the model: 80 samples, 25 features, none empty."""
@@ -54,6 +47,75 @@ def counts():
 
 
 @pytest.fixture(scope="session")
+def X(counts) -> np.ndarray:
+    """The first 24 features of `counts` in float64, so that tiny steps are seen."""
+    return counts[:, :24].astype(np.float64)
+
+
+@pytest.fixture(scope="session")
 def fitted(counts):
     """A converged fit of `counts`."""
     return PNMF(n_components=3, random_state=0, max_iter=500, tol=1e-4, **NATURAL).fit(counts)
+
+
+@pytest.fixture
+def problem(sized) -> ref.Problem:
+    """Counts, loadings and a q(F): 8 samples, 6 features, 3 components."""
+    return ref.simulate_problem(1, N=8, D=6, L=3, sized=sized)
+
+
+# --- every case of a choice
+
+
+@pytest.fixture(params=ELBO_MODES)
+def mode(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=PARAMETER_MODES)
+def parameter_mode(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(TOLERANCE), ids=["float64", "float32"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sized"])
+def sized(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["standard", "natural"])
+def natural(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=["one block", "blocks", "portable"])
+def kernel(request, monkeypatch) -> str:
+    """The ways through the kernel: whole, cut into blocks, and without torch's sampled product."""
+    if request.param != "one block":
+        monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 10)
+    if request.param == "portable":
+        monkeypatch.setattr(
+            pnmf_pyro.data.counts, "_has_sampled_addmm", lambda device, dtype: False
+        )
+    return request.param
+
+
+# --- global state
+
+
+@pytest.fixture
+def users_parameter():
+    """A parameter in Pyro's store whose name is one that a careless fit would take for its own."""
+    with pyro.get_param_store().scope():
+        pyro.param("factorization$$$W._raw", torch.ones(3))
+        pyro.param("users", torch.zeros(2))
+        yield

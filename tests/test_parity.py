@@ -13,7 +13,7 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.initialization import initialize_factors
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
-from tests import parity
+from tests.support import parity
 
 ROOT = Path(__file__).parents[1]
 ROWS = parity.load()
@@ -62,10 +62,10 @@ def test_no_cell_is_empty():
 
 def test_tests_that_are_named_exist():
     functions: dict[str, set[str]] = {}
-    for file in (ROOT / "tests").glob("test_*.py"):
+    for file in (ROOT / "tests").rglob("test_*.py"):
         body = ast.parse(file.read_text()).body
         found = {node.name for node in body if isinstance(node, ast.FunctionDef)}
-        functions[f"tests/{file.name}"] = found
+        functions[file.relative_to(ROOT).as_posix()] = found
     for row in ROWS:
         for test in row["tests"]:
             file, _, function = test.partition("::")
@@ -73,7 +73,7 @@ def test_tests_that_are_named_exist():
 
 
 def test_the_page_shows_the_table():
-    message = "docs/api_parity.md is not what docs/api_parity.json says; run python -m tests.parity"
+    message = "docs/api_parity.md is not what the table says; run python -m tests.support.parity"
     assert parity.PAGE.read_text() == parity.render(ROWS), message
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parity import load
+from tests.support.parity import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference_examples.md"
 EXAMPLES = [row for row in load() if row["kind"] == "example"]

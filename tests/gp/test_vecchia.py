@@ -1,0 +1,168 @@
+"""Vecchia factors against dense matrices, and against the exact process where K = N - 1."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from pnmf_pyro.gp.neighbors import build_graph
+from pnmf_pyro.gp.vecchia import VecchiaFactor, conditional_weights, on_components
+from tests.support.vecchia import (
+    SPARSE,
+    VERY_CLOSE,
+    all_before,
+    exact_covariance,
+    few_neighbours,
+    make,
+    matern32,
+    places,
+)
+
+
+@pytest.fixture(scope="module")
+def complete():
+    return all_before()
+
+
+@pytest.fixture(scope="module", params=SPARSE)
+def sparse(request):
+    return few_neighbours(request.param)
+
+
+def test_all_neighbours_give_the_exact_precision(complete):
+    _, factor, exact = complete
+    x = np.random.default_rng(0).normal(size=(2, 200))
+    product = factor.precision(exact @ x[..., None])[..., 0]
+    np.testing.assert_allclose(product, x, **VERY_CLOSE)
+    precision = np.linalg.inv(exact)
+    np.testing.assert_allclose(
+        factor.precision_diagonal, precision.diagonal(axis1=1, axis2=2), rtol=1e-8
+    )
+    np.testing.assert_allclose(factor.log_determinant, np.linalg.slogdet(exact)[1], rtol=1e-8)
+
+
+def test_products_and_solves(sparse):
+    _, factor, covariance = sparse
+    x = np.random.default_rng(0).normal(size=(2, 60, 3))
+    precision = np.linalg.inv(covariance)
+    expected = precision @ x  # its entries cancel: 1e-10 of the largest is what the inverse has
+    close = {"rtol": 1e-8, "atol": 1e-10 * np.abs(expected).max()}
+    np.testing.assert_allclose(factor.precision(x), expected, **close)
+    np.testing.assert_allclose(factor.precision(x[..., 0]), expected[..., 0], **close)
+    scaled = factor.variances[..., None] * factor.solve_transposed(x)
+    np.testing.assert_allclose(factor.solve(scaled), covariance @ x, **VERY_CLOSE)
+    np.testing.assert_allclose(factor.multiply(factor.solve(x)), x, **VERY_CLOSE)
+    np.testing.assert_allclose(
+        factor.multiply_transposed(factor.solve_transposed(x)), x, **VERY_CLOSE
+    )
+    diagonal = precision.diagonal(axis1=1, axis2=2)
+    np.testing.assert_allclose(factor.precision_diagonal, diagonal, rtol=1e-9)
+    np.testing.assert_allclose(factor.log_determinant, np.linalg.slogdet(covariance)[1], rtol=1e-10)
+
+
+def test_more_neighbours_come_closer():
+    points = places(150)
+    exact = exact_covariance(points)
+
+    def divergence(K):
+        factor = make(points, K)
+        precision = np.stack(
+            [factor.precision(np.tile(np.eye(150), (2, 1, 1)))[l] for l in range(2)]
+        )
+        trace = np.einsum("lij,lji->l", precision, exact)
+        return (trace - 150 + factor.log_determinant - np.linalg.slogdet(exact)[1]) / 2
+
+    values = np.stack([divergence(K) for K in (1, 3, 10, 30)])
+    assert (values >= -1e-9).all()
+    assert (values[1:] < 0.5 * values[:-1]).all()
+
+
+def test_copies_solve_like_the_original(sparse):
+    _, factor, _ = sparse
+    x = np.random.default_rng(0).normal(size=(2, 60))
+    expected = factor.solve(x)
+    for other in (
+        copy.deepcopy(factor),
+        pickle.loads(pickle.dumps(factor)),
+        factor.rescaled([3, 4]),
+    ):
+        np.testing.assert_array_equal(other.solve(x), expected)
+    np.testing.assert_allclose(
+        factor.rescaled([3, 4]).precision(x).T, factor.precision(x).T / [3, 4]
+    )
+
+
+def test_all_places_identical():
+    factor = make(np.zeros((20, 2)), 5, [matern32(0.2)], [1.0])
+    draws = factor.solve(np.ones((1, 20)) * np.sqrt(factor.variances))
+    assert np.ptp(draws) < 0.05
+
+
+def test_jitter_is_added_only_where_it_is_needed():
+    points = np.concatenate([places(40), places(40)[:1]])
+    kernel = matern32(0.2)
+    neighbors = build_graph(points, 5).neighbors_of()
+    rows = torch.tensor(points)
+    _, variances = conditional_weights(rows, rows, neighbors, kernel, 1.0)
+    exact = exact_covariance(points, [kernel])[0]
+    for i in range(40):
+        near = neighbors[i][neighbors[i] >= 0]
+        v = exact[i, i] - exact[i, near] @ np.linalg.solve(
+            exact[np.ix_(near, near)], exact[near, i]
+        )
+        if {0, 40} & {i, *near} != {0, 40}:
+            assert variances[i] == pytest.approx(v, rel=1e-10)
+
+
+def test_weights_in_small_blocks_are_the_same(monkeypatch):
+    points = places(50)
+    whole = make(points, 6)
+    monkeypatch.setattr("pnmf_pyro.gp.vecchia.BLOCK", 500)
+    parts = make(points, 6)
+    np.testing.assert_array_equal(whole.matrices[1].data, parts.matrices[1].data)
+
+
+def test_a_kernel_that_is_not_positive_definite_names_the_spots():
+    def covariance(A, B):
+        return torch.where(torch.cdist(A, B) < 1e-9, 1.0, -0.9)
+
+    with pytest.raises(
+        ValueError, match=r"spots \[.*and their neighbours is not positive definite"
+    ):
+        make(places(20), 4, [covariance], [1.0])
+
+
+def test_a_covariance_that_is_not_finite_names_the_spots():
+    def covariance(A, B):
+        bad = (A[..., :, None, 0] == points[7, 0]) & (B[..., None, :, 0] == points[7, 0])
+        return torch.where(bad, torch.nan, matern32(0.2)(A, B))
+
+    points = places(20)
+    with pytest.raises(ValueError, match=r"spots \[.*\b7\b.*is not finite"):
+        make(points, 3, [covariance], [1.0])
+
+
+def test_weights_of_another_shape():
+    graph = build_graph(places(20), 3)
+    with pytest.raises(ValueError, match=r"weights must have shape \(L or 1, 20, 3\)"):
+        VecchiaFactor(graph, np.zeros((2, 20, 4)), np.ones((2, 20)))
+    with pytest.raises(ValueError, match=r"spots \[\d+\].*no positive variance"):
+        VecchiaFactor(graph, np.zeros((1, 20, 3)), np.r_[np.ones(19), 0.0][None])
+
+
+def test_threads_over_components_change_nothing(monkeypatch):
+    random = np.random.default_rng(0)
+    matrices = [sp.random_array((30, 30), density=0.2, rng=random).tocsr() for _ in range(3)]
+    for shape in ((3, 30), (3, 30, 4)):
+        x = random.normal(size=shape)
+        few = on_components(lambda A, x: A @ x, matrices, x)
+        monkeypatch.setattr("pnmf_pyro.gp.vecchia.FEW_PRODUCTS", 0)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+        many = on_components(lambda A, x: A @ x, matrices, x)
+        monkeypatch.undo()
+        expected = np.stack([A.toarray() @ one for A, one in zip(matrices, x, strict=True)])
+        np.testing.assert_allclose(few, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(many, few)

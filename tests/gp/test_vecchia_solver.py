@@ -1,0 +1,166 @@
+"""Posteriors of Vecchia normals with independent observations, against dense matrices."""
+
+import numpy as np
+import pytest
+
+from pnmf_pyro.gp.vecchia_solver import VecchiaPosterior
+from tests.support import dense_fields
+from tests.support.vecchia import (
+    SPARSE,
+    VERY_CLOSE,
+    all_before,
+    few_neighbours,
+    make,
+    matern32,
+    places,
+)
+
+
+@pytest.fixture(scope="module")
+def complete():
+    return all_before()
+
+
+@pytest.fixture(scope="module", params=SPARSE)
+def sparse(request):
+    return few_neighbours(request.param)
+
+
+def test_all_neighbours_give_the_exact_posterior_mean(complete):
+    _, factor, exact = complete
+    random = np.random.default_rng(0)
+    h, y = random.gamma(1.0, 3.0, size=(2, 200)), random.normal(size=(2, 200))
+    x = VecchiaPosterior(factor).solve(h, h * y, tolerance=1e-11).x
+    for l in range(2):
+        gain = exact[l] @ np.linalg.inv(exact[l] + np.diag(1 / h[l]))
+        np.testing.assert_allclose(x[l], gain @ y[l], **VERY_CLOSE)
+
+
+# the posterior
+
+
+@pytest.mark.parametrize("columns", [(), (3,)])
+def test_posterior_solve(sparse, columns):
+    _, factor, covariance = sparse
+    random = np.random.default_rng(0)
+    h, b = random.gamma(1.0, 3.0, size=(2, 60)), random.normal(size=(2, 60, *columns))
+    h[:, :5] = 0
+    posterior = VecchiaPosterior(factor)
+    dense = np.linalg.inv(covariance) + np.stack([np.diag(one) for one in h])
+    expected = np.linalg.solve(dense, b.reshape(2, 60, -1)).reshape(b.shape)
+    exact = posterior.solve(h, b, tolerance=1e-11)
+    np.testing.assert_allclose(exact.x, expected, **VERY_CLOSE)
+    assert exact.error.shape == (2, *columns)
+    again = posterior.solve(h, b, exact.x, tolerance=1e-6)
+    assert again.iterations == 0
+    objective = [
+        posterior.solve(h, b, tolerance=1e-12, max_iterations=n).x for n in range(exact.iterations)
+    ]
+    values = [(x * (_times(dense, x) / 2 - b)).sum() for x in objective]
+    assert (np.diff(values) <= 1e-12).all()
+
+
+def _times(matrices, x):
+    return (matrices @ x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("h", [0.1, 10.0, 1000.0])
+@pytest.mark.parametrize("lengthscale", [5.0, 20.0])
+def test_steps_do_not_grow_with_the_lengthscale_or_the_data(h, lengthscale):
+    """2,000 spots at unit distance; a preconditioner without the coarse grids takes 30 to 150."""
+    points = places(2000) * np.sqrt(2000)
+    factor = make(points, 12, [matern32(lengthscale)], [1.0])
+    random = np.random.default_rng(0)
+    field = factor.solve(np.sqrt(factor.variances) * random.normal(size=(1, 2000)))
+    curvature = h * np.exp(0.5 * random.normal(size=(1, 2000)))
+    noisy = field + random.normal(size=(1, 2000)) / np.sqrt(curvature)
+    posterior = VecchiaPosterior(factor)
+    found = posterior.solve(curvature, curvature * noisy, tolerance=0.01)
+    assert found.iterations <= 25
+    best = posterior.solve(curvature, curvature * noisy, tolerance=1e-9).x
+    e = found.x - best
+    true_error = np.sqrt((e * (factor.precision(e) + curvature * e)).sum() / 2000)
+    assert found.error[0] / 5 < true_error < found.error[0]
+
+
+def test_posterior_draws_have_the_covariance(sparse):
+    """Largest error of 1,830 covariances in sds of an estimate; P(false alarm) < 1e-6."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    draws = VecchiaPosterior(factor).sample(h, 2000, random_state=0, tolerance=1e-3)
+    for l in range(2):
+        C = np.linalg.inv(np.linalg.inv(covariance[l]) + np.diag(h[l]))
+        deviation = np.sqrt(np.diag(C))
+        error = (draws[l] @ draws[l].T / 2000 - C) / np.outer(deviation, deviation)
+        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 2000)
+
+
+def test_best_diagonal_of_a_diagonal_q(sparse):
+    """Its divergence from the posterior rises wherever an entry is changed."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    A = np.linalg.inv(covariance[0]) + np.diag(h[0])
+    d = VecchiaPosterior(factor).conditional_variances(h)[0]
+    best = dense_fields.kl_joint(np.zeros(60), np.diag(d), np.linalg.inv(A))
+    for i in (0, 31):
+        for factor_ in (0.9, 1.1):
+            changed = d.copy()
+            changed[i] *= factor_
+            assert dense_fields.kl_joint(np.zeros(60), np.diag(changed), np.linalg.inv(A)) > best
+
+
+def test_marginal_variances(sparse):
+    """120 relative errors of sd at most sqrt(2 / 2000); P(false alarm) < 1e-6."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    found = VecchiaPosterior(factor).marginal_variances(h, 2000, 0, tolerance=1e-3)
+    A = np.linalg.inv(covariance) + np.stack([np.diag(one) for one in h])
+    expected = np.linalg.inv(A).diagonal(axis1=1, axis2=2)
+    np.testing.assert_allclose(found, expected, rtol=6 * np.sqrt(2 / 2000))
+
+
+def test_smooth_part_and_diagonal_make_the_posterior_covariance(sparse):
+    """In expectation A^-1 + diag(d) A diag(d) / 4; P(false alarm) < 1e-6 as above."""
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    V = VecchiaPosterior(factor).smooth_part(h, 2000, 0, tolerance=1e-3)
+    for l in range(2):
+        A = np.linalg.inv(covariance[l]) + np.diag(h[l])
+        D = np.diag(1 / np.diag(A))
+        expected = np.linalg.inv(A) - D + D @ A @ D / 4
+        deviation = np.sqrt(np.diag(expected))
+        error = (V[l] @ V[l].T - expected) / np.outer(deviation, deviation)
+        assert np.abs(error).max() < 6.5 * np.sqrt(2 / 2000)
+
+
+def test_best_part_raises_the_bound_most(sparse):
+    _, factor, covariance = sparse
+    h = np.random.default_rng(0).gamma(1.0, 3.0, size=(2, 60))
+    posterior = VecchiaPosterior(factor)
+    d = posterior.conditional_variances(h)
+    V, gain = posterior.best_part(h, 4, 0, sweeps=30)
+    for l in range(2):
+        C = np.linalg.inv(np.linalg.inv(covariance[l]) + np.diag(h[l]))
+        zero = np.zeros(60)
+        gap = dense_fields.kl_joint(zero, np.diag(d[l]), C)
+        gained = gap - dense_fields.kl_joint(zero, np.diag(d[l]) + V[l] @ V[l].T, C)
+        assert gain[l].sum() == pytest.approx(gained, rel=1e-6)
+        root = np.sqrt(d[l])
+        smallest = np.linalg.eigvalsh(np.linalg.inv(C) * np.outer(root, root))[:4]
+        most = (smallest - 1 - np.log(smallest)).sum() / 2
+        assert 0.98 * most < gained <= most * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("h", "b", "message"),
+    [
+        (np.ones((2, 5)), np.ones((2, 60)), r"curvature must have shape \(2, 60\)"),
+        (np.ones((2, 60)), np.ones(60), r"b must have shape \(2, 60\)"),
+        (-np.ones((2, 60)), np.ones((2, 60)), "curvature must not be negative; spot 0 has -1.0"),
+        (np.full((2, 60), np.nan), np.ones((2, 60)), "component 0, spot 0 is nan"),
+    ],
+)
+def test_bad_posteriors(h, b, message):
+    posterior = VecchiaPosterior(make(places(60), 3))
+    with pytest.raises(ValueError, match=message):
+        posterior.solve(h, b)
