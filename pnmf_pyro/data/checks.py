@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
@@ -15,6 +17,25 @@ from torch import Tensor, nn
 from pnmf_pyro.data.counts import Counts, as_counts
 
 DEVICES = ("cpu", "cuda", "mps", "auto")
+
+# Folder of the package, with the separator at its end.
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something at the line of the user's code that led to it.
+
+    Parameters
+    ----------
+    message : str
+        What is the matter and what to do about it.
+    category : type of Warning
+        Kind of the warning.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
@@ -222,11 +243,9 @@ def _check_entries(values: Tensor) -> None:
 
 def _warn_not_whole(values: Tensor) -> None:
     if bool((values != values.round()).any()):
-        warnings.warn(
+        warn(
             "X is not made of counts (whole numbers). The Poisson likelihood accepts it, but its "
             "uncertainty is right for raw counts only: pass them if you have them.",
-            UserWarning,
-            stacklevel=5,
         )
 
 
@@ -235,11 +254,9 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
     if empty:
         shown = [str(names[i] if names is not None else i) for i in empty[:NAMED_AT_MOST]]
         more = f" and {len(empty) - len(shown)} more" if len(empty) > len(shown) else ""
-        warnings.warn(
+        warn(
             f"{len(empty)} of {len(totals)} {what} have no counts at all: "
             f"{', '.join(shown)}{more}. The fit goes on; consider removing them.",
-            UserWarning,
-            stacklevel=5,
         )
 
 

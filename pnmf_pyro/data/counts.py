@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,6 @@ from torch import Tensor
 
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
-
-with warnings.catch_warnings():  # torch says once in a process that CSR is a young feature
-    warnings.simplefilter("ignore", UserWarning)
-    torch.zeros(1, 1).to_sparse_csr()
 
 
 class Counts(ABC):
@@ -280,7 +276,16 @@ class SparseCounts(Counts):
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _spend_csr_warning()
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _spend_csr_warning() -> None:
+    """Let torch say unheard, as it does once in a process, that CSR is a young feature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 _SAMPLED_ADDMM: dict[tuple[str, torch.dtype], bool] = {}

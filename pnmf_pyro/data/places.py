@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.checks import warn
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,11 @@ def warn_lengthscale(lengthscale: float, places: Places) -> None:
     """Warn of a lengthscale in the wrong unit, and name a sensible one."""
     low, high = spacing(places), extent(places)
     if lengthscale < low / 5 or lengthscale > 10 * high:
-        warnings.warn(
+        warn(
             f"lengthscale={lengthscale:g} does not suit the coordinates, whose neighbours are "
             f"{low:.3g} apart and which extend over {high:.3g}: is it in another unit? "
             f"A sensible value is {typical_lengthscale(places):.3g}; train_lengthscale=True learns "
-            "it.",
-            UserWarning,
-            stacklevel=4,
+            "it."
         )
 
 

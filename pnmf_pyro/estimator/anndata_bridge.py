@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from pnmf_pyro.data.checks import warn
 from pnmf_pyro.estimator.results import SPATIAL_KEY, ModelResults, counts_of
 
 logger = logging.getLogger("pnmf_pyro")
@@ -104,11 +105,9 @@ class AnnDataKeys:
             )
         X = counts_of(adata, self.layer)
         if self.layer is None and "counts" in adata.layers and not _is_whole(X):
-            warnings.warn(
+            warn(
                 "adata.X does not hold whole numbers, and there is a layer of counts: pass "
-                "layer='counts' to fit that.",
-                UserWarning,
-                stacklevel=5,
+                "layer='counts' to fit that."
             )
         return X
 
@@ -162,11 +161,9 @@ def _is_whole(X: Any) -> bool:
 def _warn_several_sections(adata: Any) -> None:
     sections = adata.uns.get("spatial")
     if isinstance(sections, dict) and len(sections) > 1:
-        warnings.warn(
+        warn(
             f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key tells them "
-            "apart: places of different sections count as neighbours. Pass batch_key=.",
-            UserWarning,
-            stacklevel=7,
+            "apart: places of different sections count as neighbours. Pass batch_key=."
         )
 
 

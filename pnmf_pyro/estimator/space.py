@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.places import (
     GroupCodes,
     Places,
@@ -95,11 +95,9 @@ def check_space(
 def warn_neighbors(K: int, n_samples: int) -> None:
     """Warn where more neighbours are asked for than there are."""
     if n_samples - 1 < K:
-        warnings.warn(
+        warn(
             f"K={K} neighbours were asked for, and a sample has only {n_samples - 1} others; "
-            f"K={n_samples - 1} is used. All of them make an exact Gaussian process.",
-            UserWarning,
-            stacklevel=4,
+            f"K={n_samples - 1} is used. All of them make an exact Gaussian process."
         )
 
 

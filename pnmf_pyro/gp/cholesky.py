@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from pnmf_pyro.data.checks import warn
 
 # How far the jitter may grow before a matrix is given up: times ten at each attempt.
 ATTEMPTS = 6
@@ -45,12 +45,10 @@ def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing p
         tril, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed.any()):
             if attempt:
-                warnings.warn(
+                warn(
                     f"The covariance of the {what} is nearly singular: jitter was raised from "
                     f"{jitter:g} to {added:g}. Remove places that are nearly the same, or pass a "
-                    "shorter lengthscale or a larger jitter.",
-                    UserWarning,
-                    stacklevel=3,
+                    "shorter lengthscale or a larger jitter."
                 )
             return tril
     raise ValueError(

@@ -11,7 +11,6 @@ prefixes of the ordering, each asked for more until K early enough are found.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from pnmf_pyro.data.checks import check_choice
+from pnmf_pyro.data.checks import check_choice, warn
 from pnmf_pyro.data.random_state import RandomState, check_random_state, gumbel_noise
 from pnmf_pyro.gp.ordering import Covariance, group_embedding, max_min_order, tree_query
 
@@ -381,11 +380,7 @@ def _checked_K(K: int, N: int) -> int:
     if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 1:
         raise ValueError(f"K must be an integer of at least 1; got {K!r}.")
     if K > N - 1:
-        warnings.warn(
-            f"K={K} neighbours were asked for where there are only {N - 1}; using K={N - 1}.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"K={K} neighbours were asked for where there are only {N - 1}; using K={N - 1}.")
     return min(int(K), N - 1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.random_state import drawing_from
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors.natural import ClosedForm
@@ -319,20 +319,22 @@ def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
     return next((name for name, q in quantities.items() if not bool(q.isfinite().all())), None)
 
 
-def _report(result: TrainingResult, convergence: Convergence, max_iter: int, warn: bool) -> None:
+def _report(
+    result: TrainingResult, convergence: Convergence, max_iter: int, warn_unsettled: bool
+) -> None:
     n_iter = len(result.history)
     if result.failure:
         message = (
             f"The fit stopped: {result.failure}. It is left as it was at iteration {n_iter}, the "
             "last with a finite ELBO. Use a smaller learning_rate or another loadings_mode."
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
-    elif warn and not result.converged and convergence.still_rising(result.history):
+        warn(message, ConvergenceWarning)
+    elif warn_unsettled and not result.converged and convergence.still_rising(result.history):
         message = (
             f"The fit did not converge in max_iter={max_iter} iterations: the ELBO was still "
             "rising. Increase max_iter or learning_rate, or accept a larger tol."
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warn(message, ConvergenceWarning)
     else:
         ended = "converged" if result.converged else "ended"
         logger.info("%s after %d iterations, ELBO %.6g", ended, n_iter, result.history[-1])
