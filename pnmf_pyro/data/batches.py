@@ -63,6 +63,15 @@ def take(values: MaybeTensor, index: Any, dim: int = -1) -> MaybeTensor:
     return values.index_select(dim, index)
 
 
+@torch.no_grad()
+def put(values: Tensor, new: Tensor, index: Tensor | None) -> None:
+    """Write into `values` in place, at the `index` along the last dimension; all of it if None."""
+    if index is None:
+        values.copy_(new)
+    else:
+        values.index_copy_(-1, index, new.to(values))
+
+
 @dataclass
 class Batches:
     """An endless stream of batches of a data set.

@@ -15,7 +15,7 @@ from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import TrainingResult, evaluate_elbo, train
-from pnmf_pyro.training.schedules import OneCycle
+from pnmf_pyro.training.schedules import GradientSteps, OneCycle
 
 # Draws for the value of the ELBO at the end, whose noise then hardly matters.
 FINAL_DRAWS = 50
@@ -113,10 +113,9 @@ def fit_model(
         model,
         Batches(counts, batch_size, shuffle=batch_size is not None, generator=generator),
         objective,
-        [torch.optim.Adam(model.parameters(), lr=learning_rate)],
+        [(GradientSteps(torch.optim.Adam(model.parameters(), lr=learning_rate)), OneCycle())],
         generator,
         max_iter=max_iter,
-        schedules=[OneCycle()],
         verbose=int(verbose),
     )
     final = FactorizationELBO(model.mode, FINAL_DRAWS)

@@ -21,15 +21,16 @@ from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel, check_group_di
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
-from pnmf_pyro.priors.base import NO_SITES
-from pnmf_pyro.priors.natural import EveryNth, Still
+from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale, ShrunkLoadings
+from pnmf_pyro.training.loop import Steps
 from pnmf_pyro.training.schedules import (
     OPTIMIZERS,
     Constant,
     Decreasing,
+    GradientSteps,
     OneCycle,
     Plateau,
     Schedule,
@@ -56,8 +57,7 @@ class Stage:
 
     model: PoissonFactorization
     objective: FactorizationELBO
-    optimizers: list[torch.optim.Optimizer]
-    schedules: list[Schedule]
+    steps: Steps
     convergence: Convergence
     monotone: bool
     prepare: Callable[[], Any] = lambda: None
@@ -75,7 +75,8 @@ class Parts(Parameters):
     ) -> list[Stage]:
         """What to train with, one stage after another."""
         self._check_stages()
-        refinements = model.prior.refinements()
+        correlates = isinstance(model.prior, LCGP) and model.prior.rank
+        refinements: list[Callable[[], None]] = [model.prior.correlate] if correlates else []
         if self._restores:
             refinements.insert(0, lambda: model.prior.restore_spread(self.kl_weight))
         stages = self._stages_to_settle(model, counts, random)
@@ -93,7 +94,10 @@ class Parts(Parameters):
     def _check_stages(self) -> None:
         """Refuse what cannot be done once the fit has settled."""
         if self._restores and not (self.spatial and self.training_mode == "natural"):
-            raise ValueError(NO_SITES)
+            raise ValueError(
+                "restore_spread needs a spatial model that is trained by natural gradients; set "
+                "spatial=True and training_mode='natural', or restore_spread=False."
+            )
         if self.shrink_loadings and self.loadings_mode != "multiplicative":
             raise ValueError(
                 "shrink_loadings needs loadings in closed form; set loadings_mode='multiplicative' "
@@ -145,15 +149,13 @@ class Parts(Parameters):
         monotone = natural and mode == "lower-bound" and not batched and not shrinks
         apart = model.prior.steps_apart if monotone and self.warm_up and q_moves else 1
         steps = self._steps(model, mode, apart, q_moves)
-        schedules = [schedule for _, schedule in steps]
-        warm_up = max(schedule.warm_up(self.max_iter) for schedule in schedules)
+        warm_up = max(schedule.warm_up(self.max_iter) for _, schedule in steps)
         # An ELBO without noise can be judged sooner.
         settled = {"window": max(5, apart), "patience": 1} if monotone else {}
         return Stage(
             model,
             FactorizationELBO(mode, self.E, natural, self.kl_weight),
-            [optimizer for optimizer, _ in steps],
-            schedules,
+            steps,
             Convergence(tol, start=warm_up, **settled),
             monotone,
         )
@@ -220,8 +222,8 @@ class Parts(Parameters):
 
     def _steps(
         self, model: PoissonFactorization, mode: str, apart: int, q_moves: bool
-    ) -> list[tuple[torch.optim.Optimizer, Schedule]]:
-        """Optimisers of q, W and the prior's scale, with the schedules of their learning rates.
+    ) -> list[tuple[Step, Schedule]]:
+        """Steps of q, W and the prior's scale, with the schedules of their learning rates.
 
         Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
         optimiser has what they leave.
@@ -233,15 +235,11 @@ class Parts(Parameters):
         for_q = for_W = Decreasing(start=start) if noisy_q or by_parts else Constant()
         if self.batch_size is not None:  # each batch sees W anew: average over many of them
             for_W = Decreasing(delay=100.0, start=start)
-        steps: list[tuple[torch.optim.Optimizer, Schedule]] = []
+        steps: list[tuple[Step, Schedule]] = []
         by_gradient: list[torch.nn.Parameter] = []
-        if not q_moves:
-            steps.append((Still(model.prior.parameters()), Constant()))
-        elif self.training_mode == "natural":
-            natural = model.prior.natural_optimizer(1 / self.kl_weight)
-            seldom = model.prior.seldom_moved()
-            steps.append((EveryNth(natural, apart, seldom) if apart > 1 else natural, for_q))
-        else:
+        if q_moves and self.training_mode == "natural":
+            steps.append((SiteSteps(model.prior, self.kl_weight, apart), for_q))
+        elif q_moves:
             by_gradient += model.prior.parameters()
         if self.loadings_mode == "multiplicative":
             steps.append((self._closed_form_loadings(model, q_moves), for_W))
@@ -251,7 +249,7 @@ class Parts(Parameters):
             steps.append((ClosedFormScale(model.prior), for_W))
         if by_gradient:
             optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
-            steps.insert(0, (optimizer, self._schedule()))
+            steps.insert(0, (GradientSteps(optimizer), self._schedule()))
         return steps
 
     def _closed_form_loadings(

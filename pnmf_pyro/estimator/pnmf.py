@@ -314,9 +314,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
             stage.model,
             self._batches(counts, generator),
             stage.objective,
-            stage.optimizers,
+            stage.steps,
             generator,
-            schedules=stage.schedules,
             monotone=stage.monotone,
             **how,
         )

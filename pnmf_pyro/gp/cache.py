@@ -30,3 +30,8 @@ class Remembered:
             self._known.pop(name, None)
             self._known[name] = (state, tensors, make())
         return self._known[name][-1]
+
+    def renew(self, name: str, tensors: Iterable[Tensor], value: Any) -> None:
+        """Keep a value that somebody else has made of these tensors."""
+        self._known.pop(name, None)
+        self(name, tensors, lambda: value)

@@ -1,15 +1,19 @@
 """The evidence lower bound, analytic where it can be and by draws where it cannot.
 
-For latent sites the divergence KL(q || p) is taken in closed form where torch has a rule for it.
-An observed :class:`PoissonFactors` whose log-factors are a normal draw of the guide is integrated
-by its own `expected_log_prob`. Everything else, such as a likelihood or a prior of the user's, is
-averaged over `n_draws` runs of guide and model. So the objective never asks which model it was
-given. Draws of a field are dear; where nothing else is latent, no closed form depends on them, and
-guide and model are run at its mean.
+For latent sample statements the divergence KL(q || p) is taken in closed form where torch has a
+rule for it. An observed :class:`PoissonFactors` whose log-factors are a normal draw of the guide is
+integrated by its own `expected_log_prob`. Everything else, such as a likelihood or a prior of the
+user's, is averaged over `n_draws` runs of guide and model, and the log says so at the first step.
+So the objective never asks which model it was given.
+
+A guide may state the marginal distribution of a value, with whatever it was drawn from integrated
+out: `pyro.sample("F", q_given_u, infer={"marginal": q})`. Where closed forms integrate all latent
+values out, guide and model are run once, at the means of such marginals.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +23,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match
@@ -33,13 +38,14 @@ from torch.distributions import (
 
 from pnmf_pyro.data.checks import MODES, check_choice, check_count
 from pnmf_pyro.models.poisson import PoissonFactors
-from pnmf_pyro.priors.fields import FieldMarginals, WhitenedNormal
 
-FIELDS = (FieldMarginals, WhitenedNormal)
+logger = logging.getLogger("pnmf_pyro")
+
 NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
 Program = Callable[..., Any]
-Site = Any
+Statement = Any  # a node of a trace: Pyro's own type says no more
+Traces = tuple[Trace, Trace]
 
 
 class FactorizationELBO(ELBO):
@@ -56,8 +62,8 @@ class FactorizationELBO(ELBO):
     n_draws : int
         Monte Carlo draws for each term that needs them.
     newton : bool
-        Take gradients in variances from curvatures, for natural-gradient steps, see
-        :meth:`PoissonFactors.expected_log_prob`.
+        Take gradients for natural-gradient steps: those of the expected log-likelihood alone, in
+        variances from curvatures, see :meth:`PoissonFactors.expected_log_prob`.
     kl_weight : float
         Factor on the divergence; only 1 gives a bound on the likelihood.
     """
@@ -74,6 +80,7 @@ class FactorizationELBO(ELBO):
         self.n_draws = check_count("n_draws", n_draws)
         self.newton = newton
         self.kl_weight = kl_weight
+        self._told: set[str] = set()
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the two terms of the bound, differentiable, in float64.
@@ -83,45 +90,36 @@ class FactorizationELBO(ELBO):
         dict
             `log_likelihood`, the expected log-likelihood, and `kl`, the divergence of q from the
             prior; the ELBO is their difference.
+
+        Raises
+        ------
+        ValueError
+            In `lower-bound` mode, where an observed statement has no closed form.
         """
-        traces, drawn = self._first_run(model, guide, args, kwargs)
-        parts: dict[str, list[Tensor]] = {"log_likelihood": [], "kl": []}
-        sampled = []
-        for name, site in _sites(*traces):
-            value = self._analytic(site, traces[1])
-            if value is None:
-                sampled.append(name)
-            else:
-                parts[_term_of(site)].append(_weighted_sum(value, site))
-        for draw in range(self.n_draws if sampled else 0):
-            if draw or not drawn:
-                traces = self._get_trace(model, guide, args, kwargs)
-            for name in sampled:
-                site = dict(_sites(*traces))[name]
-                value = _weighted_sum(_sampled(site, traces[1]), site)
-                parts[_term_of(site)].append(value / self.n_draws)
+        means = _MarginalMeans()
+        traces = self._get_trace(model, means(guide), args, kwargs)
+        divergences = _divergences(traces)
+        drawn = self._drawn(traces, divergences)
+        n_runs, n_inner = (self.n_draws, 1) if drawn else (1, self.n_draws)
         zero = torch.zeros((), dtype=torch.float64)
-        return {name: sum(values, zero) for name, values in parts.items()}
+        found = {"log_likelihood": zero, "kl": zero}
+        for run in range(n_runs):
+            if run or (drawn and means.used):
+                traces = self._get_trace(model, guide, args, kwargs)
+                divergences = _divergences(traces)
+            for statement in _statements(traces):
+                if statement["is_observed"]:
+                    term, value = "log_likelihood", self._expected(statement, traces[1], n_inner)
+                else:
+                    term, value = "kl", divergences[statement["name"]]
+                if value is None:
+                    value = _sampled(statement, traces[1])
+                if self.newton and term == "kl":
+                    value = value.detach()
+                found[term] = found[term] + _weighted_sum(value, statement) / n_runs
+        return found
 
-    def _first_run(
-        self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> tuple[tuple[Any, Any], bool]:
-        """Run guide and model at the means of fields; by draws where another site is latent.
-
-        Returns
-        -------
-        traces : tuple of Trace
-        drawn : bool
-            Whether all values are draws.
-        """
-        fields = _FieldsAtMeans()
-        traces = self._get_trace(model, fields(guide), args, kwargs)
-        n_latent = sum(not site["is_observed"] for _, site in _sites(*traces))
-        if 0 < fields.count < n_latent:
-            return self._get_trace(model, guide, args, kwargs), True
-        return traces, fields.count == 0
-
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Traces:
         """Run the guide, and the model on its values."""
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
@@ -130,21 +128,49 @@ class FactorizationELBO(ELBO):
             check_model_guide_match(model_trace, guide_trace)
         return model_trace, guide_trace
 
-    def _analytic(self, site: Site, guide_trace: Any) -> Tensor | None:
-        """Expected log density or divergence in closed form, None where there is none."""
-        if not site["is_observed"]:
-            q = guide_trace.nodes[site["name"]]["fn"]
-            if isinstance(q, Delta) or site is guide_trace.nodes[site["name"]]:
-                return None
-            try:
-                return kl_divergence(q, site["fn"])
-            except NotImplementedError:
-                return None
-        q = _posterior_of_log_factors(site["fn"], guide_trace)
-        if q is None:
+    def _drawn(self, traces: Traces, divergences: dict[str, Tensor | None]) -> bool:
+        """Say whether the values of a run count, since no closed form integrates them out."""
+        no_rule = "KL(q || p) has no closed form for it"
+        averaged = {name: no_rule for name, kl in divergences.items() if kl is None}
+        integrated = set()
+        for statement in _statements(traces):
+            if not statement["is_observed"]:
+                continue
+            name, source = statement["name"], _source_of_log_factors(statement["fn"], traces[1])
+            if isinstance(source, str):
+                averaged[name] = source
+                self._check_mode(name, source)
+            else:
+                integrated.add(source["name"])
+        self._tell(averaged)
+        nodes = traces[1].nodes
+        free = [n for n in divergences if n not in integrated and _marginal(nodes[n]) is None]
+        return bool(averaged or free)
+
+    def _check_mode(self, name: str, reason: str) -> None:
+        if self.mode == "lower-bound":
+            raise ValueError(
+                f"mode='lower-bound' has no draws, and {name} needs them: {reason}. Use "
+                "mode='expanded' or 'simple'."
+            )
+
+    def _tell(self, averaged: dict[str, str]) -> None:
+        """Log once, when gradients are taken, what is averaged over draws and why."""
+        if torch.is_grad_enabled():
+            for name in averaged.keys() - self._told:
+                logger.warning(
+                    "%s: averaged over %d draws; %s.", name, self.n_draws, averaged[name]
+                )
+            self._told |= averaged.keys()
+
+    def _expected(self, statement: Statement, guide_trace: Trace, n_draws: int) -> Tensor | None:
+        """Expected log density of an observed statement in closed form, or None."""
+        source = _source_of_log_factors(statement["fn"], guide_trace)
+        if isinstance(source, str):
             return None
-        return site["fn"].expected_log_prob(
-            site["value"], q, self.mode, self.n_draws, newton=self.newton
+        q = _marginal(source) or source["fn"]
+        return statement["fn"].expected_log_prob(
+            statement["value"], q, self.mode, n_draws, newton=self.newton
         )
 
     def differentiable_loss(
@@ -176,54 +202,70 @@ class FactorizationELBO(ELBO):
         return value
 
 
-class _FieldsAtMeans(Messenger):
-    """Give the fields of a program, and what summarises them, their means as values."""
+class _MarginalMeans(Messenger):
+    """Give the values of a guide that have a stated marginal the mean of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.used = False
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and isinstance(msg["fn"], FIELDS):
-            mean = msg["fn"].mean
-            msg["value"] = mean.view_as(mean)  # a tensor of its own, by which the site is known
-            msg["done"] = True
-            self.count += 1
+        q = _marginal(msg)
+        if msg["value"] is None and q is not None:
+            msg["value"] = q.mean.view_as(q.mean)  # a tensor of its own, by which it is known
+            msg["done"] = self.used = True
 
 
-def _sites(model_trace: Any, guide_trace: Any) -> list[tuple[str, Site]]:
-    """Random sites of the model, and those of the guide on which a site of the model depends."""
+def _marginal(statement: Statement) -> Distribution | None:
+    """The marginal distribution that a guide states of a value."""
+    return (statement.get("infer") or {}).get("marginal")
+
+
+def _statements(traces: Traces) -> list[Statement]:
+    """Sample statements of the model, and those of the guide on which one of the model depends."""
+    model_trace, guide_trace = traces
     nodes = {**guide_trace.nodes, **model_trace.nodes}
-    return [
-        (name, site)
-        for name, site in nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    ]
+    return [n for n in nodes.values() if n["type"] == "sample" and not site_is_subsample(n)]
 
 
-def _term_of(site: Site) -> str:
-    return "log_likelihood" if site["is_observed"] else "kl"
+def _divergences(traces: Traces) -> dict[str, Tensor | None]:
+    """KL(q || p) of each latent statement in closed form, None where there is none."""
+    latent = (s for s in _statements(traces) if not s["is_observed"])
+    return {s["name"]: _divergence(s, traces[1].nodes[s["name"]]) for s in latent}
 
 
-def _posterior_of_log_factors(likelihood: Any, guide_trace: Any) -> Distribution | None:
-    """Find the guide's distribution of which the likelihood's log-factors are a draw."""
-    if not isinstance(likelihood, PoissonFactors):
+def _divergence(statement: Statement, guided: Statement) -> Tensor | None:
+    if isinstance(guided["fn"], Delta) or guided is statement:
         return None
-    sites = (site for site in guide_trace.nodes.values() if site["type"] == "sample")
-    q = next((s["fn"] for s in sites if s["value"] is likelihood.log_factors), None)
-    return q if isinstance(q, NORMAL_MARGINALS) else None
+    try:
+        return kl_divergence(guided["fn"], statement["fn"])
+    except NotImplementedError:
+        return None
 
 
-def _sampled(site: Site, guide_trace: Any) -> Tensor:
+def _source_of_log_factors(likelihood: Distribution, guide_trace: Trace) -> Statement | str:
+    """Find the guide's statement of which the log-factors are a draw, or say why there is none."""
+    if not isinstance(likelihood, PoissonFactors):
+        return f"a {type(likelihood).__name__} is no PoissonFactors, which has a closed form"
+    nodes = [node for node in guide_trace.nodes.values() if node["type"] == "sample"]
+    source = next((n for n in nodes if n["value"] is likelihood.log_factors), None)
+    if source is None:
+        return "its log-factors are not themselves a value that the guide draws"
+    if not isinstance(_marginal(source) or source["fn"], NORMAL_MARGINALS):
+        return f"the guide draws its log-factors from a {type(source['fn']).__name__}, not a Normal"
+    return source
+
+
+def _sampled(statement: Statement, guide_trace: Trace) -> Tensor:
     """Estimate of the expected log density, or of the divergence, from the values of one run."""
-    log_density = site["fn"].log_prob(site["value"])
-    if site["is_observed"]:
+    log_density = statement["fn"].log_prob(statement["value"])
+    if statement["is_observed"]:
         return log_density
-    guided = guide_trace.nodes[site["name"]]
-    if guided is site:  # auxiliary: the model knows only what the guide makes of it
+    guided = guide_trace.nodes[statement["name"]]
+    if guided is statement:  # auxiliary: the model knows only what the guide makes of it
         return log_density
-    return guided["fn"].log_prob(site["value"]) - log_density
+    return guided["fn"].log_prob(statement["value"]) - log_density
 
 
-def _weighted_sum(value: Tensor, site: Site) -> Tensor:
-    return scale_and_mask(value, site["scale"], site["mask"]).sum(dtype=torch.float64)
+def _weighted_sum(value: Tensor, statement: Statement) -> Tensor:
+    return scale_and_mask(value, statement["scale"], statement["mask"]).sum(dtype=torch.float64)

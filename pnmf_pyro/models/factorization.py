@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn.module import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES, PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
-from pnmf_pyro.data.checks import MODES, check_choice, check_count, check_data, like_data
-from pnmf_pyro.data.counts import Counts, transposed_counts
+from pnmf_pyro.data.checks import MODES, check_choice, check_data, like_data
+from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import RandomState, torch_generator
 from pnmf_pyro.models.poisson import PoissonFactors
+from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
 
 ALL = Batch()
 
+Likelihood = Callable[[PoissonFactors, Batch], Distribution]
 
-class PoissonFactorization(nn.Module):
+_numbers = count()
+
+
+def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a program of a model begin with the registration of the model's parameters."""
+
+    @functools.wraps(program)
+    def run(self: PoissonFactorization, batch: Any = ALL) -> Tensor:
+        pyro.module(self.name, self)
+        return program(self, batch if isinstance(batch, Batch) else Batch(as_counts(batch)))
+
+    return run
+
+
+class PoissonFactorization(ReferenceModel, nn.Module):
     """X_ij ~ Poisson(s_i sum_l W_jl exp F_il), with a prior on F and non-negative W.
 
-    To change the model, subclass it and write another :meth:`model` or :meth:`guide`; a new
-    parameter is a `torch.nn.Parameter` of the subclass. :func:`~pnmf_pyro.fit_model` trains it.
+    :meth:`model` and :meth:`guide` are ordinary Pyro programs of a batch of the data, or of all
+    counts, a matrix of shape (N, D). They register the parameters of the module under its `name`,
+    so that `pyro.infer.SVI` trains them.
+
+    To change the likelihood, write another :meth:`likelihood` in a subclass, or pass one. To change
+    more, write another :meth:`model` or :meth:`guide`. A new parameter is a `torch.nn.Parameter` of
+    the subclass or a `pyro.param` statement. :func:`~pnmf_pyro.fit_model` trains it.
 
     Parameters
     ----------
@@ -43,10 +69,16 @@ class PoissonFactorization(nn.Module):
     size_factors : Tensor of shape (N,), optional
         s, positive; 1 unless given.
     random_state : int, RandomState or None
-        For the loadings to start from.
+        Seed of the loadings to start from.
+    likelihood : callable, optional
+        Function from the Poisson distribution of a batch and the batch to the distribution of its
+        counts, which has a sample's row of counts for its event. A `torch.nn.Module` may have
+        parameters, which are trained. Poisson unless given.
 
     Attributes
     ----------
+    name : str
+        Name of this instance in Pyro's parameter store. Each copy has one of its own.
     W : PositiveParameter of shape (D, L)
         Loadings.
     D, N, L : int
@@ -76,8 +108,12 @@ class PoissonFactorization(nn.Module):
         *,
         size_factors: Tensor | None = None,
         random_state: RandomState = None,
+        likelihood: Likelihood | None = None,
     ):
         super().__init__()
+        self.name = f"factorization_{next(_numbers)}"
+        self._statements: dict[str, dict] = {"params": {}, "constraints": {}}
+        self.observation = likelihood
         check_choice("loadings_mode", loadings_mode, POSITIVE_MODES)
         check_choice("mode", mode, MODES)
         check_data(y)
@@ -97,19 +133,44 @@ class PoissonFactorization(nn.Module):
         s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
         self.register_buffer("size_factors", s)
 
+    def __init_subclass__(cls, **keywords: Any):
+        """Register the parameters in programs of a subclass as well."""
+        super().__init_subclass__(**keywords)
+        for name in {"model", "guide"} & vars(cls).keys():
+            setattr(cls, name, _registered(vars(cls)[name]))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, PyroSample):
+            raise ValueError(
+                f"{name} cannot be a PyroSample; write {name} = pyro.sample({name!r}, ...) in a "
+                "`model` of your own, before the plate over samples."
+            )
+        if isinstance(value, PyroParam) and not isinstance(self, PyroModule):
+            raise ValueError(
+                f"{name} can be a PyroParam of a PyroModule only; derive the class from "
+                "PyroModule[PoissonFactorization], or use a torch.nn.Parameter or pyro.param."
+            )
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.name = f"factorization_{next(_numbers)}"
+
+    @_registered
     def model(self, batch: Batch = ALL) -> Tensor:
         """Generate counts of shape (n, d), or observe those of the batch."""
         samples = batch.plate(self.N)
         F = self.prior.model(batch, samples)
         with samples, poutine.scale(scale=batch.likelihood_scale):
-            observed: Any = batch.counts
-            return pyro.sample("X", self.likelihood(F, batch), obs=observed)
+            X = self.likelihood(F, batch)
+            seen: Any = batch.counts if isinstance(X, PoissonFactors) else batch.dense_counts
+            return pyro.sample("X", X, obs=seen)
 
-    def likelihood(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
-        """Return the distribution of the batch's counts given F, Poisson.
+    def likelihood(self, F: Tensor, batch: Batch = ALL) -> Distribution:
+        """Return the distribution of the batch's counts given F.
 
-        Its `mean`, s_i sum_l W_jl exp F_il for the samples and features of the batch, is what
-        another likelihood may start from.
+        Overriding this method is enough for another likelihood. What the method of this class
+        returns has the `mean` s_i sum_l W_jl exp F_il to start from.
 
         Parameters
         ----------
@@ -117,11 +178,46 @@ class PoissonFactorization(nn.Module):
         batch : Batch
         """
         W = take(self.W.data, batch.features, dim=0)
-        return PoissonFactors(F, W, take(self.size_factors, batch.samples))
+        poisson = PoissonFactors(F, W, take(self.size_factors, batch.samples))
+        return poisson if self.observation is None else self.observation(poisson, batch)
 
+    @_registered
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""
         return self.prior.guide(batch, batch.plate(self.N))
+
+    @contextmanager
+    def apart(self, inherit: bool = False) -> Iterator[None]:
+        """Run the programs in a parameter store of their own; that of the caller stays as it is.
+
+        It holds what `pyro.param` statements of the programs had when it was last left.
+
+        Parameters
+        ----------
+        inherit : bool
+            Let the statements see the parameters of the caller as well, where they have none.
+        """
+        store = pyro.get_param_store()
+        state = self._statements
+        if inherit:
+            outer = store.get_state()
+            state = {kind: {**outer[kind], **state[kind]} for kind in state}  # type: ignore
+        training, self.training = self.training, False  # or Pyro warns of what is not trained
+        try:
+            with store.scope(state):  # type: ignore[arg-type]
+                yield
+        finally:
+            self.training = training
+        if not inherit:
+            mine = f"{self.name}$$$"
+            self._statements = {
+                kind: {k: v for k, v in values.items() if not k.startswith(mine)}
+                for kind, values in state.items()
+            }
+
+    def trained_parameters(self) -> list[Tensor]:
+        """Return the parameters of the module, and those of `pyro.param` statements in programs."""
+        return [*self.parameters(), *self._statements["params"].values()]
 
     def assign(self, W: Tensor, exp_F: Tensor, scale: float = 0.1) -> None:
         """Start from loadings W (D, L) and factors exp F (N, L), with a common scale of q(F)."""
@@ -144,123 +240,3 @@ class PoissonFactorization(nn.Module):
     def project_parameters(self) -> None:
         """Clamp the loadings at zero in `projected` mode."""
         self.W.project()
-
-    def get_rate(self, prior_samples: Tensor, idy: Any = None) -> Tensor:
-        """Return the Poisson rate of draws of F, without size factors.
-
-        Parameters
-        ----------
-        prior_samples : Tensor of shape (E, L, n)
-            Draws of F.
-        idy : Tensor of int64, list, array or slice, optional
-            Features; all unless given.
-
-        Returns
-        -------
-        Tensor of shape (E, d, n)
-        """
-        return take(self.W.data, idy, dim=0) @ prior_samples.exp()
-
-    def forward(
-        self,
-        idx: Any = None,
-        idy: Any = None,
-        E: int = 10,
-        X: Any = None,
-        coordinates: Any = None,
-        groups: Any = None,
-        spatial: bool = False,
-    ) -> tuple[Any, ...]:
-        """Return the terms of the expected log-likelihood, and the distributions of the prior.
-
-        Parameters
-        ----------
-        idx, idy : Tensor of int64, list, array or slice, optional
-            Samples and features; all unless given.
-        E : int
-            Draws from q, not used in `lower-bound` mode.
-        X : Tensor of shape (d, n) or Counts of shape (n, d), optional
-            The counts at these features and samples. Where given, draws are worked through one
-            after another and no tensor of shape (E, D, N) is made.
-        coordinates : Tensor of shape (n, p), optional
-            Places of the samples, for a spatial prior; those of the samples `idx` unless given.
-        groups : Tensor of shape (n,), optional
-            Codes of their groups.
-        spatial : bool
-            Whether the prior is spatial; coordinates or groups say so as well.
-
-        Returns
-        -------
-        terms : dict
-            See :meth:`compute_log_likelihood_terms`.
-        qF, pF : of shape (L, n)
-            For a prior without inducing points.
-        qF, qU, pU
-            For one with them: of the field, and of its whitened values there.
-        """
-        placed = spatial or coordinates is not None or groups is not None
-        distributions = self.prior.distributions(idx, coordinates, groups, placed)
-        qF = distributions[0]
-        terms = self.compute_log_likelihood_terms(qF, E, X, idx=idx, idy=idy, return_samples=True)
-        return terms, *distributions
-
-    def compute_log_likelihood_terms(
-        self,
-        qF: Distribution,
-        E: int = 10,
-        X: Any = None,
-        *,
-        idx: Any = None,
-        idy: Any = None,
-        return_samples: bool = False,
-    ) -> dict[str, Any]:
-        """Return what the expected log-likelihood under q(F) is made of.
-
-        Parameters
-        ----------
-        qF : Normal of shape (L, n)
-        E, X, idx, idy
-            As for :meth:`forward`.
-        return_samples : bool
-            Add the draws of exp F.
-
-        Returns
-        -------
-        dict
-            `exp_mu` and `exp_mu_sigma`, exp(mu) and E exp F of shape (L, n); `exp_F_samples` of
-            shape (E, L, n) except in `lower-bound` mode. With X, `log_rate`, `total_rate` and
-            `log_likelihood` of shape (n,): term (a), term (b), and the expected log-likelihood of
-            each sample with constants and size factors. Without X, `rate_mean` of shape (d, n) in
-            `lower-bound` mode and `rate_samples` of shape (E, d, n) in the others.
-        """
-        terms = self._moments(qF, E)
-        terms["size_factors"] = take(self.size_factors, idx)
-        W = take(self.W.data, idy, dim=0)
-        if X is not None:
-            counts = X if isinstance(X, Counts) else transposed_counts(X)
-            terms |= self._likelihood(
-                PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms
-            )
-        elif self.mode == "lower-bound":
-            terms["rate_mean"] = W @ terms["exp_mu"]
-        else:
-            terms["rate_samples"] = W @ terms["exp_F_samples"]
-        if not return_samples:
-            terms.pop("exp_F_samples", None)
-        return terms
-
-    def _moments(self, qF: Distribution, n_draws: int) -> dict[str, Any]:
-        terms = {"exp_mu": qF.mean.exp(), "exp_mu_sigma": (qF.mean + qF.variance / 2).exp()}
-        if self.mode != "lower-bound":
-            check_count("E", n_draws)
-            terms["exp_F_samples"] = qF.rsample(torch.Size([n_draws])).exp()
-        return terms
-
-    def _likelihood(
-        self, likelihood: PoissonFactors, counts: Counts, terms: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        fields = terms.get("exp_F_samples", terms["exp_mu"][None])
-        expected = fields.mean(0) if self.mode == "simple" else terms["exp_mu_sigma"]
-        log_rate, total_rate, constant = likelihood.expected_terms(counts, list(fields), expected)
-        value = log_rate - total_rate + constant
-        return {"log_rate": log_rate, "total_rate": total_rate, "log_likelihood": value}

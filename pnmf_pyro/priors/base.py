@@ -1,8 +1,7 @@
-"""What every prior over factors offers to the model, the guide and the transforms."""
+"""What a prior over factors offers to the model, the guide, training and the transforms."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.priors.natural import Sites, watched
 
 Draws = Callable[[Tensor | None], Tensor]
 
 NO_SITES = (
-    "restore_spread needs a spatial model that is trained by natural gradients; set spatial=True "
-    "and training_mode='natural', or restore_spread=False."
+    "natural-gradient steps need a prior that holds q in sites; make it with "
+    "use_natural_gradients=True and a full covariance (diagonal_only=False)."
 )
 
 
@@ -30,6 +30,7 @@ class Field(Protocol):
     Attributes
     ----------
     L, N : int
+        Number of components, and of samples or places.
     """
 
     L: int
@@ -45,52 +46,81 @@ class Field(Protocol):
         """
 
 
-class Prior(nn.Module, ABC):
-    """A prior over log-factors F of shape (L, N), with its variational family: a field.
+class Prior(nn.Module):
+    """A prior over log-factors F of shape (L, N), with its variational family.
 
-    The short way to another prior is a subclass of :class:`GaussianPrior` with a `model` of its own
-    for the site "F", and a `guide` where there are more latent variables: q(F) stays as it is.
+    A subclass writes :meth:`model`, :meth:`guide` and :meth:`marginal`; gradient training needs no
+    more. A subclass of :class:`GaussianPrior` that writes another `model` for the sample statement
+    "F" keeps q(F) as it is. Natural-gradient training needs :meth:`sites` and
+    :meth:`posterior_from_sites` as well, and a prior over places :meth:`at` and `places`.
 
     Attributes
     ----------
     L, N : int
-        Number of components and of samples.
+        Number of components, and of samples.
+    places : Places of shape (N,) or None
+        Where the samples are; None for a prior that knows nothing of places.
     matrix_entries : int
-        Of the matrices that a step multiplies or factorises, beside the counts.
+        Number of entries of the matrices that a step multiplies or factorises, beside the counts.
     steps_apart : int
-        How many steps there are to each one that moves the parameters that :meth:`seldom_moved`
-        names.
+        Number of steps from one that moves the covariance of q to the next, where it may wait.
+    cheap_mean : bool
+        Whether the mean of q moves at little cost while its covariance stands still.
+    divergence_by_samples : bool
+        Whether the divergence of q from the prior is a sum over samples, which a batch scales.
+    watched : Normal or None
+        q(F) of the last batch that the guide saw, with its gradients, for
+        :class:`~pnmf_pyro.priors.natural.SiteSteps`.
+    attended : bool
+        Whether such steps are under way.
     """
 
     L: int
     N: int
+    places: Places | None = None
     matrix_entries: int = 0
     steps_apart: int = 1
+    cheap_mean: bool = False
+    divergence_by_samples: bool = True
+    watched: Normal | None = None
+    attended: bool = False
 
-    @abstractmethod
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watched": None, "attended": False}
+
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Make the generative statements and return F of the batch, shape (L, n).
 
         Parameters
         ----------
         batch : Batch
+            The part of the data that the step sees.
         samples : pyro.plate
             The plate over the samples of the batch.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Make the variational statements and return F of the batch, shape (L, n)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def marginal(self, index: Tensor | None = None) -> Normal:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def assign(self, mean: Tensor, scale: Tensor) -> None:
+        """Start q(F) from what is known of each F_il: N(mean_il, scale_il^2), of shape (L, N).
+
+        A prior that does not write this method starts from its own parameters.
+        """
+
     def draws(self, n_draws: int) -> Draws:
-        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
+        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n).
 
-    @abstractmethod
+        They are independent over samples, unless a prior says otherwise.
+        """
+        return lambda index: self.marginal(index).rsample(torch.Size([n_draws]))
+
     def at(self, places: Places) -> Field:
         """Return q(F) at other places.
 
@@ -99,53 +129,69 @@ class Prior(nn.Module, ABC):
         ValueError
             If the prior knows nothing of places.
         """
+        raise ValueError(
+            "coordinates and groups are for spatial models; the factors of this model know "
+            "nothing of places. Leave them out, or fit with spatial=True."
+        )
 
-    @abstractmethod
-    def distributions(
-        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
-    ) -> tuple[Any, ...]:
-        """Return q(F) at samples or places, and the other distributions of the prior.
+    @property
+    def natural(self) -> bool:
+        """Whether q is held in sites, so that natural-gradient steps can move it."""
+        return False
+
+    def check_sites(self) -> None:
+        """Raise a ValueError unless q is held in sites."""
+        if not self.natural:
+            raise ValueError(NO_SITES)
+
+    def sites(self) -> Sites:
+        """Return the sites of all samples, each array of shape (L, N)."""
+        raise ValueError(NO_SITES)
+
+    def posterior_from_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Set the sites of some samples, and q to the posterior given all sites.
 
         Parameters
         ----------
-        index : Tensor of int64, or None for all samples
-        coordinates, groups : Tensor, optional
-            Places instead of samples.
-        placed : bool
-            Whether the caller takes the prior for a spatial one.
+        precision : Tensor of shape (L, n) or None
+            h; None leaves it and the covariance of q as they are.
+        shift : Tensor of shape (L, n)
+            b, the precision times what is observed of F.
+        index : Tensor of int64, shape (n,), optional
+            The samples; all unless given.
         """
+        raise ValueError(NO_SITES)
 
-    @abstractmethod
-    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
-        """Return the optimiser that takes natural-gradient steps on q, of size `lr`."""
+    def towards_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Take a step to the posterior given these sites; as far as is safe, where that is less."""
+        self.posterior_from_sites(precision, shift, index)
 
-    def seldom_moved(self) -> list[nn.Parameter]:
-        """Return the parameters of q whose natural steps cost more than all else of a step."""
-        return []
-
-    @abstractmethod
-    def assign(self, mean: Tensor, scale: Tensor) -> None:
-        """Start q(F) from what is known of each F_il: N(mean_il, scale_il^2), of shape (L, N)."""
-
-    def refinements(self) -> list[Callable[[], None]]:
-        """Return what is to be done to q once training has settled, before it settles once more."""
-        return []
-
+    @torch.no_grad()
     def restore_spread(self, weight: float) -> None:
-        r"""Undo what training with the factor `weight` on the divergence did to the spread of q.
+        """Undo what training with the factor `weight` on the divergence did to the spread of q.
 
-        With w what the samples say of the precision of q, training makes it
-        prior + w / weight; it becomes prior + w. The mean of q stays.
+        The precisions of the sites become `weight` times what they are, and the mean of q stays.
 
         Raises
         ------
         ValueError
-            Where q is not held in what the samples say of it.
+            If the prior does not hold q in sites.
         """
-        raise ValueError(NO_SITES)
+        h, b, mean = self.sites()
+        self.posterior_from_sites(weight * h, b - (1 - weight) * h * mean)
+
+    def watch(self, q: Normal) -> Normal:
+        """Return q(F) of a batch as the guide uses it: with gradients where steps are under way."""
+        if self.attended and torch.is_grad_enabled():
+            q = self.watched = watched(q)
+        return q
 
     @contextmanager
-    def local_sites(self, batch: Batch, samples: pyro.plate) -> Iterator[None]:
+    def local_plates(self, batch: Batch, samples: pyro.plate) -> Iterator[None]:
         """Enter the plates, components by samples, in which F of a batch is drawn."""
         components = pyro.plate("components", self.L, dim=-2)
         with samples, components, poutine.scale(scale=batch.prior_scale):

@@ -10,11 +10,10 @@ from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
-from pnmf_pyro.data.places import Places
-from pnmf_pyro.priors.base import Draws, Field, Prior
-from pnmf_pyro.priors.natural import NaturalGradient
+from pnmf_pyro.priors.base import Prior
+from pnmf_pyro.priors.natural import Sites
 
 
 class _MeanScale(nn.Module):
@@ -84,7 +83,7 @@ class GaussianPrior(Prior):
         Standard deviation of the prior.
     use_natural_gradients : bool
         Hold q in its natural parameters theta1 = mean / scale^2 and theta2 = -1 / (2 scale^2), for
-        training by :class:`~pnmf_pyro.priors.natural.NaturalGradient`.
+        training by :class:`~pnmf_pyro.priors.natural.SiteSteps`.
 
     Attributes
     ----------
@@ -105,6 +104,8 @@ class GaussianPrior(Prior):
     >>> tuple(qF.rsample((5,)).shape)
     (5, 10, 50)
     """
+
+    LARGEST_RISE = 1.0
 
     scale_pf: Tensor
 
@@ -161,49 +162,64 @@ class GaussianPrior(Prior):
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
         return self.q.normal(index)
 
-    def draws(self, n_draws: int) -> Draws:
-        """Return a function from the numbers of samples to draws of q(F), (n_draws, L, n)."""
-        return lambda index: self.marginal(index).rsample(torch.Size([n_draws]))
-
-    def at(self, places: Places) -> Field:
-        """Raise a ValueError: independent factors say nothing of other places."""
-        raise ValueError(
-            "coordinates and groups are for spatial models; this model has independent factors "
-            "and is not spatial. Leave them out, or fit with spatial=True."
-        )
-
-    def distributions(
-        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
-    ) -> tuple[Normal, Normal]:
-        """Return q(F) and p(F) of samples."""
-        if placed:
-            raise ValueError(
-                "spatial=True, coordinates and groups need a spatial prior; this model has a "
-                "GaussianPrior. Leave them out."
-            )
-        return self.forward_batched(index)
-
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from the prior, shape (L, n)."""
-        with self.local_sites(batch, samples):
+        with self.local_plates(batch, samples):
             zero = torch.zeros_like(self.scale_pf)
             return pyro.sample("F", Normal(zero, self.scale_pf, validate_args=False))
 
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from q, shape (L, n)."""
-        with self.local_sites(batch, samples):
-            return pyro.sample("F", self.marginal(batch.samples))
+        with self.local_plates(batch, samples):
+            return pyro.sample("F", self.watch(self.marginal(batch.samples)))
 
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q to N(mean, scale^2), each of shape (L, N)."""
         self.q.assign(mean, scale)
 
-    def natural_optimizer(self, lr: float = 1.0) -> NaturalGradient:
-        """Return the optimiser that takes natural-gradient steps on q."""
-        return NaturalGradient(self.natural_parameters(), lr=lr)
+    @property
+    def natural(self) -> bool:
+        """Whether q is held in natural parameters."""
+        return self.use_natural_gradients
+
+    def sites(self) -> Sites:
+        """Return the sites of all samples: what theta says beyond the prior; each (L, N)."""
+        self.check_sites()
+        precision = -2 * self.theta2 - self.scale_pf.square().reciprocal()
+        return Sites(precision.to(self.theta1), self.theta1, self.mean)
+
+    @torch.no_grad()
+    def posterior_from_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Set q to the posterior given sites: precision 1 / scale_pf^2 + h, mean b / precision."""
+        self.check_sites()
+        if precision is not None:
+            precision = precision + self.scale_pf.square().reciprocal().to(precision)
+            put(self.theta2, -precision / 2, index)
+        put(self.theta1, shift, index)
+
+    @torch.no_grad()
+    def towards_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Take a step to the posterior given sites that does not go too far.
+
+        Rates are exponential in mean and variance of q, so a long step upwards overshoots. Where
+        the step would raise a mean by delta > 0, it rises by log(1 + delta), which with the
+        variance fixed never passes the optimum. A variance rises by `LARGEST_RISE` at most.
+        """
+        mean, now = take(self.mean, index), -2 * take(self.theta2, index)
+        least = (now.reciprocal() + self.LARGEST_RISE).reciprocal()
+        prior = self.scale_pf.square().reciprocal().to(shift)
+        told = now - prior if precision is None else precision
+        bounded = torch.maximum(prior + told, least)
+        change = (shift - (prior + told) * mean) / bounded
+        mean = mean + torch.where(change > 0, change.log1p(), change)
+        self.posterior_from_sites(bounded - prior, bounded * mean, index)
 
     def natural_parameters(self) -> list[nn.Parameter]:
-        """Return theta1 and theta2 as parameters, for :class:`NaturalGradient`.
+        """Return theta1 and theta2 as parameters, for a natural-gradient optimiser of one's own.
 
         Raises
         ------

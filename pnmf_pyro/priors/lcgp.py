@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
@@ -11,13 +10,13 @@ from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior
 from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
-from pnmf_pyro.priors.natural import ClosedForm
+from pnmf_pyro.priors.natural import Sites
 from pnmf_pyro.priors.vecchia_normal import predict
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
@@ -29,29 +28,19 @@ MOST_ITERATIONS = 60
 BLOCK = 1 << 22
 
 
-class _Sites(nn.Module):
-    """Mean m and variance d, with the observations that q behaves as if it had made.
+class _SitePosterior(nn.Module):
+    """Mean m and variance d, with the sites whose posterior they are: curvature h and pull b."""
 
-    The site of a sample is one normal observation of precision `curvature` h; `pull` is h times
-    what was observed.
-    """
-
-    curvature: Tensor
-    pull: Tensor
+    natural = True
 
     def __init__(self, L: int, N: int, cholesky_mode: str):
         super().__init__()
-        self.loc = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
-        self.diagonal = nn.Parameter(torch.ones(L, N, dtype=torch.float64))
-        for name in ("curvature", "pull"):
-            self.register_buffer(name, torch.zeros(L, N, dtype=torch.float64))
-
-    def for_divergence(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance without gradient: that of the likelihood is left, which sites need."""
-        return self.loc.detach(), self.diagonal.detach()
+        for name, start in (("loc", 0.0), ("diagonal", 1.0), ("curvature", 0.0), ("pull", 0.0)):
+            values = torch.full((L, N), start, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(values, requires_grad=False))
 
     def site_curvature(self, precision_diagonal: Tensor) -> Tensor:
-        return self.curvature
+        return self.curvature.detach()
 
     @torch.no_grad()
     def assign(self, loc: Tensor, diagonal: Tensor, curvature: Tensor, pull: Tensor) -> None:
@@ -64,6 +53,8 @@ class _Sites(nn.Module):
 class _Scaled(nn.Module):
     """Mean m and standard deviation sqrt(d), trained by their gradients."""
 
+    natural = False
+
     def __init__(self, L: int, N: int, cholesky_mode: str):
         super().__init__()
         self.loc = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
@@ -72,9 +63,6 @@ class _Scaled(nn.Module):
     @property
     def diagonal(self) -> Tensor:
         return self.scale.data.square()
-
-    def for_divergence(self) -> tuple[Tensor, Tensor]:
-        return self.loc, self.diagonal
 
     def site_curvature(self, precision_diagonal: Tensor) -> Tensor:
         """The h for which d = 1 / (Q_ii + h), as where the bound is highest."""
@@ -118,7 +106,7 @@ class LCGP(Prior):
     cholesky_mode : {'exp', 'softplus'}
         How sqrt(d) stays positive in standard training.
     use_natural_gradients : bool
-        Hold q so that :meth:`natural_optimizer` can move it.
+        Hold q in sites, for natural-gradient steps; gradient optimisers then leave it alone.
     seed : int
         Of V, and of neighbours where chance has a part.
     dtype : torch.dtype
@@ -160,7 +148,8 @@ class LCGP(Prior):
         self.register_buffer("place_groups", places.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.register_buffer("low_rank", torch.zeros(L, self.N, 0, dtype=dtype))
-        self.q = (_Sites if use_natural_gradients else _Scaled)(L, self.N, cholesky_mode)
+        held = _SitePosterior if use_natural_gradients else _Scaled
+        self.q: _SitePosterior | _Scaled = held(L, self.N, cholesky_mode)
         self.neighborhoods = Neighborhoods(kernel, places, L, K, neighbors, precompute_knn, seed)
 
     @property
@@ -170,20 +159,18 @@ class LCGP(Prior):
 
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from the prior, shape (L, n)."""
-        with self.local_sites(batch, samples):
+        with self.local_plates(batch, samples):
             return pyro.sample("F", self._prior(batch.samples))
 
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from q, shape (L, n)."""
-        with self.local_sites(batch, samples):
-            return pyro.sample("F", self.marginal(batch.samples))
+        with self.local_plates(batch, samples):
+            q = self.watch(self.marginal(batch.samples))
+            return pyro.sample("F", q, infer={"marginal": q})
 
     def marginal(self, index: Tensor | None = None) -> LocalPosterior:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
-        q = self.q
-        return LocalPosterior(
-            q.loc, q.diagonal, self.low_rank, index, self.dtype, q.for_divergence()
-        )
+        return LocalPosterior(self.q.loc, self.q.diagonal, self.low_rank, index, self.dtype)
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
@@ -195,26 +182,10 @@ class LCGP(Prior):
         """Return q(F) at other places."""
         return LocalFieldAt(self, places)
 
-    def distributions(
-        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
-    ) -> tuple[Any, ...]:
-        """Return q(F) and p(F), each of shape (L, n); at other places the marginals of p(F)."""
-        if coordinates is None:
-            return self.marginal(index), self._prior(index)
-        q = self.at(Places(coordinates.double(), groups)).marginal()
-        level = self.mean[:, None].to(self.dtype).expand_as(q.loc)
-        scale = self.kernel.variance.sqrt()[:, None].to(self.dtype).expand_as(q.loc)
-        return q, Normal(level, scale, validate_args=False)
-
-    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
-        """Return the optimiser that takes natural-gradient steps on q."""
-        if not isinstance(self.q, _Sites):
-            raise ValueError("natural gradients need LCGP(..., use_natural_gradients=True).")
-        return SiteSteps(self, lr)
-
-    def seldom_moved(self) -> list[nn.Parameter]:
-        """Return all parameters of q: a step solves for the mean."""
-        return list(self.q.parameters())
+    @property
+    def natural(self) -> bool:
+        """Whether q is held in sites."""
+        return self.q.natural
 
     @torch.no_grad()
     def assign(self, mean: Tensor, scale: Tensor) -> None:
@@ -247,23 +218,26 @@ class LCGP(Prior):
         mean = level + torch.from_numpy(found.x).to(level)
         return mean, torch.from_numpy(posterior.conditional_variances(h)).to(level)
 
+    def sites(self) -> Sites:
+        """Return the sites of all samples, each array of shape (L, N)."""
+        q = self._held_in_sites()
+        return Sites(q.curvature, q.pull, q.loc)
+
     @torch.no_grad()
-    def restore_spread(self, weight: float) -> None:
-        """Undo what training with the factor `weight` on the divergence did to the spread of q.
+    def posterior_from_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Set q to the posterior given sites: its mean by one solve with Q + diag(h).
 
-        Of (Q + h) (m - mean) = b - h mean there is Q (m - mean) = b - h m.
+        d = 1 / (Q_ii + h_i) is where the bound is highest over a diagonal covariance.
         """
-        if not isinstance(self.q, _Sites):
-            super().restore_spread(weight)
-        q = cast(_Sites, self.q)
-        h = weight * q.curvature
-        pull = q.pull - (q.curvature - h) * q.loc
-        d = self.neighborhoods.posterior.conditional_variances(h.cpu())
-        q.assign(q.loc, torch.from_numpy(d).to(h), h, pull)
-
-    def refinements(self) -> list[Callable[[], None]]:
-        """Give q the posterior's smooth part, once training has settled without it."""
-        return [self.correlate] if self.rank else []
+        q = self._held_in_sites()
+        if precision is not None:
+            put(q.curvature, precision, index)
+        put(q.pull, shift, index)
+        mean, diagonal = self.solve(q.curvature, q.pull, q.loc)
+        q.loc.copy_(mean)
+        q.diagonal.copy_(diagonal)
 
     @torch.no_grad()
     def correlate(self) -> None:
@@ -278,6 +252,11 @@ class LCGP(Prior):
             columns = posterior.smooth_part(curvature, part.shape[-1], self.seed + start)
             part.copy_(torch.from_numpy(columns) * (part.shape[-1] / self.rank) ** 0.5)
         self.low_rank = V.to(self.mean.device)
+
+    def _held_in_sites(self) -> _SitePosterior:
+        self.check_sites()
+        assert isinstance(self.q, _SitePosterior)
+        return self.q
 
     def _prior(self, index: Tensor | None) -> LocalPrior:
         return LocalPrior(self.neighborhoods, self.mean, index, self.dtype)
@@ -343,47 +322,3 @@ class LocalFieldAt:
             return (level + drawn).movedim(-1, 0).to(prior.mean.device, prior.dtype)
 
         return draw
-
-
-class SiteSteps(ClosedForm):
-    r"""Natural-gradient steps on the q of an LCGP.
-
-    With g the slope of the expected log-likelihood in the mean m_i and h its negative curvature,
-    the natural gradient of a normal q with any covariance asks for the precision Q + diag(h) and
-    the mean of its posterior from observations m_i + g_i / h_i of precision h_i, the sites (Khan
-    and Lin 2017). A step of size rho goes that far from the old sites to the new ones, each in its
-    natural parameters (h, h m + g); those of samples outside the batch stay. Then the mean is one
-    solve with Q + diag(h), and d = 1 / (Q_ii + h_i), the maximum of the bound over a diagonal.
-
-    Parameters
-    ----------
-    prior : LCGP
-    lr : float
-        1 / weight of the divergence; a schedule multiplies it by rho.
-    """
-
-    def __init__(self, prior: LCGP, lr: float = 1.0):
-        super().__init__([prior.q.loc, prior.q.diagonal], {"lr": lr})
-        self.prior, self.kl_weight = prior, 1 / lr
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the sites of the batch, and q to the posterior from all sites."""
-        prior, q, index = self.prior, cast(_Sites, self.prior.q), self.batch.samples
-        if q.loc.grad is None or q.diagonal.grad is None:
-            return
-        gradients = take(q.loc.grad, index), take(q.diagonal.grad, index)
-        share = gradients[0].shape[1] / prior.N
-        h = 2 * share * gradients[1]  # of a loss
-        target = h * take(q.loc, index) - share * gradients[0]
-        lr, weight = self.param_groups[0]["lr"], self.kl_weight * self.batch.prior_scale
-        for site, new in ((q.curvature, h), (q.pull, target)):
-            moved = take(site, index)
-            moved = moved + lr * (new - weight * moved)
-            if index is None:
-                site.copy_(moved)
-            else:
-                site.index_copy_(1, index, moved)
-        mean, diagonal = prior.solve(q.curvature, q.pull, q.loc)
-        q.loc.copy_(mean)
-        q.diagonal.copy_(diagonal)

@@ -99,8 +99,6 @@ class LocalPosterior(FieldMarginals):
         All unless given.
     dtype : torch.dtype
         Of the marginals and draws.
-    for_divergence : tuple of Tensor, optional
-        What the divergence takes in place of m and d, such as copies without gradient.
     """
 
     def __init__(
@@ -110,10 +108,8 @@ class LocalPosterior(FieldMarginals):
         low_rank: Tensor,
         spots: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
-        for_divergence: tuple[Tensor, Tensor] | None = None,
     ):
-        self.low_rank, self.spots = low_rank, spots
-        self.for_divergence = for_divergence or (mean, diagonal)
+        self.moments, self.low_rank, self.spots = (mean, diagonal), low_rank, spots
         loc, own, V = take(mean, spots), take(diagonal, spots), take(low_rank, spots, dim=1)
         variance = own + V.double().square().sum(-1)
 
@@ -142,7 +138,7 @@ def draw_given(shared: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor)
 
 @register_kl(LocalPosterior, LocalPrior)
 def _kl_of_spots(q: LocalPosterior, p: LocalPrior) -> Tensor:
-    (mean, diagonal), neighborhoods = q.for_divergence, p.neighborhoods
+    (mean, diagonal), neighborhoods = q.moments, p.neighborhoods
     V = q.low_rank if q.low_rank.shape[-1] else None
     if neighborhoods.kept:
         rough = None if V is None else neighborhoods.roughness(V).to(mean.device)

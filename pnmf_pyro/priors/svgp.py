@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
-
 import pyro
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
@@ -16,9 +13,15 @@ from pnmf_pyro.gp.cache import Remembered
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors.base import Draws, Prior
-from pnmf_pyro.priors.fields import FieldMarginals, WhitenedPrior, times
-from pnmf_pyro.priors.natural import Descent
-from pnmf_pyro.priors.svgp_posterior import family
+from pnmf_pyro.priors.fields import FieldGivenInducing, FieldMarginals, WhitenedPrior, times
+from pnmf_pyro.priors.natural import Sites
+from pnmf_pyro.priors.svgp_posterior import (
+    CholeskyInducing,
+    DiagonalInducing,
+    InducingPosterior,
+    SiteInducing,
+    marginals_of,
+)
 
 CHOLESKY_MODES = ("exp", "softplus")
 
@@ -57,7 +60,7 @@ class SVGP(Prior):
     diagonal_only : bool
         Take S diagonal, in the whitened variable.
     use_natural_gradients : bool
-        Hold q(u) in natural parameters.
+        Hold q(u) in sites, for natural-gradient steps; gradient optimisers then leave it alone.
     dtype : torch.dtype
         Of F; everything inside is float64.
 
@@ -72,7 +75,10 @@ class SVGP(Prior):
     inducing_coordinates: Tensor
     inducing_groups: Tensor | None
     mean: Tensor
+    q: InducingPosterior
     steps_apart = 10
+    cheap_mean = True
+    divergence_by_samples = False
 
     def __init__(
         self,
@@ -96,18 +102,16 @@ class SVGP(Prior):
         self.register_buffer("inducing_coordinates", inducing.coordinates)
         self.register_buffer("inducing_groups", inducing.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
-        self.q = family(
-            L,
-            self.M,
-            self.N,
-            cholesky_mode,
-            diagonal_only=diagonal_only,
-            natural=use_natural_gradients,
-        )
+        if diagonal_only:
+            self.q = DiagonalInducing(L, self.M, cholesky_mode)
+        elif use_natural_gradients:
+            self.q = SiteInducing(L, self.M, self.N)
+        else:
+            self.q = CholeskyInducing(L, self.M, cholesky_mode)
         self._once = Remembered()
 
     @property
-    def places(self) -> Places:
+    def places(self) -> Places:  # type: ignore[override]
         """Places of the samples."""
         return Places(self.place_coordinates, self.place_groups)
 
@@ -118,25 +122,22 @@ class SVGP(Prior):
 
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw u and F from the prior; return F of the batch, shape (L, n)."""
-        u = pyro.sample("u", WhitenedPrior(self.L, self.M))
-        A, rest = self._design(batch.samples)
-        loc = self._level(u, A).to(self.dtype)
-        with self.local_sites(batch, samples):
-            scale = rest.sqrt().to(self.dtype).expand_as(loc)
-            return pyro.sample("F", Normal(loc, scale, validate_args=False))
+        u = pyro.sample("u", self._prior())
+        with self.local_plates(batch, samples):
+            return pyro.sample("F", self._given(u, batch.samples))
 
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw u from q(u) and F from what follows; return F of the batch, shape (L, n)."""
         q = self._posterior()
-        u = pyro.sample("u", q)
-        field = self._at_samples(q, batch.samples, lambda n: u.expand(n, -1, -1))
-        with self.local_sites(batch, samples):
-            return pyro.sample("F", field)
+        u = pyro.sample("u", q, infer={"marginal": q})
+        marginal = self.watch(self._at_samples(q, batch.samples))
+        with self.local_plates(batch, samples):
+            field = self._given(u, batch.samples)
+            return pyro.sample("F", field, infer={"marginal": marginal})
 
     def marginal(self, index: Tensor | None = None) -> FieldMarginals:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
-        q = self._posterior()
-        return self._at_samples(q, index, lambda n: q.sample((n,)))
+        return self._at_samples(self._posterior(), index)
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
@@ -147,49 +148,41 @@ class SVGP(Prior):
         """Return q(F) at other places."""
         return FieldAt(self, places.to(self.place_coordinates.device))
 
-    def distributions(
-        self, index: Tensor | None, coordinates: Any, groups: Any, placed: bool
-    ) -> tuple[Any, ...]:
-        """Return q(F), of shape (L, n), and q(u) and p(u), of event shape (L, M)."""
-        if coordinates is None:
-            field = self.marginal(index)
-        else:
-            field = self.at(Places(coordinates.double(), groups)).marginal()
-        return field, self._posterior(), WhitenedPrior(self.L, self.M)
-
-    def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:
-        """Return the optimiser that takes natural-gradient steps on q(u).
-
-        Gradient descent: what backward gives to its parameters are natural gradients.
-        """
-        if not self.q.natural:
-            raise ValueError(
-                "natural gradients need SVGP(..., use_natural_gradients=True) and a full "
-                "covariance (diagonal_only=False)."
-            )
-        return Descent(self.q.parameters(), lr)
-
-    def seldom_moved(self) -> list[torch.nn.Parameter]:
-        """Return the parameters of the covariance of q(u); steps of its mean cost little."""
-        return self.q.spread
+    @property
+    def natural(self) -> bool:
+        """Whether q(u) is held in sites."""
+        return self.q.natural
 
     @torch.no_grad()
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q(u) to the posterior from observations `mean` of F with noise `scale`, (L, N)."""
         precision = scale.double().square().reciprocal()
         shift = precision * (mean.double() - self.mean[:, None])
-        self.q.assign(self._design(None)[0], shift, precision)
+        self.q.assign(self._design(None)[0], precision, shift)
 
-    def restore_spread(self, weight: float) -> None:
-        """Undo what training with the factor `weight` on the divergence did to the spread of q."""
-        if not self.q.natural:
-            super().restore_spread(weight)
-        cast(Any, self.q).reweight(self._posterior(), weight)
+    def sites(self) -> Sites:
+        """Return the sites of all samples, each array of shape (L, N)."""
+        self.check_sites()
+        w, level = self.q.site_precision, self.mean[:, None]
+        mean, _ = self._posterior().at_samples()
+        return Sites(w, self.q.site_shift + w * level, level + mean)
 
-    def _posterior(self) -> Any:
+    @torch.no_grad()
+    def posterior_from_sites(
+        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Set q(u) to the posterior given sites, see :mod:`pnmf_pyro.priors.svgp_posterior`."""
+        self.check_sites()
+        w = take(self.q.site_precision, index) if precision is None else precision
+        self.q.move(self._design(None)[0], precision, shift - w * self.mean[:, None], index)
+
+    def _prior(self) -> WhitenedPrior:
+        return WhitenedPrior(self.L, self.M, self.mean.device)
+
+    def _posterior(self) -> TorchDistribution:
         """q(u), made once for each state of its parameters."""
         A, _ = self._design(None)
-        if not self.q.natural:  # its graph is consumed by a step
+        if not self.natural:  # its graph is consumed by a step
             return self.q.distribution(A)
         made_of = (*self.q.parameters(), *self.kernel.buffers())
         return self._once("posterior", made_of, lambda: self.q.distribution(A))
@@ -223,35 +216,43 @@ class SVGP(Prior):
         """Draws of F at places given draws of u (E, L, M), of shape (E, L, n)."""
         A, rest = self._design_at(places)
         if len(places) > JOINTLY:
-            return self._given(u, (A, rest)).to(self.dtype)
+            return self._drawn(u, (A, rest)).to(self.dtype)
         covariance = self.kernel(places, places) - A.mT @ A
         covariance.diagonal(dim1=-2, dim2=-1).copy_(rest)
         level = self._level(u, A)
         tril = jittered_cholesky(covariance, self.jitter, "places")
         return (level + (tril @ torch.randn_like(level)[..., None])[..., 0]).to(self.dtype)
 
-    def _given(self, u: Tensor, design: tuple[Tensor, Tensor]) -> Tensor:
+    def _given(self, u: Tensor, index: Tensor | None) -> FieldGivenInducing:
+        """F at samples given u (..., L, M)."""
+        A, rest = self._design(index)
+        scale = rest.sqrt().to(self.dtype).expand(self.L, -1)
+        return FieldGivenInducing(
+            lambda: self._level(u, A).to(self.dtype), scale, leading=u.shape[:-2]
+        )
+
+    def _drawn(self, u: Tensor, design: tuple[Tensor, Tensor]) -> Tensor:
         A, rest = design
         level = self._level(u, A)
         return level + rest.sqrt() * torch.randn_like(level)
 
-    def _at_samples(
-        self, q: Any, index: Tensor | None, draw_u: Callable[[int], Tensor]
-    ) -> FieldMarginals:
+    def _at_samples(self, q: TorchDistribution, index: Tensor | None) -> FieldMarginals:
         design = self._design(index)
-        return self._marginals(self.q.at_samples(q, design[0], index), design, draw_u)
+        if self.natural:
+            mean, variance = q.at_samples()
+            moments = take(mean, index), take(variance, index)
+        else:
+            moments = marginals_of(q, design[0])
+        return self._marginals(q, moments, design)
 
     def _marginals(
-        self,
-        moments: tuple[Tensor, Tensor],
-        design: tuple[Tensor, Tensor],
-        draw_u: Callable[[int], Tensor],
+        self, q: TorchDistribution, moments: tuple[Tensor, Tensor], design: tuple[Tensor, Tensor]
     ) -> FieldMarginals:
-        """The field from mean and variance of A^T u, and from draws of u, (n, L, M)."""
-        loc, variance = moments
-        loc = (self.mean[:, None] + loc).to(self.dtype)
+        """The field from mean and variance of A^T u, with joint draws by those of u."""
+        mean, variance = moments
+        loc = (self.mean[:, None] + mean).to(self.dtype)
         scale = (variance + design[1]).sqrt().to(self.dtype)
-        return FieldMarginals(loc, scale, lambda n: self._given(draw_u(n), design))
+        return FieldMarginals(loc, scale, lambda n: self._drawn(q.sample((n,)), design))
 
 
 class FieldAt:
@@ -271,7 +272,7 @@ class FieldAt:
         """Return q(F_il) at the places `index` (all if None), with loc and scale (L, n)."""
         prior, design = self.prior, self.prior._design_at(self.places.take(index))
         q = prior._posterior()
-        return prior._marginals(prior.q.marginals(q, design[0]), design, lambda n: q.sample((n,)))
+        return prior._marginals(q, marginals_of(q, design[0]), design)
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:

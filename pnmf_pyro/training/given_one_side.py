@@ -17,7 +17,7 @@ from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.priors.natural import NaturalGradient
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.loop import evaluate_elbo, tqdm, train
 from pnmf_pyro.training.schedules import Constant, Decreasing
@@ -281,7 +281,7 @@ def posterior_given_loadings(
         rates = rates * size_factors[:, None]
     scale = (1 / prior.scale_pf.square() + rates).rsqrt()
     prior.assign(factors.clamp_min(1e-2).log().T, scale.T)
-    objective = FactorizationELBO("lower-bound")
+    objective = FactorizationELBO("lower-bound", newton=True)
     settled = Convergence(tol, window=5, patience=1)
     natural_steps(model, counts, objective, torch_generator(0), max_iter, settled, warn=warn)
     return model
@@ -334,16 +334,14 @@ def natural_steps(
     objective, generator, max_iter, convergence, warn
         As for :func:`~pnmf_pyro.training.loop.train`.
     """
-    prior = model.prior
-    assert isinstance(prior, GaussianPrior)
+    schedule = Constant() if objective.mode == "lower-bound" else Decreasing()
     train(
         model,
         Batches(counts),
         objective,
-        [NaturalGradient(prior.natural_parameters())],
+        [(SiteSteps(model.prior), schedule)],
         generator,
         max_iter=max_iter,
-        schedules=[Constant() if objective.mode == "lower-bound" else Decreasing()],
         convergence=convergence,
         warn=warn,
     )

@@ -1,19 +1,19 @@
-"""training.loadings."""
+"""Closed-form steps of the loadings and of the scale of a prior."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
-from pnmf_pyro.priors.natural import ClosedForm
+from pnmf_pyro.priors.gaussian import GaussianPrior
+from pnmf_pyro.priors.natural import Step
 
 
-class ClosedFormLoadings(ClosedForm):
+class ClosedFormLoadings(Step):
     r"""The multiplicative update of W, from the gradient that the ELBO has already taken.
 
     With R_jl the expected counts of feature j that come from component l,
@@ -29,33 +29,33 @@ class ClosedFormLoadings(ClosedForm):
     ----------
     W : PositiveParameter of shape (D, L)
     totals : callable
-        From a batch to its estimate of sum_i s_i E exp F_il, shape (L,).
-    lr : float in (0, 1]
-        Fraction of the way to go; less than 1 averages over noisy steps.
+        Function from a batch to its estimate of sum_i s_i E exp F_il, shape (L,).
+
+    Notes
+    -----
+    A step of size `lr` below 1 goes that fraction of the way, which averages over noisy steps.
     """
 
-    def __init__(self, W: PositiveParameter, totals: Callable[[Batch], Tensor], lr: float = 1.0):
-        super().__init__([W.raw], {"lr": lr})
-        self.W = W
-        self.totals = totals
+    def __init__(self, W: PositiveParameter, totals: Callable[[Batch], Tensor]):
+        self.W, self.totals, self.batch = W, totals, Batch()
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:
         """Take the expected counts from the gradients of the batch."""
-        super().prepare(batch)
+        self.batch = batch
         W, gradient = self.W, self.W.raw.grad
         assert gradient is not None
         slope = -take(gradient / W.unit, batch.features, dim=0) / batch.likelihood_scale
         self.expected_counts = take(W.data, batch.features, dim=0) * (slope + self.totals(batch))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Move W towards the expected counts over the totals."""
         totals = self.totals(self.batch)
         target = self.expected_counts / totals.clamp_min(torch.finfo(totals.dtype).tiny)
         features = slice(None) if self.batch.features is None else self.batch.features
         value = self.W.detach()
-        value[features] = value[features].lerp(target.clamp_min(0), self.param_groups[0]["lr"])
+        value[features] = value[features].lerp(target.clamp_min(0), self.lr)
         self.W.assign(value)
 
 
@@ -114,7 +114,7 @@ class ShrunkLoadings(ClosedFormLoadings):
         return float(R.sum() / excess.clamp_min(R.sum() / self.LARGEST_SHAPE))
 
 
-class ClosedFormScale(ClosedForm):
+class ClosedFormScale(Step):
     """The scale of a normal prior that maximises the ELBO: scale^2 = mean of mu^2 + sigma^2.
 
     Empirical Bayes, in closed form (an M step). The prior's mean stays 0: the loadings hold the
@@ -123,18 +123,23 @@ class ClosedFormScale(ClosedForm):
     Parameters
     ----------
     prior : GaussianPrior
-    lr : float in (0, 1]
-        Fraction of the way to go, in scale^2.
+
+    Notes
+    -----
+    A step of size `lr` below 1 goes that fraction of the way, in scale^2.
     """
 
-    def __init__(self, prior: Any, lr: float = 1.0):
-        super().__init__([prior.scale_pf], {"lr": lr})
-        self.prior = prior
+    def __init__(self, prior: GaussianPrior):
+        self.prior, self.batch = prior, Batch()
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the batch."""
+        self.batch = batch
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Move the scale towards its optimum given q."""
         q = self.prior.marginal(self.batch.samples)
         optimum = (q.loc.square() + q.variance).mean()
         scale = self.prior.scale_pf
-        scale.copy_(scale.square().lerp(optimum, self.param_groups[0]["lr"]).sqrt())
+        scale.copy_(scale.square().lerp(optimum, self.lr).sqrt())

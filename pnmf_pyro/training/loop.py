@@ -1,32 +1,28 @@
-"""The training loop: steps of stochastic variational inference until the ELBO has settled."""
+"""The training loop: loss, gradients, accept or shorten, steps; until the ELBO has settled."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI
-from pyro.optim import PyroOptim
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
-from torch import nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.random_state import drawing_from
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.priors.natural import ClosedForm
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.priors.natural import Step
 from pnmf_pyro.training.convergence import Convergence
-from pnmf_pyro.training.schedules import Constant, Schedule
+from pnmf_pyro.training.schedules import Schedule
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -59,45 +55,45 @@ class TrainingResult:
     failure: str | None = None
 
 
+Steps = Sequence[tuple[Step, Schedule]]
+
+
 def train(
-    model: Any,
+    model: PoissonFactorization,
     batches: Iterable[Batch],
     objective: FactorizationELBO,
-    optimizers: Sequence[torch.optim.Optimizer],
+    steps: Steps,
     generator: torch.Generator,
     *,
     max_iter: int = 200,
-    schedules: Sequence[Schedule] | None = None,
     convergence: Convergence | None = None,
     verbose: int = 0,
     on_step: OnStep = lambda elbo: None,
     warn: bool = True,
     monotone: bool = False,
 ) -> TrainingResult:
-    """Train a model and its guide by `pyro.infer.SVI`.
+    """Train a model and its guide.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        With methods `model(batch)`, `guide(batch)` and `project_parameters()`, such as a
-        :class:`~pnmf_pyro.models.PoissonFactorization`. Trained in place.
+    model : PoissonFactorization
+        Model, guide and prior. They are trained in place.
     batches : iterable of Batch
-        At least `max_iter` of them; see :class:`~pnmf_pyro.data.batches.Batches`.
+        At least `max_iter` batches; see :class:`~pnmf_pyro.data.batches.Batches`.
     objective : FactorizationELBO
-    optimizers : sequence of torch.optim.Optimizer
-        Each over its own parameters.
+        What is raised.
+    steps : sequence of (Step, Schedule)
+        The steps that move the parameters, in this order, and how their sizes change.
     generator : torch.Generator
         Source of all draws.
     max_iter : int
         Number of steps at most.
-    schedules : sequence of Schedule, optional
-        Of the learning rates, one for each optimiser; constant unless given.
     convergence : Convergence, optional
         When to stop; only at `max_iter` unless given.
     verbose : int
         Show a progress bar with the ELBO if positive.
     on_step : callable
-        Called with the ELBO of each step, after it.
+        Function that is called with the ELBO of each step, after it.
     warn : bool
         Warn of a fit that has not converged; a failure is always warned of.
     monotone : bool
@@ -117,51 +113,26 @@ def train(
     ConvergenceWarning
         If `max_iter` ended the fit while the ELBO still rose, and if the ELBO became NaN or
         infinite; the model is then left at the last state for which it was finite.
-
-    Notes
-    -----
-    The parameters are registered with Pyro in a scope of their own: the parameter store of the
-    caller is neither read nor changed.
     """
-    schedules = schedules or [Constant()] * len(optimizers)
     convergence = convergence or Convergence(tol=0.0)
-    checkpoint = _Checkpoint(model, monotone)
-    joint = JointOptimizer(optimizers, checkpoint.accept, checkpoint.damp)
-    device = next(model.parameters()).device
-
-    def loss_and_grads(*args: Any) -> float:
-        checkpoint.loss = objective.loss_and_grads(*args)
-        return checkpoint.loss
-
-    programs = _registered(model, "model"), _registered(model, "guide")
-    svi = SVI(*programs, joint, objective.loss, loss_and_grads)
-    pairs = zip(schedules, optimizers, strict=True)
-    adjust = [schedule.attach(optimizer, max_iter) for schedule, optimizer in pairs]
     result = TrainingResult([])
+    checkpoint = _Checkpoint(model, monotone)
     stream = iter(batches)
-    with (
-        pyro.get_param_store().scope(),
-        progress_bar(max_iter, verbose, "ELBO") as progress,
-        closing(joint),
-    ):
+    with _under_way(model, steps), progress_bar(max_iter, verbose, "ELBO") as progress:
+        after = [schedule.attach(step, max_iter) for step, schedule in steps]
         for iteration in range(1, max_iter + 1):
-            batch = joint.batch = next(stream)
+            batch = next(stream)
             try:
-                with (
-                    threads_for(batch, model),
-                    drawing_from(generator, device),
-                    pyro.validation_enabled(iteration == 1),
-                ):
-                    svi.step(batch)
-                    model.project_parameters()
+                with threads_for(batch, model), drawing_from(generator, model.W.device):
+                    _one_step(model, batch, objective, steps, checkpoint, validate=iteration == 1)
             except (FloatingPointError, torch.linalg.LinAlgError) as error:
                 result.failure = _describe_failure(error, iteration, model, objective, batch)
                 checkpoint.restore()
                 break
             elbo = -checkpoint.accepted
             result.history.append(elbo)
-            for one in adjust:
-                one(elbo)
+            for set_next_size in after:
+                set_next_size(elbo)
             progress.update()
             progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
             on_step(elbo)
@@ -172,13 +143,52 @@ def train(
     return result
 
 
+@contextmanager
+def _under_way(model: PoissonFactorization, steps: Steps) -> Iterator[None]:
+    """Train in a parameter store of the model's own, without what earlier gradients left."""
+    with model.apart():
+        for step, _ in steps:
+            step.start()
+        try:
+            yield
+        finally:
+            for step, _ in steps:
+                step.close()
+            model.zero_grad()
+
+
+def _one_step(
+    model: PoissonFactorization,
+    batch: Batch,
+    objective: FactorizationELBO,
+    steps: Steps,
+    checkpoint: _Checkpoint,
+    validate: bool,
+) -> None:
+    """Take gradients; then step with all, or go back half of the last step if it was too long."""
+    with pyro.validation_enabled(validate):
+        model.zero_grad()
+        checkpoint.loss = objective.loss_and_grads(model.model, model.guide, batch)
+    if not checkpoint.accept():
+        return
+    for step, _ in steps:
+        step.prepare(batch)
+    for step, _ in steps:
+        step.step()
+    checkpoint.damp()
+    model.project_parameters()
+
+
 def progress_bar(total: int, verbose: int, label: str) -> tqdm:
     """Return a progress bar, silent unless `verbose` is positive."""
     return tqdm(total=total, disable=not verbose, desc=label)
 
 
 def evaluate_elbo(
-    model: Any, batches: Batches, objective: FactorizationELBO, generator: torch.Generator
+    model: PoissonFactorization,
+    batches: Batches,
+    objective: FactorizationELBO,
+    generator: torch.Generator,
 ) -> float:
     """Return the ELBO of all the data as the model stands, in nats, in one pass.
 
@@ -186,7 +196,8 @@ def evaluate_elbo(
     """
     N = batches.counts.shape[0]
     total = 0.0
-    with drawing_from(generator, batches.counts.device), pyro.validation_enabled(False):
+    source = drawing_from(generator, batches.counts.device)
+    with model.apart(inherit=True), source, pyro.validation_enabled(False):
         for batch in batches.one_pass():
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
@@ -195,30 +206,8 @@ def evaluate_elbo(
     return total
 
 
-def _registered(model: nn.Module, name: str) -> Callable[[Batch], Any]:
-    """The program `name` of the model, with the model's parameters registered in Pyro's store."""
-    program = getattr(model, name)
-
-    def run(batch: Batch) -> Any:
-        with _evaluating(model):
-            pyro.module("factorization", model)
-        return program(batch)
-
-    return run
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """Mark frozen parameters as meant: `pyro.module` warns of them while a module is training."""
-    training, model.training = model.training, False
-    try:
-        yield
-    finally:
-        model.training = training
-
-
-@contextmanager
-def threads_for(batch: Batch, model: Any) -> Iterator[None]:
+def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
     """Work in one thread within the block where a step is small, and as before after it.
 
     Threads gain little there, and where other programs keep the cores busy they lose much: each
@@ -243,8 +232,8 @@ class _Checkpoint:
     another one, and so are the next ones until they have succeeded.
     """
 
-    def __init__(self, model: nn.Module, monotone: bool):
-        self.state = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    def __init__(self, model: PoissonFactorization, monotone: bool):
+        self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
         self.saved: list[torch.Tensor] | None = None
         self.monotone = monotone
         self.fraction = 1.0
@@ -273,9 +262,8 @@ class _Checkpoint:
     def _shorten(self, fraction: float) -> None:
         assert self.saved is not None
         for now, before in zip(self.state, self.saved, strict=True):
-            if now.is_floating_point() and not torch.equal(
-                now, before
-            ):  # what stands still is known
+            moved = now.is_floating_point() and not torch.equal(now, before)
+            if moved:  # a copy would count as a change to what depends on it
                 now.copy_(before.lerp(now, fraction))
 
     @torch.no_grad()
@@ -288,7 +276,7 @@ class _Checkpoint:
 def _describe_failure(
     error: Exception,
     iteration: int,
-    model: Any,
+    model: PoissonFactorization,
     objective: FactorizationELBO,
     batch: Batch,
 ) -> str:
@@ -305,7 +293,7 @@ def _describe_failure(
     return f"at iteration {iteration} {what}"
 
 
-def _culprit(model: Any, objective: FactorizationELBO, batch: Batch) -> str:
+def _culprit(model: PoissonFactorization, objective: FactorizationELBO, batch: Batch) -> str:
     """Name a parameter or a term of the ELBO that is not finite."""
     culprit = _first_not_finite(dict(model.named_parameters()))
     if culprit is None:
@@ -338,53 +326,3 @@ def _report(
     else:
         ended = "converged" if result.converged else "ended"
         logger.info("%s after %d iterations, ELBO %.6g", ended, n_iter, result.history[-1])
-
-
-class JointOptimizer(PyroOptim):
-    """Torch optimisers over all parameters at once, in the form that `pyro.infer.SVI` takes.
-
-    Pyro makes an optimiser for each parameter. Here one optimiser may hold several, as a natural
-    gradient has to, and works through fewer calls.
-
-    Parameters
-    ----------
-    optimizers : iterable of torch.optim.Optimizer
-        They step in this order.
-    before_step : callable
-        Called when gradients are there and before any parameter moves; says whether to step.
-    after_step : callable
-        Called when all have stepped.
-
-    Attributes
-    ----------
-    batch : Batch
-        What the next step is of; set by the training loop.
-    """
-
-    def __init__(
-        self,
-        optimizers: Iterable[Optimizer],
-        before_step: Callable[[], bool] = lambda: True,
-        after_step: Callable[[], None] = lambda: None,
-    ):
-        super().__init__(torch.optim.SGD, {})
-        self.optimizers = list(optimizers)
-        self.before_step, self.after_step = before_step, after_step
-        self.batch = Batch()
-
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Take one step with every optimiser, unless `before_step` advises against it."""
-        if not self.before_step():
-            return
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ClosedForm):
-                optimizer.prepare(self.batch)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.after_step()
-
-    def close(self) -> None:
-        """Tell the optimisers that training has ended."""
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ClosedForm):
-                optimizer.close()

@@ -1,14 +1,16 @@
-"""Optimisers and learning-rate schedules by name, and natural-gradient ascent."""
+"""Gradient optimisers by name, as steps of training, and how the sizes of steps change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
+
+from pnmf_pyro.priors.natural import Step
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adam": torch.optim.Adam,
@@ -19,25 +21,82 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+class GradientSteps(Step):
+    """Steps of a torch optimiser.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Optimiser of the parameters that it trains; its learning rate is that of a whole step.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.learning_rates = [group["lr"] for group in optimizer.param_groups]
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """Size of the next step, relative to the learning rate that the optimiser was made with."""
+        return self.optimizer.param_groups[0]["lr"] / self.learning_rates[0]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group, whole in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = value * whole
+
+    def step(self) -> None:
+        """Move the parameters of the optimiser."""
+        self.optimizer.step()
+
+
+AfterStep = Callable[[float], object]
+
+
 class Schedule(Protocol):
-    """How the learning rate changes over a fit."""
+    """How the size of a step changes over a fit."""
 
     def warm_up(self, max_iter: int) -> int:
         """Return the number of steps over which the learning rate still rises."""
 
-    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
-        """Return a function that is called with the ELBO after each step."""
+    def attach(self, step: Step, max_iter: int) -> AfterStep:
+        """Set the size of the first step.
+
+        Parameters
+        ----------
+        step : Step
+            What takes the steps.
+        max_iter : int
+            Number of steps at most.
+
+        Returns
+        -------
+        callable
+            Function that sets the size of the next step; to be called with the ELBO after each.
+        """
+
+
+def _by_number(step: Step, size: Callable[[int], float]) -> AfterStep:
+    """Set the size of each step from its number, counted from 0."""
+    taken = 0
+    step.lr = size(taken)
+
+    def after(elbo: float) -> None:
+        nonlocal taken
+        taken += 1
+        step.lr = size(taken)
+
+    return after
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The learning rate stays as it is."""
+    """All steps are of one size."""
 
     def warm_up(self, max_iter: int) -> int:
         """Return 0."""
         return 0
 
-    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+    def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that does nothing."""
         return lambda elbo: None
 
@@ -58,13 +117,10 @@ class Decreasing:
         """Return 0."""
         return 0
 
-    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
-        """Return a function that sets the learning rate of the next step."""
+    def attach(self, step: Step, max_iter: int) -> AfterStep:
+        """Return a function that sets the size of the next step."""
         offset = self.start ** (-1 / self.forgetting)
-        scheduler = lr_scheduler.LambdaLR(
-            optimizer, lambda step: (offset + step / self.delay) ** -self.forgetting
-        )
-        return lambda elbo: scheduler.step()
+        return _by_number(step, lambda n: (offset + n / self.delay) ** -self.forgetting)
 
 
 @dataclass(frozen=True)
@@ -89,12 +145,9 @@ class OneCycle:
         """Return the number of warm-up steps."""
         return int(self.pct_start * max_iter)
 
-    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
-        """Return a function that sets the learning rate of the next step."""
-        scheduler = lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.factor(step / max(max_iter - 1, 1))
-        )
-        return lambda elbo: scheduler.step()
+    def attach(self, step: Step, max_iter: int) -> AfterStep:
+        """Return a function that sets the size of the next step."""
+        return _by_number(step, lambda n: self.factor(n / max(max_iter - 1, 1)))
 
     def factor(self, progress: float) -> float:
         """Return the learning rate at a fraction of the fit, relative to the highest."""
@@ -128,9 +181,10 @@ class Plateau:
         """Return 0."""
         return 0
 
-    def attach(self, optimizer: Optimizer, max_iter: int) -> Callable[[float], Any]:
+    def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that takes note of the ELBO."""
+        assert isinstance(step, GradientSteps)
         scheduler = lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode="min", factor=self.factor, patience=self.patience, min_lr=self.min_lr
+            step.optimizer, factor=self.factor, patience=self.patience, min_lr=self.min_lr
         )
         return lambda elbo: scheduler.step(-elbo)
