@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.priors.natural import Sites, watched
 
 Draws = Callable[[Tensor | None], Tensor]
 
@@ -22,6 +21,24 @@ NO_SITES = (
     "natural-gradient steps need a prior that holds q in sites; make it with "
     "use_natural_gradients=True and a full covariance (diagonal_only=False)."
 )
+
+
+class Sites(NamedTuple):
+    """Sites of samples, with the mean of q(F) there; each of shape (L, n).
+
+    Attributes
+    ----------
+    precision : Tensor
+        h, never negative.
+    shift : Tensor
+        b, the precision times what is observed of F.
+    mean : Tensor
+        m, the mean of q(F).
+    """
+
+    precision: Tensor
+    shift: Tensor
+    mean: Tensor
 
 
 class Field(Protocol):
@@ -187,7 +204,7 @@ class Prior(nn.Module):
     def watch(self, q: Normal) -> Normal:
         """Return q(F) of a batch as the guide uses it: with gradients where steps are under way."""
         if self.attended and torch.is_grad_enabled():
-            q = self.watched = watched(q)
+            q = self.watched = _watched(q)
         return q
 
     @contextmanager
@@ -196,3 +213,18 @@ class Prior(nn.Module):
         components = pyro.plate("components", self.L, dim=-2)
         with samples, components, poutine.scale(scale=batch.prior_scale):
             yield
+
+
+def _watched(q: Normal) -> Normal:
+    """Return q(F) of a batch with a mean and a scale that keep their gradients.
+
+    Parameters
+    ----------
+    q : Normal of shape (L, n)
+    """
+    for moment in (q.loc, q.scale):
+        if moment.requires_grad:
+            moment.retain_grad()
+        else:
+            moment.requires_grad_()
+    return q

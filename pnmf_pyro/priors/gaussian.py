@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
-from pnmf_pyro.priors.base import Prior
-from pnmf_pyro.priors.natural import Sites
+from pnmf_pyro.priors.base import Prior, Sites
 
 
 class _MeanScale(nn.Module):

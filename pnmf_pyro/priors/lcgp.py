@@ -14,9 +14,8 @@ from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
-from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.priors.base import Draws, Prior, Sites
 from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
-from pnmf_pyro.priors.natural import Sites
 from pnmf_pyro.priors.vecchia_normal import predict
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many

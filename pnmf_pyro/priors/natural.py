@@ -18,34 +18,11 @@ A prior takes part with three methods, see :class:`~pnmf_pyro.priors.base.Prior`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
-from pyro.distributions import Normal
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
-
-if TYPE_CHECKING:
-    from pnmf_pyro.priors.base import Prior
-
-
-class Sites(NamedTuple):
-    """Sites of samples, with the mean of q(F) there; each of shape (L, n).
-
-    Attributes
-    ----------
-    precision : Tensor
-        h, never negative.
-    shift : Tensor
-        b, the precision times what is observed of F.
-    mean : Tensor
-        m, the mean of q(F).
-    """
-
-    precision: Tensor
-    shift: Tensor
-    mean: Tensor
+from pnmf_pyro.priors.base import Prior
 
 
 class Step:
@@ -133,18 +110,3 @@ class SiteSteps(Step):
             raise RuntimeError("SiteSteps.step needs the gradients of a loss at the guide's q(F)")
         share = q.loc.shape[1] / self.prior.N  # the loss is that of all samples, by the batch's
         return -share * q.loc.grad, share * (q.scale.grad / q.scale.detach()).clamp_min(0)
-
-
-def watched(q: Normal) -> Normal:
-    """Return q(F) of a batch with a mean and a scale that keep their gradients.
-
-    Parameters
-    ----------
-    q : Normal of shape (L, n)
-    """
-    for moment in (q.loc, q.scale):
-        if moment.requires_grad:
-            moment.retain_grad()
-        else:
-            moment.requires_grad_()
-    return q

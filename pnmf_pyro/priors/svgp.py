@@ -12,9 +12,8 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Remembered
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import SpatialKernel
-from pnmf_pyro.priors.base import Draws, Prior
+from pnmf_pyro.priors.base import Draws, Prior, Sites
 from pnmf_pyro.priors.fields import FieldGivenInducing, FieldMarginals, WhitenedPrior, times
-from pnmf_pyro.priors.natural import Sites
 from pnmf_pyro.priors.svgp_posterior import (
     CholeskyInducing,
     DiagonalInducing,
