@@ -60,6 +60,23 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_number(
+    name: str, value: Any, low: float = -float("inf"), high: float = float("inf")
+) -> float:
+    """Return `value` if it is a number from `low` to `high`; raise a ValueError otherwise."""
+    if not isinstance(value, Real) or not low <= value <= high:
+        limits = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be a number {limits}; got {value!r}.")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is true or false; raise a ValueError otherwise."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+    return bool(value)
+
+
 def check_array(name: str, values: Any) -> np.ndarray:
     """Return numbers as an array on the CPU; raise a ValueError naming `name` for anything else.
 

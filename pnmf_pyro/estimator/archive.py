@@ -1,4 +1,8 @@
-"""One file for a fitted model: arrays and JSON in a .npz archive, which runs no code when read."""
+"""One file for a fitted model: arrays and JSON in a .npz archive, which runs no code when read.
+
+The names in a file are those of the table `NAMES`, whatever attributes of the package are called.
+Files of format 1, of version 0.1, have the names that its attributes had.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,33 @@ import json
 import os
 import tempfile
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from pnmf_pyro.data.places import GroupCodes, Places
+from pnmf_pyro.estimator.plan import History, spatial_prior
+from pnmf_pyro.estimator.stages import (
+    STAGES,
+    Correlate,
+    LearnHyperparameters,
+    RestoreSpread,
+    Settle,
+    SettleLoadings,
+    Stage,
+    WarmUp,
+)
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.priors import SVGP, GaussianPrior
+
+if TYPE_CHECKING:
+    from pnmf_pyro.estimator.pnmf import PNMF
 
 FORMAT = "pnmf_pyro"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER = "header"
 
 
@@ -82,3 +106,237 @@ def read_archive(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.
             f"version reads {FORMAT!r} up to {FORMAT_VERSION}. Upgrade pnmf_pyro to open it."
         )
     return header, arrays
+
+
+# What an array is called in a file, and where a model holds it. An array "unconstrained" is mapped
+# to values by the mode of its parameter; multiplied by "unit".
+NAMES = {
+    "loadings/unconstrained": "W._raw",
+    "loadings/unit": "W.unit",
+    "size_factors": "size_factors",
+    "prior/scale": "prior.scale_pf",
+    "prior/mean": "prior.mean",
+    "prior/kernel/lengthscale": "prior.kernel.lengthscale",
+    "prior/kernel/sigma": "prior.kernel.sigma",
+    "prior/kernel/nugget": "prior.kernel.nugget",
+    "prior/kernel/group_diff_param": "prior.kernel.group_diff_param",
+    "prior/kernel/group_distances": "prior.kernel.group_distances",
+    "prior/kernel/chosen": "prior.kernel.chosen",
+    "places/coordinates": "prior.place_coordinates",
+    "places/groups": "prior.place_groups",
+    "inducing/coordinates": "prior.inducing_coordinates",
+    "inducing/groups": "prior.inducing_groups",
+    "factors/mean": "prior.q.mean",
+    "factors/scale/unconstrained": "prior.q.scale._raw",
+    "factors/scale/unit": "prior.q.scale.unit",
+    "factors/natural/first": "prior.q.theta1",
+    "factors/natural/second": "prior.q.theta2",
+    "inducing/mean": "prior.q.u_loc",
+    "inducing/scale/unconstrained": "prior.q.u_scale._raw",
+    "inducing/scale/unit": "prior.q.u_scale.unit",
+    "inducing/below_diagonal": "prior.q.u_below",
+    "sites/shift": "prior.q.site_shift",
+    "sites/precision": "prior.q.site_precision",
+    "local/mean": "prior.q.loc",
+    "local/variance": "prior.q.diagonal",
+    "local/low_rank": "prior.low_rank",
+    "local/sites/precision": "prior.q.curvature",
+    "local/sites/shift": "prior.q.pull",
+}
+
+
+def write_model(path: str | os.PathLike, model: PNMF) -> None:
+    """Write a fitted estimator to one file.
+
+    Parameters
+    ----------
+    path : path
+        Path of the file.
+    model : PNMF
+        Fitted.
+
+    Raises
+    ------
+    ValueError
+        For a model with a part that is an object of the user's own.
+    """
+    names = {held: name for name, held in NAMES.items()}
+    header = {
+        "parameters": plain_parameters(model),
+        "groups": model.groups_,
+        "n_samples": model.model_.N,
+        "elbo": model.elbo_,
+        "stages": model.history_.stages,
+    }
+    arrays = {names[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
+    arrays["components"] = model.components_
+    arrays["history"] = np.asarray(model.history_, dtype=np.float64)
+    if hasattr(model, "feature_names_in_"):
+        arrays["feature_names"] = np.asarray(model.feature_names_in_, dtype=str)
+    write_archive(path, header, arrays)
+
+
+def plain_parameters(model: PNMF) -> dict[str, Any]:
+    """Return the parameters of an estimator as values that JSON can hold.
+
+    Raises
+    ------
+    ValueError
+        For a parameter that is an object of the user's own.
+    """
+    plain = {}
+    for name, value in model.get_params(deep=False).items():
+        if name == "random_state" and not isinstance(value, int | np.integer):
+            value = None  # it is only where a seed came from
+        elif name == "stages" and value is not None:
+            value = [{"stage": type(one).__name__, **asdict(one)} for one in value]
+        elif isinstance(value, np.generic):
+            value = value.item()
+        elif isinstance(value, tuple | np.ndarray):
+            value = [str(one) if isinstance(one, str) else one for one in value]
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={value!r} cannot be saved: it is an object, and a file holds names and "
+                "numbers. Keep model_.state_dict() and the program that made the object."
+            ) from error
+        plain[name] = value
+    return plain
+
+
+def read_model(path: str | os.PathLike, kind: type[PNMF]) -> PNMF:
+    """Open a fitted estimator that :func:`write_model` wrote, or version 0.1.
+
+    Parameters
+    ----------
+    path : path
+        Path of the file.
+    kind : type
+        Class of the estimator.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged or is not a saved model.
+    """
+    header, arrays = read_archive(path)
+    try:
+        first = header["format_version"] == 1
+        return _model_of(kind, *(_of_version_1(header, arrays) if first else (header, arrays)))
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {error}.") from error
+
+
+def _model_of(kind: type[PNMF], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PNMF:
+    model = kind(**{**header["parameters"], "stages": _stages(header["parameters"]["stages"])})
+    state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
+    model.groups_ = header["groups"]
+    W = state["W._raw"]
+    y = torch.empty((len(W), header["n_samples"]), dtype=W.dtype, device="meta")
+    module = PoissonFactorization(
+        _prior(model, state, y),
+        y,
+        model.n_components,
+        model.loadings_mode,
+        model.mode,
+        size_factors=state.get("size_factors"),
+    )
+    module.load_state_dict(state)
+    model.n_features_in_ = module.D
+    if "feature_names" in arrays:
+        model.feature_names_in_ = arrays["feature_names"].astype(object)
+    model._publish(module.eval())
+    if "components" in arrays:
+        model.components_ = arrays["components"]
+    model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
+    model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
+    return model
+
+
+def _prior(
+    model: PNMF, state: dict[str, torch.Tensor], y: torch.Tensor
+) -> GaussianPrior | SVGP | Any:
+    """Make the prior that the arrays of a file belong to."""
+    if "prior.place_coordinates" not in state:
+        natural = "prior.q.theta1" in state
+        return GaussianPrior(y, model.n_components, use_natural_gradients=natural)
+    places = Places(state["prior.place_coordinates"], state.get("prior.place_groups"))
+    inducing = None
+    if "prior.inducing_coordinates" in state:
+        inducing = Places(state["prior.inducing_coordinates"], state.get("prior.inducing_groups"))
+    groups = None if model.groups_ is None else GroupCodes(model.groups_)
+    settings = model
+    if "prior.q.u_loc" in state and model.training_mode == "natural":  # of version 0.1
+        settings = type(model)(**{**model.get_params(deep=False), "training_mode": "standard"})
+    prior = spatial_prior(settings, places, groups, y.dtype, np.random.RandomState(0), inducing)
+    for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
+        getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
+    return prior
+
+
+def _stages(plain: list[dict[str, Any]] | None) -> list[Stage] | None:
+    if plain is None:
+        return None
+    kinds = {stage.__name__: stage for stage in STAGES}
+    return [kinds[one["stage"]](**{k: v for k, v in one.items() if k != "stage"}) for one in plain]
+
+
+def _of_version_1(
+    header: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Translate a file of format 1, in which arrays bear the names of attributes of that time."""
+    names = {held: name for name, held in NAMES.items()}
+    renamed = {k: v for k, v in arrays.items() if not k.startswith("model.")}
+    state = {k.removeprefix("model."): v for k, v in arrays.items() if k.startswith("model.")}
+    if "prior.inducing_coordinates" in state and "prior.q.theta2" in state:
+        state |= _covariance_form(state.pop("prior.q.theta1"), state.pop("prior.q.theta2"))
+    renamed |= {names[held]: array for held, array in state.items()}
+    old = header["parameters"]
+    extra = {k: old.pop(k) for k in list(old) if k in _OF_VERSION_1}
+    learn = [name for name in ("sigma", "nugget", "group_diff_param") if extra[f"train_{name}"]]
+    parameters = {**old, "learn": learn, "stages": _stages_of_version_1(extra, old)}
+    return {**header, "parameters": parameters}, renamed
+
+
+_OF_VERSION_1 = (
+    *("warm_up", "kl_weight", "restore_spread", "shrink_loadings", "train_sigma"),
+    *("train_group_diff_param", "nugget", "train_nugget", "criterion", "group_distances", "rank"),
+)
+
+
+def _stages_of_version_1(extra: dict[str, Any], old: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages that the parameters of version 0.1 stood for."""
+    weight = extra["kl_weight"]
+    learns = old["train_lengthscale"] or extra["train_sigma"] or extra["train_nugget"]
+    stages: list[Any] = [WarmUp(weight)] if extra["warm_up"] else []
+    if old["spatial"] and learns:
+        stages = [*(stages or [Settle("lower-bound", weight)])]
+        stages.append(LearnHyperparameters(extra["criterion"]))
+    stages.append(Settle(kl_weight=weight))
+    if extra["restore_spread"] and weight != 1:
+        stages += [RestoreSpread(), SettleLoadings(extra["shrink_loadings"])]
+    elif extra["shrink_loadings"]:
+        stages.append(SettleLoadings(True))
+    if old["local"] and extra["rank"]:
+        stages += [Correlate(extra["rank"]), Settle(kl_weight=weight)]
+    return [{"stage": type(one).__name__, **asdict(one)} for one in stages]
+
+
+def _covariance_form(theta1: np.ndarray, theta2: np.ndarray) -> dict[str, np.ndarray]:
+    """q(u) in mean and Cholesky factor, from its natural parameters theta1 and theta2.
+
+    With theta2 = -S^{-1} / 2 and theta1 = S^{-1} m. The diagonal of the factor is held by its
+    logarithm, as `cholesky_mode='exp'` has it.
+    """
+    S = np.linalg.inv(-2 * theta2)
+    tril = np.linalg.cholesky((S + S.swapaxes(-1, -2)) / 2)
+    diagonal = np.diagonal(tril, axis1=-2, axis2=-1)
+    return {
+        "prior.q.u_loc": (S @ theta1[..., None])[..., 0],
+        "prior.q.u_scale._raw": np.log(diagonal),
+        "prior.q.u_scale.unit": np.ones((len(tril), 1)),
+        "prior.q.u_below": tril,
+    }

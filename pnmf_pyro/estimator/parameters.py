@@ -1,191 +1,167 @@
-"""The parameters of the estimator, declared in one place with what they may be."""
+"""What the parameters of the estimator may be."""
 
 from __future__ import annotations
 
-from numbers import Integral, Real
-from typing import ClassVar
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from sklearn.base import BaseEstimator
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils import check_random_state
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES
-from pnmf_pyro.data.checks import DEVICES, MODES
+from pnmf_pyro.data.checks import (
+    DEVICES,
+    MODES,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_positive,
+)
+from pnmf_pyro.estimator.stages import STAGES
 from pnmf_pyro.gp.inducing import ALLOCATIONS
-from pnmf_pyro.gp.kernels import KERNELS
+from pnmf_pyro.gp.kernels import check_kernels
 from pnmf_pyro.initialization import INITS
+from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
-from pnmf_pyro.training.hyperparameters import CRITERIA
 from pnmf_pyro.training.schedules import OPTIMIZERS
 
-_POSITIVE = Interval(Real, 0, None, closed="neither")
-_COUNT = Interval(Integral, 1, None, closed="left")
+if TYPE_CHECKING:
+    from pnmf_pyro.estimator.pnmf import PNMF
+
+HYPERPARAMETERS = ("lengthscale", "sigma", "nugget", "group_diff_param")
+
+Check = Callable[[str, Any], object]
 
 
-class Parameters(BaseEstimator):
-    """Parameters of :class:`~pnmf_pyro.PNMF`, which documents them."""
+def _choice(choices: Collection[Any]) -> Check:
+    return partial(_check_choice, choices=tuple(choices))
 
-    _parameter_constraints: ClassVar[dict] = {
-        "n_components": [_COUNT],
-        "loadings_mode": [StrOptions(set(POSITIVE_MODES))],
-        "mode": [StrOptions(set(MODES))],
-        "training_mode": [StrOptions({"standard", "natural"})],
-        "E": [_COUNT],
-        "max_iter": [_COUNT],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "learning_rate": [_POSITIVE],
-        "optimizer": [StrOptions(set(OPTIMIZERS))],
-        "verbose": ["verbose"],
-        "device": [StrOptions(set(DEVICES))],
-        "init": [StrOptions(set(INITS)), "array-like", None],
-        "scheduler": [StrOptions({"one_cycle", "plateau"}), None],
-        "scheduler_patience": [Interval(Integral, 0, None, closed="left")],
-        "scheduler_factor": [Interval(Real, 0, 1, closed="neither")],
-        "scheduler_pct_start": [Interval(Real, 0, 1, closed="both")],
-        "scheduler_div_factor": [Interval(Real, 1, None, closed="left")],
-        "scheduler_final_div_factor": [Interval(Real, 1, None, closed="left")],
-        "min_lr": [Interval(Real, 0, None, closed="left")],
-        "batch_size": [_COUNT, None],
-        "y_batch_size": [_COUNT, None],
-        "shuffle": ["boolean"],
-        "spatial": ["boolean"],
-        "local": ["boolean"],
-        "kernel": [StrOptions(set(KERNELS)), "array-like"],
-        "multigroup": ["boolean"],
-        "num_inducing": [_COUNT],
-        "lengthscale": [_POSITIVE],
-        "sigma": [_POSITIVE],
-        "group_diff_param": [Interval(Real, 0, None, closed="left")],
-        "jitter": [_POSITIVE],
-        "train_lengthscale": ["boolean"],
-        "cholesky_mode": [StrOptions(set(CHOLESKY_MODES))],
-        "diagonal_only": ["boolean"],
-        "inducing_allocation": [StrOptions(set(ALLOCATIONS))],
-        "K": [_COUNT],
-        "precompute_knn": ["boolean"],
-        "neighbors": [StrOptions({"knn", "probabilistic"})],
-        "scale_ll_D": ["boolean"],
-        "scale_kl_NM": ["boolean"],
-        "scale_pf": [_POSITIVE, StrOptions({"auto"})],
-        "warm_up": ["boolean"],
-        "kl_weight": [_POSITIVE],
-        "restore_spread": ["boolean"],
-        "shrink_loadings": ["boolean"],
-        "train_sigma": ["boolean"],
-        "train_group_diff_param": ["boolean"],
-        "nugget": [Interval(Real, 0, None, closed="left")],
-        "train_nugget": ["boolean"],
-        "criterion": [StrOptions(set(CRITERIA))],
-        "group_distances": ["array-like", None],
-        "rank": [Interval(Integral, 0, None, closed="left")],
-    }
 
-    def __init__(
-        self,
-        n_components=10,
-        loadings_mode="projected",
-        mode="expanded",
-        training_mode="standard",
-        E=3,
-        max_iter=200,
-        tol=0.0001,
-        learning_rate=0.01,
-        optimizer="Adam",
-        random_state=None,
-        verbose=False,
-        device="auto",
-        init="random",
-        scheduler="one_cycle",
-        scheduler_patience=200,
-        scheduler_factor=0.8,
-        scheduler_pct_start=0.3,
-        scheduler_div_factor=25.0,
-        scheduler_final_div_factor=10000.0,
-        min_lr=1e-05,
-        batch_size=None,
-        y_batch_size=None,
-        shuffle=True,
-        spatial=False,
-        local=False,
-        kernel="Matern32",
-        multigroup=False,
-        num_inducing=3000,
-        lengthscale=1.0,
-        sigma=1.0,
-        group_diff_param=10.0,
-        jitter=1e-05,
-        train_lengthscale=False,
-        cholesky_mode="exp",
-        diagonal_only=False,
-        inducing_allocation="proportional",
-        K=50,
-        precompute_knn=True,
-        neighbors="knn",
-        scale_ll_D=True,
-        scale_kl_NM=True,
-        *,
-        scale_pf=1.0,
-        warm_up=False,
-        kl_weight=1.0,
-        restore_spread=False,
-        shrink_loadings=False,
-        train_sigma=False,
-        train_group_diff_param=False,
-        nugget=0.0,
-        train_nugget=False,
-        criterion="leave-one-out",
-        group_distances=None,
-        rank=30,
-    ):
-        self.n_components = n_components
-        self.loadings_mode = loadings_mode
-        self.mode = mode
-        self.training_mode = training_mode
-        self.E = E
-        self.max_iter = max_iter
-        self.tol = tol
-        self.learning_rate = learning_rate
-        self.optimizer = optimizer
-        self.random_state = random_state
-        self.verbose = verbose
-        self.device = device
-        self.init = init
-        self.scheduler = scheduler
-        self.scheduler_patience = scheduler_patience
-        self.scheduler_factor = scheduler_factor
-        self.scheduler_pct_start = scheduler_pct_start
-        self.scheduler_div_factor = scheduler_div_factor
-        self.scheduler_final_div_factor = scheduler_final_div_factor
-        self.min_lr = min_lr
-        self.batch_size = batch_size
-        self.y_batch_size = y_batch_size
-        self.shuffle = shuffle
-        self.spatial = spatial
-        self.local = local
-        self.kernel = kernel
-        self.multigroup = multigroup
-        self.num_inducing = num_inducing
-        self.lengthscale = lengthscale
-        self.sigma = sigma
-        self.group_diff_param = group_diff_param
-        self.jitter = jitter
-        self.train_lengthscale = train_lengthscale
-        self.cholesky_mode = cholesky_mode
-        self.diagonal_only = diagonal_only
-        self.inducing_allocation = inducing_allocation
-        self.K = K
-        self.precompute_knn = precompute_knn
-        self.neighbors = neighbors
-        self.scale_ll_D = scale_ll_D
-        self.scale_kl_NM = scale_kl_NM
-        self.scale_pf = scale_pf
-        self.warm_up = warm_up
-        self.kl_weight = kl_weight
-        self.restore_spread = restore_spread
-        self.shrink_loadings = shrink_loadings
-        self.train_sigma = train_sigma
-        self.train_group_diff_param = train_group_diff_param
-        self.nugget = nugget
-        self.train_nugget = train_nugget
-        self.criterion = criterion
-        self.group_distances = group_distances
-        self.rank = rank
+def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    check_choice(name, value if value is None or isinstance(value, str) else repr(value), choices)
+
+
+def _number(low: float, high: float = float("inf")) -> Check:
+    return partial(check_number, low=low, high=high)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _check_random_state(name: str, value: Any) -> None:
+    try:
+        check_random_state(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an int, a RandomState or None; got {value!r}.") from error
+
+
+def _check_init(name: str, value: Any) -> None:
+    named = value if isinstance(value, list | tuple) else [value]
+    if not named:
+        raise ValueError(f"{name} must name at least one start; got none.")
+    for one in named:
+        _check_choice(name, one, INITS)
+
+
+def _check_scale(name: str, value: Any) -> None:
+    if value != "auto":
+        check_positive(name, value)
+
+
+def _check_learn(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise ValueError(f"{name} must be a tuple of names among {HYPERPARAMETERS}; got {value!r}.")
+    for one in value:
+        check_choice(name, one, HYPERPARAMETERS)
+
+
+def _check_stages(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not all(hasattr(one, "plan") for one in value):
+        kinds = ", ".join(f"{stage.__name__}()" for stage in STAGES)
+        raise ValueError(f"{name} must be None or a list of stages ({kinds}); got {value!r}.")
+
+
+def _check_prior(name: str, value: Any) -> None:
+    if not isinstance(value, Prior):
+        raise ValueError(
+            f"{name} must be a pnmf_pyro.priors.Prior, made for n_components and the samples of X; "
+            f"got {value!r}."
+        )
+
+
+def _check_likelihood(name: str, value: Any) -> None:
+    if not callable(value):
+        raise ValueError(
+            f"{name} must be a function, or a torch module, of (poisson, batch) that returns the "
+            f"distribution of a batch's counts; got {value!r}."
+        )
+
+
+def check_combinations(settings: PNMF) -> None:
+    """Raise a ValueError for parameters that cannot go together."""
+    closed = settings.training_mode == "natural" or settings.loadings_mode == "multiplicative"
+    if settings.likelihood is not None and (closed or settings.mode == "lower-bound"):
+        raise ValueError(
+            "likelihood: another likelihood than the Poisson has no steps in closed form. Set "
+            "training_mode='standard', loadings_mode='softplus' and mode='expanded', or leave "
+            "likelihood out."
+        )
+
+
+CHECKS: dict[str, Check] = {
+    "n_components": check_count,
+    "loadings_mode": _choice(POSITIVE_MODES),
+    "mode": _choice(MODES),
+    "training_mode": _choice(("standard", "natural")),
+    "E": check_count,
+    "max_iter": check_count,
+    "tol": _number(0.0),
+    "learning_rate": check_positive,
+    "optimizer": _choice(OPTIMIZERS),
+    "random_state": _check_random_state,
+    "verbose": _number(0),
+    "device": _choice(DEVICES),
+    "init": _check_init,
+    "scheduler": _choice(("one_cycle", "plateau", None)),
+    "scheduler_patience": _number(0),
+    "scheduler_factor": _number(0.0, 1.0),
+    "scheduler_pct_start": _number(0.0, 1.0),
+    "scheduler_div_factor": _number(1.0),
+    "scheduler_final_div_factor": _number(1.0),
+    "min_lr": _number(0.0),
+    "batch_size": _optional(check_count),
+    "y_batch_size": _optional(check_count),
+    "shuffle": check_flag,
+    "spatial": check_flag,
+    "local": check_flag,
+    "kernel": check_kernels,
+    "multigroup": check_flag,
+    "num_inducing": check_count,
+    "lengthscale": check_positive,
+    "sigma": check_positive,
+    "group_diff_param": _number(0.0),
+    "jitter": check_positive,
+    "train_lengthscale": check_flag,
+    "cholesky_mode": _choice(CHOLESKY_MODES),
+    "diagonal_only": check_flag,
+    "inducing_allocation": _choice(ALLOCATIONS),
+    "K": check_count,
+    "precompute_knn": check_flag,
+    "neighbors": _choice(("knn", "probabilistic")),
+    "scale_ll_D": check_flag,
+    "scale_kl_NM": check_flag,
+    "scale_pf": _check_scale,
+    "learn": _check_learn,
+    "stages": _optional(_check_stages),
+    "prior": _optional(_check_prior),
+    "likelihood": _optional(_check_likelihood),
+}
+
+
+def check_parameters(settings: PNMF) -> None:
+    """Raise a ValueError that names a parameter which cannot be used, and says what could."""
+    for name, check in CHECKS.items():
+        check(name, getattr(settings, name))
+    check_combinations(settings)

@@ -1,286 +1,337 @@
-"""The parts that the parameters of the estimator name: priors, optimisers, stages of training.
+"""What an estimator's parameters and the data make: a model, the runs that train it, their course.
 
-Below this there are objects and no words: everything that a parameter chooses by name is made here.
+Below this there are objects and no words: everything that a parameter chooses by name is made here,
+or by the stages of :mod:`pnmf_pyro.estimator.stages`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.places import typical_lengthscale
-from pnmf_pyro.estimator.parameters import Parameters
-from pnmf_pyro.estimator.space import Space
-from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel, check_group_distances
-from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
-from pnmf_pyro.priors.natural import SiteSteps, Step
-from pnmf_pyro.training.convergence import Convergence
-from pnmf_pyro.training.hyperparameters import HyperparameterSearch
-from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale, ShrunkLoadings
-from pnmf_pyro.training.loop import Steps
-from pnmf_pyro.training.schedules import (
-    OPTIMIZERS,
-    Constant,
-    Decreasing,
-    GradientSteps,
-    OneCycle,
-    Plateau,
-    Schedule,
+from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
+from pnmf_pyro.data.random_state import check_random_state, torch_generator
+from pnmf_pyro.estimator.inputs import Data, learned
+from pnmf_pyro.estimator.stages import (
+    Correlate,
+    Draft,
+    LearnHyperparameters,
+    Run,
+    Settle,
+    Stage,
+    Training,
 )
+from pnmf_pyro.gp.inducing import inducing_points
+from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel
+from pnmf_pyro.initialization import start_values
+from pnmf_pyro.models import FactorizationELBO, PoissonFactorization
+from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
+from pnmf_pyro.training.loop import evaluate_elbo, train
 
-# A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
-# tolerance.
-WARM_UP_TOL = 10
+if TYPE_CHECKING:
+    from pnmf_pyro.estimator.pnmf import PNMF
 
-# First step of q and W where batches see parts of a field: from a cold start, a whole step that the
-# samples of one batch ask for carries the others too far.
-PARTIAL = 0.3
+# Steps after which starts are compared: the ELBO of ten still misleads.
+TRIAL_STEPS = 20
 
-# Draws for the ELBO of a finished fit, which is quoted and compared.
+# Draws at least for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
 
 
-@dataclass
-class Stage:
-    """One run of the training loop: an objective and the steps that raise it.
+def make_model(settings: PNMF, data: Data, random: np.random.RandomState) -> PoissonFactorization:
+    """Make the model that the parameters name for the data, on the device of the counts."""
+    shape, dtype = data.counts.shape[::-1], data.counts.dtype
+    y = torch.empty(shape, dtype=dtype, device="meta")
+    if settings.prior is not None:
+        prior = _own_prior(settings, data)
+    elif data.places is None:
+        scale = 1.0 if settings.scale_pf == "auto" else settings.scale_pf
+        natural = settings.training_mode == "natural"
+        prior = GaussianPrior(y, settings.n_components, scale, natural)
+    else:
+        prior = spatial_prior(settings, data.places, data.groups, dtype, random)
+    model = PoissonFactorization(
+        prior,
+        y,
+        settings.n_components,
+        settings.loadings_mode,
+        settings.mode,
+        size_factors=data.size_factors,
+        likelihood=copy.deepcopy(settings.likelihood),
+    )
+    return model.to(data.counts.device)
 
-    `prepare` is called before it, and `warns` says whether to warn where it has not converged.
-    """
 
-    model: PoissonFactorization
-    objective: FactorizationELBO
-    steps: Steps
-    convergence: Convergence
-    monotone: bool
-    prepare: Callable[[], Any] = lambda: None
-    warns: bool = True
-
-
-class Parts(Parameters):
-    """An estimator's parameters, and the parts that they name."""
-
-    def _final_objective(self) -> FactorizationELBO:
-        return FactorizationELBO(self.mode, max(self.E, FINAL_DRAWS))
-
-    def _stages(
-        self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
-    ) -> list[Stage]:
-        """What to train with, one stage after another."""
-        self._check_stages()
-        correlates = isinstance(model.prior, LCGP) and model.prior.rank
-        refinements: list[Callable[[], None]] = [model.prior.correlate] if correlates else []
-        if self._restores:
-            refinements.insert(0, lambda: model.prior.restore_spread(self.kl_weight))
-        stages = self._stages_to_settle(model, counts, random)
-        if refinements:
-            last = self._stage(model, self.mode, self.tol, q_moves=not self._restores)
-            stages.append(replace(last, prepare=lambda: [refine() for refine in refinements]))
-        if self.shrink_loadings and not self._restores:
-            stages.append(self._stage(model, self.mode, self.tol, q_moves=False))
-        return stages
-
-    @property
-    def _restores(self) -> bool:
-        return self.restore_spread and self.kl_weight != 1
-
-    def _check_stages(self) -> None:
-        """Refuse what cannot be done once the fit has settled."""
-        if self._restores and not (self.spatial and self.training_mode == "natural"):
-            raise ValueError(
-                "restore_spread needs a spatial model that is trained by natural gradients; set "
-                "spatial=True and training_mode='natural', or restore_spread=False."
-            )
-        if self.shrink_loadings and self.loadings_mode != "multiplicative":
-            raise ValueError(
-                "shrink_loadings needs loadings in closed form; set loadings_mode='multiplicative' "
-                f"or shrink_loadings=False. loadings_mode is {self.loadings_mode!r}."
-            )
-
-    def _stages_to_settle(
-        self, model: PoissonFactorization, counts: Counts, random: np.random.RandomState
-    ) -> list[Stage]:
-        last = self._stage(model, self.mode, self.tol)
-        learned = self._learned_hyperparameters()
-        searched = learned or not isinstance(self.kernel, str)
-        if self.spatial and (self.warm_up or searched):
-            source = self._independent(model) if self.warm_up else model
-            search = HyperparameterSearch(model, counts, learned, self.criterion, random)
-            last.prepare = lambda: search.learn_from(source)
-            return [replace(self._stage(source, "lower-bound", self.tol), warns=False), last]
-        if self.warm_up and self.mode != "lower-bound":
-            first = self._stage(model, "lower-bound", WARM_UP_TOL * self.tol)
-            return [replace(first, warns=False), last]
-        return [last]
-
-    def _independent(self, model: PoissonFactorization) -> PoissonFactorization:
-        """The same factorisation, of the same loadings, with factors that know no space."""
-        y = torch.empty((model.D, model.N), dtype=model.W.dtype, device="meta")
-        prior = GaussianPrior(y, model.L, use_natural_gradients=self.training_mode == "natural")
-        independent = PoissonFactorization(
-            prior, y, model.L, self.loadings_mode, self.mode, size_factors=model.size_factors
+def _own_prior(settings: PNMF, data: Data) -> Prior:
+    """Copy a prior that was passed as an object: a fit leaves what it was given alone."""
+    prior = copy.deepcopy(settings.prior)
+    n, L = data.counts.shape[0], settings.n_components
+    if settings.spatial:
+        raise ValueError("prior is an object that knows its places; leave spatial=False.")
+    if (n, L) != (prior.N, prior.L):
+        raise ValueError(
+            f"prior must be over n_components={L} components and the {n} samples of X; it is over "
+            f"L={prior.L} and N={prior.N}."
         )
-        independent.W = model.W
-        return independent.to(model.W.device)
+    return prior.to(data.counts.device)
 
-    def _learned_hyperparameters(self) -> list[str]:
-        """Names of the kernel's hyperparameters that are to be learned."""
-        wanted = {
-            "lengthscale": self.train_lengthscale,
-            "sigma": self.train_sigma,
-            "nugget": self.train_nugget,
-            "group_diff_param": self.train_group_diff_param and self.multigroup,
-        }
-        return [name for name, learned in wanted.items() if learned and self.spatial]
 
-    def _stage(
-        self, model: PoissonFactorization, mode: str, tol: float, q_moves: bool = True
-    ) -> Stage:
-        natural = self.training_mode == "natural"
-        batched = self.batch_size is not None or self.y_batch_size is not None
-        shrinks = self._shrinks(q_moves)
-        monotone = natural and mode == "lower-bound" and not batched and not shrinks
-        apart = model.prior.steps_apart if monotone and self.warm_up and q_moves else 1
-        steps = self._steps(model, mode, apart, q_moves)
-        warm_up = max(schedule.warm_up(self.max_iter) for _, schedule in steps)
-        # An ELBO without noise can be judged sooner.
-        settled = {"window": max(5, apart), "patience": 1} if monotone else {}
-        return Stage(
-            model,
-            FactorizationELBO(mode, self.E, natural, self.kl_weight),
-            steps,
-            Convergence(tol, start=warm_up, **settled),
-            monotone,
-        )
-
-    def _empty_model(
-        self,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        size_factors: torch.Tensor | None,
-        space: Space | None,
-    ) -> PoissonFactorization:
-        y = torch.empty(shape, dtype=dtype, device="meta")
-        prior = self._gaussian_prior(y) if space is None else self._spatial_prior(space, dtype)
-        return PoissonFactorization(
-            prior, y, self.n_components, self.loadings_mode, self.mode, size_factors=size_factors
-        )
-
-    def _gaussian_prior(self, y: torch.Tensor) -> GaussianPrior:
-        scale = 1.0 if self.scale_pf == "auto" else self.scale_pf
-        return GaussianPrior(y, self.n_components, scale, self.training_mode == "natural")
-
-    def _spatial_prior(self, space: Space, dtype: torch.dtype) -> Prior:
-        kernel, L = self._kernel(space), self.n_components
-        common: dict[str, Any] = {
-            "cholesky_mode": self.cholesky_mode,
-            "use_natural_gradients": self.training_mode == "natural",
-            "dtype": dtype,
-        }
-        if space.inducing is None:
-            return LCGP(
-                kernel,
-                space.places,
-                L,
-                K=self.K,
-                neighbors=self.neighbors,
-                precompute_knn=self.precompute_knn,
-                rank=self.rank,
-                seed=space.seed,
-                **common,
-            )
-        return SVGP(
+def spatial_prior(
+    settings: PNMF,
+    places: Places,
+    groups: GroupCodes | None,
+    dtype: torch.dtype,
+    random: np.random.RandomState,
+    inducing: Places | None = None,
+) -> LCGP | SVGP:
+    """Make the prior of a spatial model; `inducing` points are chosen unless given."""
+    L = settings.n_components
+    kernel = _kernel(settings, places, groups)
+    common: dict[str, Any] = {
+        "cholesky_mode": settings.cholesky_mode,
+        "use_natural_gradients": settings.training_mode == "natural",
+        "dtype": dtype,
+    }
+    if settings.local:
+        return LCGP(
             kernel,
-            space.places,
-            space.inducing,
+            places,
             L,
-            jitter=self.jitter,
-            diagonal_only=self.diagonal_only,
+            K=settings.K,
+            neighbors=settings.neighbors,
+            precompute_knn=settings.precompute_knn,
+            seed=int(random.randint(2**31 - 1)),
             **common,
         )
+    if inducing is None:
+        allocation = settings.inducing_allocation
+        inducing = inducing_points(places, settings.num_inducing, allocation, random)
+    return SVGP(
+        kernel,
+        places,
+        inducing,
+        L,
+        jitter=settings.jitter,
+        diagonal_only=settings.diagonal_only,
+        **common,
+    )
 
-    def _kernel(self, space: Space) -> SpatialKernel:
-        start = typical_lengthscale(space.places) if self.train_lengthscale else self.lengthscale
-        n_sets = self.n_components if self._learned_hyperparameters() else 1
-        common = (self.kernel, start, self.sigma, n_sets)
-        if space.groups is None:
-            return SpatialKernel(*common, nugget=self.nugget)
-        distances = check_group_distances(self.group_distances, len(space.groups.names))
-        return MultiGroupKernel(
-            *common,
-            nugget=self.nugget,
-            group_diff_param=self.group_diff_param,
-            group_distances=distances,
+
+def _kernel(settings: PNMF, places: Places, groups: GroupCodes | None) -> SpatialKernel:
+    """The covariance of the fields, with hyperparameters for each component where learned."""
+    if isinstance(settings.kernel, SpatialKernel):
+        return copy.deepcopy(settings.kernel)
+    kernels, a, distances = settings.kernel, settings.group_diff_param, None
+    if isinstance(kernels, MultiGroupKernel):
+        kernels, a = settings.kernel.kern, float(settings.kernel.group_diff_param.detach())
+        distances = settings.kernel.group_distances
+    if groups is not None and distances is None:
+        distances = 1.0 - np.eye(len(groups.names))
+    start = settings.lengthscale
+    if "lengthscale" in learned(settings):
+        start = typical_lengthscale(places)
+    return SpatialKernel(
+        copy.deepcopy(kernels),
+        start,
+        settings.sigma,
+        settings.n_components if learned(settings) else 1,
+        group_diff_param=a,
+        group_distances=distances,
+    )
+
+
+def make_runs(
+    settings: PNMF, data: Data, model: PoissonFactorization, random: np.random.RandomState
+) -> list[Run]:
+    """Return what the stages of a fit do, one after another."""
+    draft = Draft(settings, data.counts, model, random, learned(settings))
+    stages = default_stages(settings, model.prior) if settings.stages is None else settings.stages
+    runs = [stage.plan(draft) for stage in stages]
+    if not runs or runs[0].training is None:
+        raise ValueError(
+            "stages must begin with a stage that trains, such as Settle() or WarmUp(); got "
+            f"{list(stages)!r}."
         )
+    return runs
 
-    def _steps(
-        self, model: PoissonFactorization, mode: str, apart: int, q_moves: bool
-    ) -> list[tuple[Step, Schedule]]:
-        """Steps of q, W and the prior's scale, with the schedules of their learning rates.
 
-        Closed-form steps are of size 1 unless they are noisy, and take no learning rate; the
-        optimiser has what they leave.
-        """
-        shared_q = not isinstance(model.prior, GaussianPrior)
-        noisy_q = mode != "lower-bound" or self.y_batch_size is not None
-        by_parts = self.batch_size is not None and shared_q
-        start = PARTIAL if by_parts else 1.0
-        for_q = for_W = Decreasing(start=start) if noisy_q or by_parts else Constant()
-        if self.batch_size is not None:  # each batch sees W anew: average over many of them
-            for_W = Decreasing(delay=100.0, start=start)
-        steps: list[tuple[Step, Schedule]] = []
-        by_gradient: list[torch.nn.Parameter] = []
-        if q_moves and self.training_mode == "natural":
-            steps.append((SiteSteps(model.prior, self.kl_weight, apart), for_q))
-        elif q_moves:
-            by_gradient += model.prior.parameters()
-        if self.loadings_mode == "multiplicative":
-            steps.append((self._closed_form_loadings(model, q_moves), for_W))
-        else:
-            by_gradient.append(model.W.raw)
-        if self.scale_pf == "auto" and isinstance(model.prior, GaussianPrior):
-            steps.append((ClosedFormScale(model.prior), for_W))
-        if by_gradient:
-            optimizer = OPTIMIZERS[self.optimizer](by_gradient, lr=self.learning_rate)
-            steps.insert(0, (GradientSteps(optimizer), self._schedule()))
-        return steps
+def default_stages(settings: PNMF, prior: Prior) -> Sequence[Stage]:
+    """Return the stages of a fit for which none are named.
 
-    def _closed_form_loadings(
-        self, model: PoissonFactorization, q_moves: bool
-    ) -> ClosedFormLoadings:
-        kind = ShrunkLoadings if self._shrinks(q_moves) else ClosedFormLoadings
-        return kind(model.W, model.expected_totals)
+    Hyperparameters of a field, and which of several kernels it has, are learned where the field
+    has settled. So is the part of q(F) that is correlated over places that have neighbours.
+    """
+    stages: list[Stage] = [Settle()]
+    if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
+        stages = [Settle(mode="lower-bound"), LearnHyperparameters(), Settle()]
+    if isinstance(prior, LCGP):
+        stages += [Correlate(), Settle()]
+    return stages
 
-    def _shrinks(self, q_moves: bool) -> bool:
-        """Whether the loadings have their prior in a stage: around a q at rest."""
-        return self.shrink_loadings and not q_moves
 
-    def _schedule(self) -> Schedule:
-        schedules: dict[str | None, Schedule] = {
-            "one_cycle": OneCycle(
-                self.scheduler_pct_start,
-                self.scheduler_div_factor,
-                self.scheduler_final_div_factor,
-            ),
-            "plateau": Plateau(self.scheduler_patience, self.scheduler_factor, self.min_lr),
-            None: Constant(),
-        }
-        return schedules[self.scheduler]
+class History(list):
+    """ELBO at each step of a fit, in nats.
 
-    def _batches(self, counts: Counts, generator: torch.Generator) -> Batches:
-        return Batches(
-            counts,
-            self.batch_size,
-            self.y_batch_size,
-            self.shuffle,
-            self.scale_ll_D,
-            self.scale_kl_NM,
-            generator,
-        )
+    Attributes
+    ----------
+    stages : list of (str, int, int)
+        Name of each stage that trained, the number of its first step, and that after its last. The
+        ELBO of a stage is that of what it trains: a warm-up's is of its own model, and a weighted
+        divergence counts with its weight.
+    """
+
+    def __init__(self, values: Iterable[float] = (), stages: Iterable[Sequence[Any]] = ()):
+        super().__init__(values)
+        self.stages = [(str(name), int(first), int(last)) for name, first, last in stages]
+
+
+OnStep = Callable[[PoissonFactorization, int, float], None]
+
+
+def fit_by_plan(
+    settings: PNMF, data: Data, on_step: OnStep
+) -> tuple[PoissonFactorization, History, float]:
+    """Make a model of the data and train it through all stages.
+
+    Parameters
+    ----------
+    settings : PNMF
+        Estimator with the parameters of the fit.
+    data : Data
+    on_step : callable
+        Function that is called with the model, the number of the step and the ELBO after it.
+
+    Returns
+    -------
+    model : PoissonFactorization
+    history : History
+    elbo : float
+        ELBO of the fitted model in nats.
+    """
+    random, counts = check_random_state(settings.random_state), data.counts
+    model = make_model(settings, data, random)
+    inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
+    L, s = settings.n_components, data.size_factors
+    starts = [start_values(counts, L, init, random, s) for init in inits]
+    runs = make_runs(settings, data, model, random)
+    generator = torch_generator(random)
+    history = train_runs(runs, starts, settings, counts, generator, on_step)
+    objective = FactorizationELBO(settings.mode, max(settings.E, FINAL_DRAWS))
+    batches = Batches(counts, settings.batch_size)
+    return model.eval(), history, evaluate_elbo(model, batches, objective, generator)
+
+
+def train_runs(
+    runs: Sequence[Run],
+    starts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    settings: PNMF,
+    counts: Counts,
+    generator: torch.Generator,
+    on_step: OnStep,
+) -> History:
+    """Train through all runs, from the best of several starts.
+
+    Each run may take an equal share of the iterations that are left of `max_iter`.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    starts : sequence of (Tensor, Tensor)
+        Loadings (D, L) and factors exp F (N, L) to start from.
+    settings : PNMF
+    counts : Counts of shape (N, D)
+    generator : torch.Generator
+        Source of all draws.
+    on_step : callable
+        Function that is called with the model, the number of the step and the ELBO after it.
+    """
+    history = History()
+    left = sum(run.training is not None for run in runs)
+    for run in runs:
+        run.prepare()
+        training = run.training
+        if training is None:
+            continue
+        first, budget = len(history), (settings.max_iter - len(history)) // left
+        left -= 1
+        if run is runs[0]:
+            history += _best_start(training, starts, settings, counts, generator)
+
+        report = partial(_report, history, on_step, training.model)
+        _train(training, settings, counts, generator, budget, on_step=report, warn=training.warns)
+        history.stages.append((run.name, first, len(history)))
+    return history
+
+
+def _report(history: History, on_step: OnStep, model: PoissonFactorization, elbo: float) -> None:
+    history.append(elbo)
+    on_step(model, len(history), elbo)
+
+
+def _best_start(
+    training: Training,
+    starts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    settings: PNMF,
+    counts: Counts,
+    generator: torch.Generator,
+) -> list[float]:
+    """Set the model to the best of several starts; return the ELBO of the steps it took."""
+    model, tried = training.model, []
+    for start in starts:
+        model.assign(*start)
+        if len(starts) == 1:
+            return []
+        steps = min(TRIAL_STEPS, settings.max_iter)
+        history = _train(training, settings, counts, generator, steps, warn=False, quiet=True)
+        tried.append((history, {k: v.clone() for k, v in model.state_dict().items()}))
+    history, state = max(tried, key=lambda one: one[0][-1])
+    model.load_state_dict(state)
+    return history
+
+
+def _train(
+    training: Training,
+    settings: PNMF,
+    counts: Counts,
+    generator: torch.Generator,
+    max_iter: int,
+    *,
+    quiet: bool = False,
+    **keywords: Any,
+) -> list[float]:
+    if max_iter < 1:
+        return []
+    start = max(schedule.warm_up(max_iter) for _, schedule in training.steps)
+    return train(
+        training.model,
+        make_batches(settings, counts, generator),
+        training.objective,
+        training.steps,
+        generator,
+        max_iter=max_iter,
+        monotone=training.monotone,
+        convergence=None if quiet else replace(training.convergence, start=start),
+        verbose=0 if quiet else int(settings.verbose),
+        **keywords,
+    ).history
+
+
+def make_batches(settings: PNMF, counts: Counts, generator: torch.Generator) -> Batches:
+    """Return the stream of batches that training goes through."""
+    return Batches(
+        counts,
+        settings.batch_size,
+        settings.y_batch_size,
+        settings.shuffle,
+        settings.scale_ll_D,
+        settings.scale_kl_NM,
+        generator,
+    )

@@ -11,54 +11,73 @@ from pnmf_pyro.data.checks import check_choice, check_counts, library_size_facto
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY, is_anndata
+from pnmf_pyro.estimator.stages import (
+    Correlate,
+    LearnHyperparameters,
+    RestoreSpread,
+    Settle,
+    SettleLoadings,
+    WarmUp,
+)
+from pnmf_pyro.priors import Prior
 
 logger = logging.getLogger("pnmf_pyro")
 
 # Steps in closed form, which have no learning rate to choose: from a decomposition of the counts,
 # or of biwhitened ones where that leads higher, first up a bound without noise until that has
-# nearly settled, then up the tighter one.
+# nearly settled, then up the tighter one. docs/performance.md has what these choices gain.
 RECIPE: dict[str, Any] = {
     "mode": "expanded",
-    "warm_up": True,
     "training_mode": "natural",
     "loadings_mode": "multiplicative",
     "scale_pf": "auto",
     "E": 1,
     "init": (None, "biwhitened"),
-    "max_iter": 500,
+    "max_iter": 1000,
     "random_state": 0,
+    "stages": (WarmUp(), Settle()),
 }
 
-# In space: first without it, then hyperparameters by prediction, then the fields. On splits of six
-# data sets other than those reported, fields that settled to a tenth of this tolerance predicted
-# 0.1 to 0.6% worse (on one 0.2% better), in twice the steps; on those reported, as much better on
-# some as worse on others. Of the kernels the smoothest predicted sim_nsf_S1 5% better than the
-# first, and the roughest eco_mite 0.7% better; prediction chose the same one on each split.
+# In space: first without it, then hyperparameters and the kernel by prediction, then the fields.
 SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",
     "tol": 1e-3,
+    "max_iter": 1500,
     "spatial": True,
     "kernel": ("Matern32", "Matern12", "Matern52"),
     "train_lengthscale": True,
-    "train_sigma": True,
-    "train_nugget": True,
+    "learn": ("sigma", "nugget"),
+    "stages": (WarmUp(), LearnHyperparameters(), Settle()),
 }
 
-# With an inducing point at each place: what predicts best smooths the samples themselves a little
-# too much. Of sim_nsf_S1 the component that is recovered least rises from 0.984 to 0.990, at a cost
-# of 1.6% in prediction. On splits other than those reported single breast sections were predicted
-# 0.3% worse, and as well given totals, eco_mite 0.5% better and st_mob_rep11 the same. With few
-# counts a place (osmfish_cortex) it would cost 1.3%. With so few places loadings that have a prior
-# predict better: on such splits, single sections by 0.4 to 0.8%, st_mob_rep11 and sim_nsf_S1 by
-# 0.1%, and eco_mite by 0.2% worse.
-CLOSER: dict[str, Any] = {"kl_weight": 0.6, "restore_spread": True, "shrink_loadings": True}
+# With an inducing point at each place, what predicts best smooths the samples themselves a little
+# too much, and loadings that have a prior predict better.
+CLOSER = (
+    WarmUp(kl_weight=0.6),
+    LearnHyperparameters(),
+    Settle(kl_weight=0.6),
+    RestoreSpread(),
+    SettleLoadings(shrink=True),
+)
+
+# With neighbours, the part of q(F) that is correlated over places comes when the rest has settled.
+NEIGHBORS = (WarmUp(), LearnHyperparameters(), Settle(), Correlate(), Settle())
+
+# Another likelihood has no steps in closed form.
+ANY_LIKELIHOOD: dict[str, Any] = {
+    "mode": "expanded",
+    "training_mode": "standard",
+    "loadings_mode": "softplus",
+    "learning_rate": 0.2,
+    "init": None,
+    "max_iter": 1000,
+    "tol": 0.0,
+    "stages": None,
+}
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
-# neighbours. Where that is not wanted (local=False), there are this many inducing points. On
-# sim_nsf_S1 neighbours predict 0.6% worse than inducing points at all places that are trained
-# alike; on osmfish_cortex (5,313 places, five splits) 0.5% better than 1,000 inducing points, in
-# about half their time and memory, and their cost grows with the number of places alone.
+# neighbours. Where that is not wanted (local=False), there are this many inducing points.
 ALL_INDUCING = 1500
 INDUCING = 1000
 
@@ -101,13 +120,13 @@ def fit(
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
-        Of the coordinates, in obsm. Where they are there the fit is spatial, unless this is None
-        or `spatial` false.
+        Name of the coordinates in obsm. Where they are there the fit is spatial, unless this is
+        None or `spatial` false.
     batch_key : str, optional
         Column of obs that takes the place of `groups`, such as the section of each sample.
         Without it all samples are of one section.
     key_added : str
-        Of the results.
+        Name under which the results are written.
     copy : bool
         Write to a copy of the AnnData object, which is returned as well.
     **parameters
@@ -176,6 +195,8 @@ def _fit_arrays(
         check_choice("size_factors", size_factors, ("total",))
         size_factors = library_size_factors(check_counts(X))
     recipe = RECIPE if coords is None else _spatial(len(coords), groups, parameters)
+    if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
+        recipe = {**recipe, **ANY_LIKELIHOOD}
     chosen = {**recipe, **parameters}
     if n_components > min(np.shape(X)):  # more than a decomposition has
         chosen = {**chosen, "init": None, **parameters}
@@ -196,8 +217,15 @@ def _spatial(n_samples: int, groups: Any, parameters: dict[str, Any]) -> dict[st
     chosen = {**SPATIAL, "num_inducing": n_samples if few else INDUCING, "local": not few}
     wanted = {**chosen, **parameters}
     closed_forms = all(wanted[mode] == RECIPE[mode] for mode in ("training_mode", "loadings_mode"))
-    if few and not wanted["local"] and closed_forms:
-        chosen |= CLOSER
+    if wanted["local"]:
+        chosen["stages"] = NEIGHBORS
+    elif few and closed_forms:
+        chosen["stages"] = CLOSER
     if groups is not None:
-        chosen |= {"multigroup": True, "train_group_diff_param": True}
+        chosen |= {"multigroup": True, "learn": (*SPATIAL["learn"], "group_diff_param")}
     return chosen
+
+
+def _is_natural(prior: Prior | None) -> bool:
+    """Whether natural-gradient steps can train a prior; those that are named by parameters, yes."""
+    return prior is None or prior.natural

@@ -100,8 +100,6 @@ class LCGP(Prior):
     precompute_knn : bool
         Keep neighbours and their weights. Otherwise they are found at each step: for the batch
         alone in standard training, for all places by natural gradients.
-    rank : int
-        R, the columns of V; 0 for independent marginals.
     cholesky_mode : {'exp', 'softplus'}
         How sqrt(d) stays positive in standard training.
     use_natural_gradients : bool
@@ -134,14 +132,13 @@ class LCGP(Prior):
         K: int = 50,
         neighbors: str = "knn",
         precompute_knn: bool = True,
-        rank: int = 30,
         cholesky_mode: str = "exp",
         use_natural_gradients: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.L, self.N, self.rank = L, len(places), rank
+        self.L, self.N = L, len(places)
         self.kernel, self.dtype, self.seed = kernel, dtype, seed
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)
@@ -239,17 +236,20 @@ class LCGP(Prior):
         q.diagonal.copy_(diagonal)
 
     @torch.no_grad()
-    def correlate(self) -> None:
-        """Set V from draws of the posterior of the present sites, which have `seed`."""
+    def correlate(self, rank: int = 30) -> None:
+        """Set V, of `rank` columns, from draws of the posterior of the present sites.
+
+        They have `seed`.
+        """
         posterior = self.neighborhoods.posterior
         diagonal = torch.from_numpy(posterior.factor.precision_diagonal).to(self.mean)
         curvature = self.q.site_curvature(diagonal).cpu()
         at_once = max(1, BLOCK // (self.L * self.N))
-        V = torch.empty(self.L, self.N, self.rank, dtype=self.dtype)
-        for start in range(0, self.rank, at_once):
+        V = torch.empty(self.L, self.N, rank, dtype=self.dtype)
+        for start in range(0, rank, at_once):
             part = V[..., start : start + at_once]
             columns = posterior.smooth_part(curvature, part.shape[-1], self.seed + start)
-            part.copy_(torch.from_numpy(columns) * (part.shape[-1] / self.rank) ** 0.5)
+            part.copy_(torch.from_numpy(columns) * (part.shape[-1] / rank) ** 0.5)
         self.low_rank = V.to(self.mean.device)
 
     def _held_in_sites(self) -> _SitePosterior:

@@ -1,0 +1,176 @@
+"""What a fit and a prediction take, checked once at the door."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import scipy.sparse as sp
+import torch
+from sklearn.utils.validation import validate_data
+
+from pnmf_pyro.data.checks import (
+    check_counts,
+    check_device,
+    check_size_factors,
+    warn,
+    warn_empty,
+)
+from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.places import (
+    GroupCodes,
+    Places,
+    check_coordinates,
+    check_extent,
+    warn_lengthscale,
+)
+
+if TYPE_CHECKING:
+    from pnmf_pyro.estimator.pnmf import PNMF
+
+
+@dataclass
+class Data:
+    """Data of a fit, checked.
+
+    Attributes
+    ----------
+    counts : Counts of shape (N, D)
+    size_factors : Tensor of shape (N,) or None
+        Positive factors on the rates of samples.
+    places : Places of shape (N,) or None
+        Where the samples are, for a spatial model.
+    groups : GroupCodes or None
+        Names of the groups of a multi-group model.
+    """
+
+    counts: Counts
+    size_factors: torch.Tensor | None
+    places: Places | None = None
+    groups: GroupCodes | None = None
+
+
+def check_places(
+    settings: PNMF, coordinates: Any, groups: Any, n_samples: int
+) -> tuple[Places | None, GroupCodes | None]:
+    """Check where the samples of a fit are.
+
+    Parameters
+    ----------
+    settings : PNMF
+        Estimator with the parameters of the fit.
+    coordinates : array-like of shape (n_samples, p) or None
+    groups : array-like of shape (n_samples,) or None
+    n_samples : int
+
+    Raises
+    ------
+    ValueError
+        For places that cannot be used; the message says what to change.
+    """
+    if not settings.spatial:
+        refuse_places(coordinates, groups)
+        return None, None
+    if groups is not None and not settings.multigroup:
+        raise ValueError(
+            "groups are used by models with multigroup=True, and multigroup=False. Set it, or "
+            "leave groups out to treat all samples as one group."
+        )
+    codes = GroupCodes.of(groups, n_samples) if settings.multigroup else None
+    places = Places(
+        check_coordinates(coordinates, n_samples),
+        None if codes is None else codes.encode(groups, n_samples),
+    )
+    check_extent(places)
+    if "lengthscale" not in learned(settings):
+        warn_lengthscale(settings.lengthscale, places)
+    if settings.local and n_samples - 1 < settings.K:
+        warn(
+            f"K={settings.K} neighbours were asked for, and a sample has only {n_samples - 1} "
+            f"others; K={n_samples - 1} is used. All of them make an exact Gaussian process."
+        )
+    return places, codes
+
+
+def refuse_places(coordinates: Any, groups: Any) -> None:
+    """Raise a ValueError where places are given to a model that is not spatial."""
+    if coordinates is not None or groups is not None:
+        raise ValueError(
+            "coordinates and groups are used by spatial models only, and spatial=False. "
+            "Leave them out, or set spatial=True."
+        )
+
+
+def learned(settings: PNMF) -> list[str]:
+    """Return the names of the kernel's hyperparameters that are to be learned."""
+    if not settings.spatial:
+        return []
+    named = set(settings.learn) | ({"lengthscale"} if settings.train_lengthscale else set())
+    if not settings.multigroup:
+        named -= {"group_diff_param"}
+    return [n for n in ("lengthscale", "sigma", "nugget", "group_diff_param") if n in named]
+
+
+def check_table(settings: PNMF, X: Any, reset: bool) -> Counts:
+    """Check counts of samples, and put them on the device of the fit.
+
+    Parameters
+    ----------
+    settings : PNMF
+        Estimator that takes note of the features.
+    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
+    reset : bool
+        Whether the counts are those of a fit; others must have its features.
+    """
+    if isinstance(X, torch.Tensor):
+        X = as_counts(X.detach()).numpy()
+    with warnings.catch_warnings():
+        if sp.issparse(X):  # which cannot hold names, to be compared with those of the fit
+            warnings.filterwarnings("ignore", "X does not have valid feature names")
+        X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
+    counts = check_counts(X)
+    if reset:
+        warn_empty(counts, getattr(settings, "feature_names_in_", None))
+    if reset and settings.n_components > max(counts.shape):
+        raise ValueError(
+            f"n_components={settings.n_components} is larger than both n_samples="
+            f"{counts.shape[0]} and n_features={counts.shape[1]}. Use fewer components."
+        )
+    return counts.to(check_device(settings.device))
+
+
+def check_new(
+    model: PNMF, X: Any, size_factors: Any
+) -> tuple[Counts, torch.Tensor, torch.Tensor | None]:
+    """Check new samples; return counts, the loadings (D, L) of the fit, and size factors."""
+    counts = check_table(model, X, reset=False)
+    loadings = torch.from_numpy(model.components_.T.copy()).to(counts.values)
+    return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
+
+
+def encode_places(model: PNMF, coordinates: Any, groups: Any, n_samples: int) -> Places:
+    """Check new places against those of the fit, and give their groups the codes of it.
+
+    Parameters
+    ----------
+    model : PNMF
+        Fitted.
+    coordinates : array-like of shape (n_samples, p)
+    groups : array-like of shape (n_samples,), optional
+    n_samples : int
+
+    Raises
+    ------
+    ValueError
+        For a model that is not spatial, and for places that do not fit it.
+    """
+    known = model.model_.prior.places
+    if known is None:
+        refuse_places(coordinates, groups)
+        raise ValueError("coordinates are for spatial models; this model is not spatial.")
+    if model.groups_ is None and groups is not None:
+        raise ValueError("groups are for models with multigroup=True; leave them out.")
+    coordinates = check_coordinates(coordinates, n_samples, known.coordinates.shape[1])
+    codes = None if model.groups_ is None else GroupCodes(model.groups_).encode(groups, n_samples)
+    return Places(coordinates, codes)

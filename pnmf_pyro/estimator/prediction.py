@@ -1,0 +1,76 @@
+"""What a fit says of new samples: their factors, their expected counts, their likelihood."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.estimator.inputs import check_new, encode_places, refuse_places
+from pnmf_pyro.models import PoissonFactors
+from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.training.given_one_side import factors_given_loadings, held_out_bound
+from pnmf_pyro.transforms import get_factors
+
+if TYPE_CHECKING:
+    from pnmf_pyro.estimator.pnmf import PNMF
+
+
+def new_factors(
+    model: PNMF, X: Any, coordinates: Any, groups: Any, size_factors: Any
+) -> np.ndarray:
+    """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
+    if model.model_.prior.places is None:
+        refuse_places(coordinates, groups)
+        counts, loadings, s = check_new(model, X, size_factors)
+        max_iter = max(model.max_iter, 200)
+        return factors_given_loadings(counts, loadings, s, max_iter=max_iter).cpu().numpy()
+    if size_factors is not None:
+        raise ValueError(
+            "size_factors do not change what a spatial model predicts at new places, the "
+            "factors; multiply the expected counts by them instead."
+        )
+    return np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
+
+
+def expected_counts(model: PNMF, transformed: Any, totals: Any) -> np.ndarray:
+    """Return expected counts for factors, see :meth:`PNMF.inverse_transform`."""
+    factors = check_array("transformed", transformed)
+    if factors.ndim != 2 or factors.shape[1] != model.n_components_:
+        raise ValueError(
+            f"transformed must have shape (n_samples, {model.n_components_}); got {factors.shape}."
+        )
+    rates = factors @ model.components_
+    if totals is None:
+        return rates
+    n = check_array("totals", totals)
+    if n.shape != (len(factors),) or not (n >= 0).all():
+        raise ValueError(
+            f"totals must be the total count of each of the {len(factors)} samples, not "
+            f"negative; got shape {n.shape} and values from {n.min(initial=0):g}."
+        )
+    seen = rates.sum(1)
+    return rates * np.divide(n, seen, out=np.zeros_like(seen), where=seen > 0)[:, None]
+
+
+def mean_log_likelihood(
+    model: PNMF, X: Any, coordinates: Any, groups: Any, size_factors: Any
+) -> float:
+    """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
+    if model.likelihood is not None:
+        raise ValueError(
+            "score is the likelihood of Poisson counts, and this model has another likelihood; "
+            "compare elbo_ or predictive checks instead."
+        )
+    counts, loadings, s = check_new(model, X, size_factors)
+    prior = model.model_.prior
+    if prior.places is None:
+        refuse_places(coordinates, groups)
+        scale = prior.scale_pf if isinstance(prior, GaussianPrior) else 1.0
+        return held_out_bound(counts, loadings, s, scale) / counts.shape[0]
+    with torch.no_grad():
+        q = prior.at(encode_places(model, coordinates, groups, counts.shape[0])).marginal()
+        predicted = PoissonFactors(q.loc, loadings, s)
+        return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())
