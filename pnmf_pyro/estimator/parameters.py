@@ -20,7 +20,7 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.estimator.stages import STAGES
 from pnmf_pyro.gp.inducing import ALLOCATIONS
-from pnmf_pyro.gp.kernels import check_kernels
+from pnmf_pyro.gp.kernels import SpatialKernel, check_kernels
 from pnmf_pyro.initialization import INITS
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
@@ -62,7 +62,12 @@ def _check_init(name: str, value: Any) -> None:
     if not named:
         raise ValueError(f"{name} must name at least one start; got none.")
     for one in named:
-        _check_choice(name, one, INITS)
+        _check_choice(name, one, (*INITS, None))
+
+
+def _check_kernel(name: str, value: Any) -> None:
+    if not isinstance(value, SpatialKernel):
+        check_kernels(value)
 
 
 def _check_scale(name: str, value: Any) -> None:
@@ -136,7 +141,7 @@ CHECKS: dict[str, Check] = {
     "shuffle": check_flag,
     "spatial": check_flag,
     "local": check_flag,
-    "kernel": check_kernels,
+    "kernel": _check_kernel,
     "multigroup": check_flag,
     "num_inducing": check_count,
     "lengthscale": check_positive,

@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
     "scale_pf": "auto",
     "E": 1,
     "init": (None, "biwhitened"),
-    "max_iter": 1000,
+    "max_iter": 600,
     "random_state": 0,
     "stages": (WarmUp(), Settle()),
 }
@@ -43,7 +43,6 @@ SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",
     "tol": 1e-3,
-    "max_iter": 1500,
     "spatial": True,
     "kernel": ("Matern32", "Matern12", "Matern52"),
     "train_lengthscale": True,
