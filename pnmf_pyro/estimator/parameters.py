@@ -19,8 +19,10 @@ from pnmf_pyro.data.checks import (
     check_positive,
 )
 from pnmf_pyro.estimator.stages import STAGES
+from pnmf_pyro.gp.correlation import as_correlations
 from pnmf_pyro.gp.inducing import ALLOCATIONS
-from pnmf_pyro.gp.kernels import SpatialKernel, check_kernels
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.multi_group import MultiGroupKernel
 from pnmf_pyro.initialization import INITS
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
@@ -66,8 +68,8 @@ def _check_init(name: str, value: Any) -> None:
 
 
 def _check_kernel(name: str, value: Any) -> None:
-    if not isinstance(value, SpatialKernel):
-        check_kernels(value)
+    if not isinstance(value, SpatialKernel | MultiGroupKernel):
+        as_correlations(value)
 
 
 def _check_scale(name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ or by the stages of :mod:`pnmf_pyro.estimator.stages`.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,8 @@ from pnmf_pyro.estimator.stages import (
     Training,
 )
 from pnmf_pyro.gp.inducing import inducing_points
-from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import FactorizationELBO, PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
@@ -38,6 +40,8 @@ from pnmf_pyro.training.loop import evaluate_elbo, train
 
 if TYPE_CHECKING:
     from pnmf_pyro.estimator.pnmf import PNMF
+
+logger = logging.getLogger("pnmf_pyro")
 
 # Steps after which starts are compared: the ELBO of ten still misleads.
 TRIAL_STEPS = 20
@@ -131,14 +135,14 @@ def _kernel(settings: PNMF, places: Places, groups: GroupCodes | None) -> Spatia
         return copy.deepcopy(settings.kernel)
     kernels, a, distances = settings.kernel, settings.group_diff_param, None
     if isinstance(kernels, MultiGroupKernel):
-        kernels, a = settings.kernel.kern, float(settings.kernel.group_diff_param.detach())
+        kernels, a = kernels.kern, float(kernels.group_diff_param.detach())
         distances = settings.kernel.group_distances
-    if groups is not None and distances is None:
-        distances = 1.0 - np.eye(len(groups.names))
+    if groups is not None:
+        distances = check_group_distances(distances, len(groups.names))
     start = settings.lengthscale
     if "lengthscale" in learned(settings):
         start = typical_lengthscale(places)
-    return SpatialKernel(
+    kernel = SpatialKernel(
         copy.deepcopy(kernels),
         start,
         settings.sigma,
@@ -146,6 +150,15 @@ def _kernel(settings: PNMF, places: Places, groups: GroupCodes | None) -> Spatia
         group_diff_param=a,
         group_distances=distances,
     )
+    kernel.check(places)
+    objects = [found.name for found in kernel.correlations if not found.is_named]
+    if objects:
+        logger.info(
+            "kernel %s: a function of coordinates divided by the lengthscale of a component, times "
+            "its sigma^2; hyperparameters of its own stay as they are given",
+            ", ".join(objects),
+        )
+    return kernel
 
 
 def make_runs(

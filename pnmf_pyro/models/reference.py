@@ -160,7 +160,7 @@ class ReferenceModel:
         """q(F) at other places, and the marginals of p(F) there."""
         q = self.prior.at(places).marginal()
         level = self.prior.mean[:, None].to(q.loc).expand_as(q.loc)
-        scale = self.prior.kernel.variance.sqrt()[:, None].to(q.loc).expand_as(q.loc)
+        scale = self.prior.kernel.variance(places).sqrt().to(q.loc).expand_as(q.loc)
         return q, Normal(level, scale, validate_args=False)
 
     def _moments(self, qF: Distribution, n_draws: int) -> dict[str, Any]:

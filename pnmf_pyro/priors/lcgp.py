@@ -6,13 +6,14 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.contrib.gp.kernels import Kernel
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior, Sites
 from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
@@ -87,8 +88,9 @@ class LCGP(Prior):
 
     Parameters
     ----------
-    kernel : SpatialKernel
-        For one set of hyperparameters, or one for each component.
+    kernel : SpatialKernel, Kernel of pyro.contrib.gp, or str
+        Covariance of the fields: a :class:`~pnmf_pyro.gp.kernels.SpatialKernel` of one set of
+        hyperparameters or one for each component, or what it can be made of.
     places : Places of shape (N,)
         Of the samples.
     L : int
@@ -125,7 +127,7 @@ class LCGP(Prior):
 
     def __init__(
         self,
-        kernel: SpatialKernel,
+        kernel: SpatialKernel | Kernel | str,
         places: Places,
         L: int,
         *,
@@ -139,14 +141,16 @@ class LCGP(Prior):
     ):
         super().__init__()
         self.L, self.N = L, len(places)
-        self.kernel, self.dtype, self.seed = kernel, dtype, seed
+        self.kernel, self.dtype, self.seed = as_spatial_kernel(kernel), dtype, seed
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.register_buffer("low_rank", torch.zeros(L, self.N, 0, dtype=dtype))
         held = _SitePosterior if use_natural_gradients else _Scaled
         self.q: _SitePosterior | _Scaled = held(L, self.N, cholesky_mode)
-        self.neighborhoods = Neighborhoods(kernel, places, L, K, neighbors, precompute_knn, seed)
+        self.neighborhoods = Neighborhoods(
+            self.kernel, places, L, K, neighbors, precompute_knn, seed
+        )
 
     @property
     def places(self) -> Places:

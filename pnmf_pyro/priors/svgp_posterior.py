@@ -61,6 +61,11 @@ class SiteNormal(OneShape, TorchDistribution, ABC):
     def mean(self) -> Tensor:
         """Mean m, of shape (L, M)."""
 
+    @property
+    @abstractmethod
+    def covariance_matrix(self) -> Tensor:
+        """Covariance S, of shape (L, M, M)."""
+
     @abstractmethod
     def at_samples(self) -> Moments:
         """Return mean and variance of A^T u at the samples, each of shape (L, N)."""
@@ -134,6 +139,12 @@ class NormalOverSamples(SiteNormal):
         """Mean m, of shape (L, M)."""
         return times(self.A, self.weights)
 
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance S, of shape (L, M, M)."""
+        known = self._known(self.A.mT)
+        return torch.eye(self.event_shape[1]).to(known) - known.mT @ known
+
     def at_samples(self) -> Moments:
         """Return mean and variance of A^T u at the samples, each of shape (L, N)."""
         return self.mean_at_samples, self.spread.variance_at_samples
@@ -141,8 +152,7 @@ class NormalOverSamples(SiteNormal):
     @torch.no_grad()
     def marginals(self, A: Tensor) -> Moments:
         """Return mean and variance of A^T u, each of shape (L, n), for the A of other places."""
-        right = self.root[..., None] * (self.A.mT @ A)
-        known = torch.linalg.solve_triangular(self.tril, right, upper=False)
+        known = self._known(self.A.mT @ A)
         return times(A.mT, self.mean), A.square().sum(-2) - known.square().sum(-2)
 
     def divergence(self) -> Tensor:
@@ -170,6 +180,11 @@ class NormalOverSamples(SiteNormal):
         seen = self.root * times(self.A.mT, away)
         standard = Normal(0.0, 1.0).log_prob(away).sum((-2, -1))
         return standard - seen.square().sum((-2, -1)) / 2 + self.spread.log_det.sum() / 2
+
+    def _known(self, cross: Tensor) -> Tensor:
+        """Root of what the sites take from a covariance, given that with them, (L, N, n)."""
+        right = self.root[..., None] * cross
+        return torch.linalg.solve_triangular(self.tril, right, upper=False)
 
     def _discounted(self, shift: Tensor) -> Tensor:
         """The x with A x = S A shift: (I + diag(w) Q)^{-1} shift."""
@@ -232,6 +247,11 @@ class NormalOverInducing(SiteNormal):
     def mean(self) -> Tensor:
         """Mean m, of shape (L, M)."""
         return self._mean
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance S, of shape (L, M, M)."""
+        return torch.cholesky_inverse(self.spread.tril)
 
     @cached_property
     def mean_at_samples(self) -> Tensor:
