@@ -32,7 +32,7 @@ from pnmf_pyro.training.given_one_side import (
     model_near_posterior,
 )
 from pnmf_pyro.training.loop import progress_bar, train
-from pnmf_pyro.training.schedules import OPTIMIZERS
+from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
 from pnmf_pyro.training.streaming import by_samples, marginals
 
 Array = np.ndarray | Tensor
@@ -303,11 +303,12 @@ def transform_F(
     generator = torch_generator(random_state)
     model = model_near_posterior(counts, loadings, mode, E, s, scale_pf, generator)
     optimizer = OPTIMIZERS["Adam"](model.prior.parameters(), lr=learning_rate)
+    steps = [(GradientSteps(optimizer), Constant())]
     train(
         model,
         Batches(counts),
         FactorizationELBO(mode, E),
-        [optimizer],
+        steps,
         generator,
         max_iter=max_iter,
         convergence=Convergence(tol),

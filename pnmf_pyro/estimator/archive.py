@@ -12,12 +12,13 @@ import tempfile
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from pnmf_pyro.data.places import GroupCodes, Places
+from pnmf_pyro.estimator.parameters import Fitted
 from pnmf_pyro.estimator.plan import History, spatial_prior
 from pnmf_pyro.estimator.stages import (
     STAGES,
@@ -32,8 +33,7 @@ from pnmf_pyro.estimator.stages import (
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import SVGP, GaussianPrior
 
-if TYPE_CHECKING:
-    from pnmf_pyro.estimator.pnmf import PNMF
+Model = TypeVar("Model", bound=Fitted)
 
 FORMAT = "pnmf_pyro"
 FORMAT_VERSION = 2
@@ -145,7 +145,7 @@ NAMES = {
 }
 
 
-def write_model(path: str | os.PathLike, model: PNMF) -> None:
+def write_model(path: str | os.PathLike, model: Fitted) -> None:
     """Write a fitted estimator to one file.
 
     Parameters
@@ -176,7 +176,7 @@ def write_model(path: str | os.PathLike, model: PNMF) -> None:
     write_archive(path, header, arrays)
 
 
-def plain_parameters(model: PNMF) -> dict[str, Any]:
+def plain_parameters(model: Fitted) -> dict[str, Any]:
     """Return the parameters of an estimator as values that JSON can hold.
 
     Raises
@@ -205,7 +205,7 @@ def plain_parameters(model: PNMF) -> dict[str, Any]:
     return plain
 
 
-def read_model(path: str | os.PathLike, kind: type[PNMF]) -> PNMF:
+def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
     """Open a fitted estimator that :func:`write_model` wrote, or version 0.1.
 
     Parameters
@@ -230,7 +230,7 @@ def read_model(path: str | os.PathLike, kind: type[PNMF]) -> PNMF:
         raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {error}.") from error
 
 
-def _model_of(kind: type[PNMF], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PNMF:
+def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
     model = kind(**{**header["parameters"], "stages": _stages(header["parameters"]["stages"])})
     state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
     model.groups_ = header["groups"]
@@ -257,7 +257,7 @@ def _model_of(kind: type[PNMF], header: dict[str, Any], arrays: dict[str, np.nda
 
 
 def _prior(
-    model: PNMF, state: dict[str, torch.Tensor], y: torch.Tensor
+    model: Fitted, state: dict[str, torch.Tensor], y: torch.Tensor
 ) -> GaussianPrior | SVGP | Any:
     """Make the prior that the arrays of a file belong to."""
     if "prior.place_coordinates" not in state:

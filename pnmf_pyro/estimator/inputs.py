@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import scipy.sparse as sp
 import torch
@@ -25,9 +25,7 @@ from pnmf_pyro.data.places import (
     check_extent,
     warn_lengthscale,
 )
-
-if TYPE_CHECKING:
-    from pnmf_pyro.estimator.pnmf import PNMF
+from pnmf_pyro.estimator.parameters import Fitted, Settings
 
 
 @dataclass
@@ -52,13 +50,13 @@ class Data:
 
 
 def check_places(
-    settings: PNMF, coordinates: Any, groups: Any, n_samples: int
+    settings: Settings, coordinates: Any, groups: Any, n_samples: int
 ) -> tuple[Places | None, GroupCodes | None]:
     """Check where the samples of a fit are.
 
     Parameters
     ----------
-    settings : PNMF
+    settings : Settings
         Estimator with the parameters of the fit.
     coordinates : array-like of shape (n_samples, p) or None
     groups : array-like of shape (n_samples,) or None
@@ -102,7 +100,7 @@ def refuse_places(coordinates: Any, groups: Any) -> None:
         )
 
 
-def learned(settings: PNMF) -> list[str]:
+def learned(settings: Settings) -> list[str]:
     """Return the names of the kernel's hyperparameters that are to be learned."""
     if not settings.spatial:
         return []
@@ -112,12 +110,12 @@ def learned(settings: PNMF) -> list[str]:
     return [n for n in ("lengthscale", "sigma", "nugget", "group_diff_param") if n in named]
 
 
-def check_table(settings: PNMF, X: Any, reset: bool) -> Counts:
+def check_table(settings: Settings, X: Any, reset: bool) -> Counts:
     """Check counts of samples, and put them on the device of the fit.
 
     Parameters
     ----------
-    settings : PNMF
+    settings : Settings
         Estimator that takes note of the features.
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
     reset : bool
@@ -141,7 +139,7 @@ def check_table(settings: PNMF, X: Any, reset: bool) -> Counts:
 
 
 def check_new(
-    model: PNMF, X: Any, size_factors: Any
+    model: Fitted, X: Any, size_factors: Any
 ) -> tuple[Counts, torch.Tensor, torch.Tensor | None]:
     """Check new samples; return counts, the loadings (D, L) of the fit, and size factors."""
     counts = check_table(model, X, reset=False)
@@ -149,7 +147,7 @@ def check_new(
     return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
 
-def encode_places(model: PNMF, coordinates: Any, groups: Any, n_samples: int) -> Places:
+def encode_places(model: Fitted, coordinates: Any, groups: Any, n_samples: int) -> Places:
     """Check new places against those of the fit, and give their groups the codes of it.
 
     Parameters

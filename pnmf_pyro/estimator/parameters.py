@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
 from sklearn.utils import check_random_state
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES
@@ -18,22 +19,82 @@ from pnmf_pyro.data.checks import (
     check_number,
     check_positive,
 )
-from pnmf_pyro.estimator.stages import STAGES
+from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.gp.correlation import as_correlations
 from pnmf_pyro.gp.inducing import ALLOCATIONS
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
 from pnmf_pyro.initialization import INITS
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.training.schedules import OPTIMIZERS
 
-if TYPE_CHECKING:
-    from pnmf_pyro.estimator.pnmf import PNMF
-
 HYPERPARAMETERS = ("lengthscale", "sigma", "nugget", "group_diff_param")
 
 Check = Callable[[str, Any], object]
+
+
+class Settings(Protocol):
+    """Parameters of :class:`~pnmf_pyro.PNMF`, which documents them."""
+
+    n_components: int
+    loadings_mode: str
+    mode: str
+    training_mode: str
+    E: int
+    max_iter: int
+    tol: float
+    learning_rate: float
+    optimizer: str
+    random_state: RandomState
+    verbose: bool | int
+    device: str
+    init: Any
+    scheduler: str | None
+    scheduler_patience: int
+    scheduler_factor: float
+    scheduler_pct_start: float
+    scheduler_div_factor: float
+    scheduler_final_div_factor: float
+    min_lr: float
+    batch_size: int | None
+    y_batch_size: int | None
+    shuffle: bool
+    spatial: bool
+    local: bool
+    kernel: Any
+    multigroup: bool
+    num_inducing: int
+    lengthscale: float
+    sigma: float
+    group_diff_param: float
+    jitter: float
+    train_lengthscale: bool
+    cholesky_mode: str
+    diagonal_only: bool
+    inducing_allocation: str
+    K: int
+    precompute_knn: bool
+    neighbors: str
+    scale_ll_D: bool
+    scale_kl_NM: bool
+    scale_pf: Any
+    learn: Sequence[str]
+    stages: Sequence[Any] | None
+    prior: Prior | None
+    likelihood: Likelihood | None
+
+
+class Fitted(Settings, Protocol):
+    """A fitted :class:`~pnmf_pyro.PNMF`."""
+
+    components_: np.ndarray
+    n_components_: int
+    groups_: list[Any] | None
+    model_: PoissonFactorization
+    elbo_: float
 
 
 def _choice(choices: Collection[Any]) -> Check:
@@ -86,8 +147,10 @@ def _check_learn(name: str, value: Any) -> None:
 
 def _check_stages(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not all(hasattr(one, "plan") for one in value):
-        kinds = ", ".join(f"{stage.__name__}()" for stage in STAGES)
-        raise ValueError(f"{name} must be None or a list of stages ({kinds}); got {value!r}.")
+        raise ValueError(
+            f"{name} must be None or a list of stages of pnmf_pyro.estimator.stages, such as "
+            f"[WarmUp(), Settle()]; got {value!r}."
+        )
 
 
 def _check_prior(name: str, value: Any) -> None:
@@ -106,7 +169,7 @@ def _check_likelihood(name: str, value: Any) -> None:
         )
 
 
-def check_combinations(settings: PNMF) -> None:
+def check_combinations(settings: Settings) -> None:
     """Raise a ValueError for parameters that cannot go together."""
     closed = settings.training_mode == "natural" or settings.loadings_mode == "multiplicative"
     if settings.likelihood is not None and (closed or settings.mode == "lower-bound"):
@@ -167,7 +230,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def check_parameters(settings: PNMF) -> None:
+def check_parameters(settings: Settings) -> None:
     """Raise a ValueError that names a parameter which cannot be used, and says what could."""
     for name, check in CHECKS.items():
         check(name, getattr(settings, name))

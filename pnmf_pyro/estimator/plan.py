@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data, learned
+from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.stages import (
     Correlate,
     Draft,
@@ -38,9 +39,6 @@ from pnmf_pyro.models import FactorizationELBO, PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.training.loop import evaluate_elbo, train
 
-if TYPE_CHECKING:
-    from pnmf_pyro.estimator.pnmf import PNMF
-
 logger = logging.getLogger("pnmf_pyro")
 
 # Steps after which starts are compared: the ELBO of ten still misleads.
@@ -50,7 +48,9 @@ TRIAL_STEPS = 20
 FINAL_DRAWS = 20
 
 
-def make_model(settings: PNMF, data: Data, random: np.random.RandomState) -> PoissonFactorization:
+def make_model(
+    settings: Settings, data: Data, random: np.random.RandomState
+) -> PoissonFactorization:
     """Make the model that the parameters name for the data, on the device of the counts."""
     shape, dtype = data.counts.shape[::-1], data.counts.dtype
     y = torch.empty(shape, dtype=dtype, device="meta")
@@ -74,7 +74,7 @@ def make_model(settings: PNMF, data: Data, random: np.random.RandomState) -> Poi
     return model.to(data.counts.device)
 
 
-def _own_prior(settings: PNMF, data: Data) -> Prior:
+def _own_prior(settings: Settings, data: Data) -> Prior:
     """Copy a prior that was passed as an object: a fit leaves what it was given alone."""
     prior = copy.deepcopy(settings.prior)
     n, L = data.counts.shape[0], settings.n_components
@@ -89,7 +89,7 @@ def _own_prior(settings: PNMF, data: Data) -> Prior:
 
 
 def spatial_prior(
-    settings: PNMF,
+    settings: Settings,
     places: Places,
     groups: GroupCodes | None,
     dtype: torch.dtype,
@@ -129,7 +129,7 @@ def spatial_prior(
     )
 
 
-def _kernel(settings: PNMF, places: Places, groups: GroupCodes | None) -> SpatialKernel:
+def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> SpatialKernel:
     """The covariance of the fields, with hyperparameters for each component where learned."""
     if isinstance(settings.kernel, SpatialKernel):
         return copy.deepcopy(settings.kernel)
@@ -162,7 +162,7 @@ def _kernel(settings: PNMF, places: Places, groups: GroupCodes | None) -> Spatia
 
 
 def make_runs(
-    settings: PNMF, data: Data, model: PoissonFactorization, random: np.random.RandomState
+    settings: Settings, data: Data, model: PoissonFactorization, random: np.random.RandomState
 ) -> list[Run]:
     """Return what the stages of a fit do, one after another."""
     draft = Draft(settings, data.counts, model, random, learned(settings))
@@ -176,7 +176,7 @@ def make_runs(
     return runs
 
 
-def default_stages(settings: PNMF, prior: Prior) -> Sequence[Stage]:
+def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     """Return the stages of a fit for which none are named.
 
     Hyperparameters of a field, and which of several kernels it has, are learned where the field
@@ -210,13 +210,13 @@ OnStep = Callable[[PoissonFactorization, int, float], None]
 
 
 def fit_by_plan(
-    settings: PNMF, data: Data, on_step: OnStep
+    settings: Settings, data: Data, on_step: OnStep
 ) -> tuple[PoissonFactorization, History, float]:
     """Make a model of the data and train it through all stages.
 
     Parameters
     ----------
-    settings : PNMF
+    settings : Settings
         Estimator with the parameters of the fit.
     data : Data
     on_step : callable
@@ -245,7 +245,7 @@ def fit_by_plan(
 def train_runs(
     runs: Sequence[Run],
     starts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    settings: PNMF,
+    settings: Settings,
     counts: Counts,
     generator: torch.Generator,
     on_step: OnStep,
@@ -259,7 +259,7 @@ def train_runs(
     runs : sequence of Run
     starts : sequence of (Tensor, Tensor)
         Loadings (D, L) and factors exp F (N, L) to start from.
-    settings : PNMF
+    settings : Settings
     counts : Counts of shape (N, D)
     generator : torch.Generator
         Source of all draws.
@@ -292,7 +292,7 @@ def _report(history: History, on_step: OnStep, model: PoissonFactorization, elbo
 def _best_start(
     training: Training,
     starts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    settings: PNMF,
+    settings: Settings,
     counts: Counts,
     generator: torch.Generator,
 ) -> list[float]:
@@ -312,7 +312,7 @@ def _best_start(
 
 def _train(
     training: Training,
-    settings: PNMF,
+    settings: Settings,
     counts: Counts,
     generator: torch.Generator,
     max_iter: int,
@@ -337,7 +337,7 @@ def _train(
     ).history
 
 
-def make_batches(settings: PNMF, counts: Counts, generator: torch.Generator) -> Batches:
+def make_batches(settings: Settings, counts: Counts, generator: torch.Generator) -> Batches:
     """Return the stream of batches that training goes through."""
     return Batches(
         counts,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, GaussianPrior
@@ -32,9 +33,6 @@ from pnmf_pyro.training.schedules import (
     Plateau,
     Schedule,
 )
-
-if TYPE_CHECKING:
-    from pnmf_pyro.estimator.pnmf import PNMF
 
 # A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
 # tolerance.
@@ -97,7 +95,7 @@ class Draft:
 
     Attributes
     ----------
-    settings : PNMF
+    settings : Settings
         Estimator with the parameters of the fit.
     counts : Counts of shape (N, D)
     model : PoissonFactorization
@@ -114,7 +112,7 @@ class Draft:
         Weight of the divergence in the stages before.
     """
 
-    settings: PNMF
+    settings: Settings
     counts: Counts
     model: PoissonFactorization
     random: np.random.RandomState
@@ -324,7 +322,7 @@ def _training(
     return Training(model, objective, steps, Convergence(tol, **settled), monotone)
 
 
-def _sizes(settings: PNMF, model: PoissonFactorization, mode: str) -> tuple[Schedule, Schedule]:
+def _sizes(settings: Settings, model: PoissonFactorization, mode: str) -> tuple[Schedule, Schedule]:
     """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
     noisy = mode != "lower-bound" or settings.y_batch_size is not None
     batched = settings.batch_size is not None
@@ -336,7 +334,7 @@ def _sizes(settings: PNMF, model: PoissonFactorization, mode: str) -> tuple[Sche
 
 
 def _trained_by_gradient(
-    settings: PNMF, model: PoissonFactorization, moves_factors: bool
+    settings: Settings, model: PoissonFactorization, moves_factors: bool
 ) -> list[torch.nn.Parameter]:
     parameters: list[torch.nn.Parameter] = []
     if settings.training_mode == "standard" and moves_factors:
@@ -348,7 +346,7 @@ def _trained_by_gradient(
     return parameters
 
 
-def _schedule(settings: PNMF) -> Schedule:
+def _schedule(settings: Settings) -> Schedule:
     """The schedule of the learning rate that the parameters name."""
     schedules: dict[str | None, Schedule] = {
         "one_cycle": OneCycle(
