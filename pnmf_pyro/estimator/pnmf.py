@@ -453,7 +453,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
             q = self.model_.prior.at(
                 self.encode_places(coordinates, groups, counts.shape[0])
             ).marginal()
-            predicted = PoissonFactors(q.loc, loadings, s)
+            predicted = PoissonFactors(q.loc, loadings, s, validate_args=False)
             return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())
 
     def encode_places(self, coordinates: Any, groups: Any, n_samples: int) -> Places:

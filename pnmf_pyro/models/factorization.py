@@ -117,7 +117,7 @@ class PoissonFactorization(nn.Module):
         batch : Batch
         """
         W = take(self.W.data, batch.features, dim=0)
-        return PoissonFactors(F, W, take(self.size_factors, batch.samples))
+        return PoissonFactors(F, W, take(self.size_factors, batch.samples), validate_args=False)
 
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""
@@ -239,7 +239,9 @@ class PoissonFactorization(nn.Module):
         if X is not None:
             counts = X if isinstance(X, Counts) else transposed_counts(X)
             terms |= self._likelihood(
-                PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms
+                PoissonFactors(qF.mean, W, terms["size_factors"], validate_args=False),
+                counts,
+                terms,
             )
         elif self.mode == "lower-bound":
             terms["rate_mean"] = W @ terms["exp_mu"]
