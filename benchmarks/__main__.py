@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 import pnmf_pyro
 from benchmarks import ours, peers, tables
@@ -29,7 +28,6 @@ from benchmarks.measure import (
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.selection import thin_counts
 from pnmf_pyro.data.counts import as_counts
-from pnmf_pyro.models.poisson import mean_deviance
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
 
@@ -124,10 +122,7 @@ def reach_once(X: Any, options: argparse.Namespace) -> dict[str, float]:
     counts = as_counts(judge)
     nmf = peers.kl_fit(options.L)
     peer_seconds, factors = timed(lambda: nmf.fit_transform(X))
-    loadings = np.ascontiguousarray(nmf.components_.T)
-    target = mean_deviance(
-        counts, torch.as_tensor(factors).to(counts.values), torch.as_tensor(loadings)
-    )
+    target = pnmf_pyro.deviance(counts, (factors, nmf.components_.T))
     watch = ours.fit_until(
         X,
         options.L,

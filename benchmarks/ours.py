@@ -23,7 +23,6 @@ from pnmf_pyro.estimator.recipe import RECIPE
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.models.poisson import mean_deviance
 from pnmf_pyro.priors import LCGP
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.loop import evaluate_elbo, train
@@ -77,7 +76,7 @@ def expanded_elbo(model: PNMF, X: Any, draws: int = 50) -> float:
 def deviance(model: PNMF, counts: Counts) -> float:
     """Mean Poisson deviance of the counts from the fitted means."""
     factors = torch.as_tensor(transforms.get_factors(model)).to(counts.values)
-    return mean_deviance(counts, factors, torch.as_tensor(model.components_.T.copy()))
+    return pnmf_pyro.deviance(counts, (factors, model.components_.T))
 
 
 def recovery(model: PNMF, log_factors: np.ndarray) -> list[float]:

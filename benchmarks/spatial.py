@@ -15,7 +15,6 @@ import pnmf_pyro
 from benchmarks import ours, tables
 from pnmf_pyro.data.checks import library_size_factors
 from pnmf_pyro.data.counts import as_counts
-from pnmf_pyro.models.poisson import mean_deviance
 from pnmf_pyro.transforms import get_factors
 
 # Numbers of neighbours over which the factors of a model without space are averaged.
@@ -115,7 +114,7 @@ def held_out_deviance(test: Task, factors: np.ndarray, components: np.ndarray) -
         scales.append(np.asarray(test.X.sum(1)).ravel() / rates)
     W = torch.from_numpy(components.T.copy()).float()
     means = (torch.from_numpy(factors * scale[:, None]).float() for scale in scales)
-    return np.array([mean_deviance(test.X, mean, W) for mean in means])
+    return np.array([pnmf_pyro.deviance(test.X, (mean, W)) for mean in means])
 
 
 def spatial(train: Task, test: Task, **settings: Any) -> tuple[np.ndarray, Any]:

@@ -16,6 +16,7 @@ from pnmf_pyro.analysis.selection import select_n_components
 from pnmf_pyro.estimator.fit_model import fit_model
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.models.deviance import deviance
 
 __version__ = version("pnmf-pyro")
 
@@ -23,6 +24,7 @@ __all__ = [
     "PNMF",
     "__version__",
     "contributions",
+    "deviance",
     "feature_scores",
     "fit",
     "fit_model",

@@ -19,7 +19,7 @@ from pnmf_pyro.data.checks import _numeric_matrix, check_count, check_counts, ch
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.estimator.recipe import fit
-from pnmf_pyro.models.poisson import mean_deviance
+from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.training.loop import progress_bar
 from pnmf_pyro.transforms import get_factors, get_loadings
 
@@ -238,7 +238,7 @@ class _Trial:
         W = torch.as_tensor(get_loadings(model)).to(factors)
         loadings = np.zeros((train.shape[1], number))
         loadings[seen] = W.numpy()
-        return mean_deviance(as_counts(test[:, seen]), factors, W), loadings
+        return deviance(test[:, seen], (factors, W)), loadings
 
 
 def _run(

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.decomposition import NMF
-from sklearn.metrics import mean_poisson_deviance
 
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.selection import thin_counts
 from pnmf_pyro.command_line.options import Exit, add_command, add_common, say
 from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors
 
 TRAIN_FRACTION = 0.5
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 def _held_out_deviance(test: np.ndarray, mean: np.ndarray) -> float:
     expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
-    return mean_poisson_deviance(test.ravel(), expected.ravel())
+    return deviance(test, expected)
 
 
 def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path) -> Path:

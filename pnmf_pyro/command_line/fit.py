@@ -29,7 +29,7 @@ from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit
-from pnmf_pyro.models.poisson import mean_deviance
+from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
 
@@ -128,4 +128,4 @@ def _deviance_explained(model: PNMF, X: Any, size_factors: np.ndarray | None) ->
     feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
     factors = torch.as_tensor(get_factors(model)).to(s) * s
     loadings = torch.as_tensor(get_loadings(model)).to(s)
-    return 1 - mean_deviance(counts, factors, loadings) / mean_deviance(counts, s, feature_means)
+    return 1 - deviance(counts, (factors, loadings)) / deviance(counts, (s, feature_means))

@@ -44,7 +44,7 @@ class Batch:
 
     def plate(self, n_samples: int) -> pyro.plate:
         """Return the plate over samples, which scales a batch of n to all `n_samples`."""
-        subsample: Any = range(n_samples) if self.samples is None else self.samples
+        subsample = torch.arange(n_samples) if self.samples is None else self.samples
         return pyro.plate("samples", n_samples, subsample=subsample, dim=-1)
 
 

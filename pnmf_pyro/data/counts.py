@@ -19,22 +19,27 @@ A formula over X is then written once, and is right for both.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.tensor_like import TensorLike
+
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
 
 
-class Counts(ABC):
+class Counts(TensorLike):
     """A non-negative matrix X of shape (n, d), samples by features.
+
+    Counts are no tensor, but stand for their dense one, see
+    :class:`~pnmf_pyro.data.tensor_like.TensorLike`.
 
     Attributes
     ----------
@@ -44,7 +49,6 @@ class Counts(ABC):
         The stored entries of X.
     """
 
-    shape: tuple[int, int]
     values: Tensor
 
     @property
@@ -86,10 +90,6 @@ class Counts(ABC):
         """Return the same counts on a device, or with values of a floating-point type."""
 
     @abstractmethod
-    def to_dense(self) -> Tensor:
-        """Return X as a dense tensor of shape (n, d)."""
-
-    @abstractmethod
     def numpy(self) -> np.ndarray | sp.csr_matrix:
         """Return X as an array, or as a CSR matrix where it is sparse; not copied on the CPU."""
 
@@ -114,6 +114,13 @@ class Counts(ABC):
     def row_totals(self) -> Tensor:
         """Row totals sum_j X_ij in float64, shape (n,)."""
         return torch.cat([block.row_sums(block.values) for _, block in self.blocks()])
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all values are finite whole numbers of at least 0."""
+        low, high = self.values.aminmax() if self.values.numel() else (0, 0)
+        whole = (self.values == self.values.floor()).all()
+        return bool(low >= 0 and high < float("inf") and whole)
 
     @cached_property
     def log_factorials(self) -> Tensor:
@@ -275,6 +282,10 @@ class SparseCounts(Counts):
         return sorted({0, *torch.searchsorted(self.row_starts, marks).tolist(), self.shape[0]})
 
 
+# A matrix that `as_counts` takes.
+CountsLike: TypeAlias = Counts | Tensor | np.ndarray | sp.spmatrix | sp.sparray
+
+
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     _spend_csr_warning()
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
@@ -306,7 +317,7 @@ def _has_sampled_addmm(device: torch.device, dtype: torch.dtype) -> bool:
     return _SAMPLED_ADDMM[key]
 
 
-def as_counts(X: Any) -> Counts:
+def as_counts(X: CountsLike) -> Counts:
     """View a matrix of shape (n, d) as counts, without checking its entries.
 
     Parameters

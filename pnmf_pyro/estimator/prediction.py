@@ -70,5 +70,5 @@ def mean_log_likelihood(
         return held_out_bound(counts, loadings, s, scale) / counts.shape[0]
     with torch.no_grad():
         q = prior.at(encode_places(model, coordinates, groups, counts.shape[0])).marginal()
-        predicted = PoissonFactors(q.loc, loadings, s)
+        predicted = PoissonFactors(q.loc, loadings, s, validate_args=False)
         return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())

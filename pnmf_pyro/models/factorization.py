@@ -178,7 +178,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         batch : Batch
         """
         W = take(self.W.data, batch.features, dim=0)
-        poisson = PoissonFactors(F, W, take(self.size_factors, batch.samples))
+        s = take(self.size_factors, batch.samples)
+        poisson = PoissonFactors(F, W, s, validate_args=False)
         return poisson if self.observation is None else self.observation(poisson, batch)
 
     @_registered

@@ -1,18 +1,35 @@
-"""The observation of the model: counts whose rates are a product of factors and loadings."""
+"""The observation of the model: counts whose rates are a product of factors and loadings.
+
+>>> import torch
+>>> from pnmf_pyro.models.poisson import PoissonFactors
+>>> log_factors, loadings = torch.randn(3, 100), torch.rand(20, 3)
+>>> observation = PoissonFactors(log_factors, loadings)
+>>> X = observation.sample()
+>>> tuple(X.shape)  # 100 samples, 20 features
+(100, 20)
+>>> tuple(observation.log_prob(X).shape)  # one number for each sample
+(100,)
+>>> tuple(observation.log_prob(observation.sample((5,))).shape)
+(5, 100)
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pnmf_pyro.data.checks import MODES, check_choice
-from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, as_counts
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
+from pnmf_pyro.models.events import count_events
 
 # Mean rate below which events are drawn one by one and not a Poisson number for each entry.
 SPARSE_RATE = 0.2
@@ -27,55 +44,126 @@ class PoissonFactors(TorchDistribution):
     Parameters
     ----------
     log_factors : Tensor of shape (..., L, n)
-        F.
-    loadings : Tensor of shape (d, L)
-        W, non-negative.
-    size_factors : Tensor of shape (n,), optional
+        F, as it is drawn in plates of components (dim=-2) and of samples (dim=-1).
+    loadings : Tensor of shape (..., d, L)
+        W, non-negative. Leading dimensions broadcast with those of F. Loadings drawn with
+        `to_event(2)` by vectorised particles have the shape (..., 1, 1, d, L), with the plates of
+        components and samples before (d, L); they are understood as well.
+    size_factors : Tensor of shape (n,) or (..., 1, n), optional
         s, positive; 1 unless given.
+    validate_args : bool, optional
+        Whether to refuse loadings that are negative or not finite, size factors that are not
+        positive and finite, and values that are no counts. Unless given, as torch and Pyro do by
+        default.
+
+    Examples
+    --------
+    Loadings with a gamma prior, in a program of one's own:
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> import torch
+    >>> from pnmf_pyro.models import PoissonFactors
+    >>> def program(X, L=2):
+    ...     n, d = X.shape
+    ...     W = pyro.sample("W", dist.Gamma(1.0, 1.0).expand([d, L]).to_event(2))
+    ...     samples = pyro.plate("samples", n, dim=-1)
+    ...     with pyro.plate("components", L, dim=-2), samples:
+    ...         F = pyro.sample("F", dist.Normal(0.0, 1.0))
+    ...     with samples:
+    ...         pyro.sample("X", PoissonFactors(F, W), obs=X)
+    >>> X = torch.poisson(torch.ones(20, 5))
+    >>> guide = pyro.infer.autoguide.AutoNormal(program)
+    >>> svi = pyro.infer.SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO())
+    >>> losses = [svi.step(X) for _ in range(3)]
     """
 
     arg_constraints = {}  # noqa: RUF012 - torch's own interface
     support = constraints.independent(constraints.nonnegative_integer, 1)
     has_rsample = False
 
-    def __init__(self, log_factors: Tensor, loadings: Tensor, size_factors: Tensor | None = None):
-        self.log_factors = self._unexpanded = log_factors
-        self.loadings = loadings
+    def __init__(
+        self,
+        log_factors: Tensor,
+        loadings: Tensor,
+        size_factors: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        if loadings.ndim > max(log_factors.ndim, 3) and tuple(loadings.shape[-4:-2]) == (1, 1):
+            loadings = loadings[..., 0, 0, :, :]
+        given = [part for part in (log_factors, loadings, size_factors) if part is not None]
+        leading = _leading(*given)
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in given))
+        self.log_factors = log_factors
+        self.loadings = loadings.to(dtype)
         self.size_factors = size_factors
-        *leading, _, n = log_factors.shape
         # F stands at plate dimensions (..., components, samples): keep the place of components.
-        batch = (*leading, 1, n) if leading else (n,)
-        super().__init__(torch.Size(batch), loadings.shape[:1], validate_args=False)
+        n = log_factors.shape[-1]
+        self._own_batch = torch.Size((*leading, 1, n) if leading else (n,))
+        super().__init__(self._own_batch, torch.Size(loadings.shape[-2:-1]), validate_args)
+        if self._validate_args:
+            self._check_parameters()
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonFactors:
-        """Return the same distribution with other leading batch dimensions."""
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
-        F = self._unexpanded
-        placed = F if F.ndim == 2 else F.unsqueeze(-3)
-        placed = placed.expand(*batch_shape[:-1], *F.shape[-2:])
-        expanded = PoissonFactors(placed, self.loadings, self.size_factors)
+    def _check_parameters(self) -> None:
+        if not bool(((self.loadings >= 0) & self.loadings.isfinite()).all()):
+            raise ValueError(
+                f"loadings must be finite and not negative; the lowest is {self.loadings.min():g}, "
+                f"the highest {self.loadings.max():g}. Take softplus or exp of free parameters."
+            )
+        s = self.size_factors
+        if s is not None and not bool(((s > 0) & s.isfinite()).all()):
+            raise ValueError(
+                f"size_factors must be positive and finite; the lowest is {s.min():g}, the highest "
+                f"{s.max():g}. For a sample without counts use any positive number."
+            )
+
+    def __repr__(self) -> str:
+        parts = {name: vars(self)[name] for name in ("log_factors", "loadings", "size_factors")}
+        shown = [f"{name}: {tuple(part.shape)}" for name, part in parts.items() if part is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PoissonFactors:
+        """Return the same distribution with a batch shape to which its own broadcasts."""
+        expanded = copy.copy(self)
         expanded._batch_shape = torch.Size(batch_shape)
-        expanded._unexpanded = F
+        if torch.broadcast_shapes(self.batch_shape, batch_shape) != expanded.batch_shape:
+            raise ValueError(f"batch_shape must extend {self.batch_shape}; got {batch_shape}.")
         return expanded
 
-    @property
-    def rate(self) -> Tensor:
-        """Mean counts, dense, of shape batch_shape + (d,)."""
-        rate = self._scaled(self.log_factors.exp()).mT @ self.loadings.T
-        return rate.reshape(*self.batch_shape, *self.event_shape)
+    def mask(self, mask: bool | Tensor) -> MaskedDistribution:
+        """Return the distribution of the samples where `mask` is true, of the batch shape."""
+        row = torch.Size([self.batch_shape[-1], *self.event_shape])
+        if isinstance(mask, Tensor) and mask.shape[-2:] == row != self.batch_shape[-2:]:
+            raise ValueError(
+                f"mask must be over samples, of shape {tuple(self.batch_shape)}, because a row of "
+                "counts is one event and hidden entries are not supported yet; got "
+                f"{tuple(mask.shape)}."
+            )
+        return super().mask(mask)
 
     @property
     def mean(self) -> Tensor:
-        """Mean counts, dense, of shape batch_shape + (d,)."""
-        return self.rate
+        """Mean counts, the rates, dense, of shape batch_shape + (d,)."""
+        factors, loadings = self.product
+        return (factors @ loadings.mT).expand(*self.batch_shape, *self.event_shape)
+
+    rate = mean
 
     @property
     def variance(self) -> Tensor:
         """Variance of the counts, equal to their mean."""
-        return self.rate
+        return self.mean
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    @property
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Factors (..., n, L) and loadings (..., d, L) whose product is the mean."""
+        factors = self._scaled(self.log_factors.exp()).to(self.loadings.dtype).mT
+        if len(self._own_batch) == 1:
+            return factors, self.loadings
+        loadings = self.loadings if self.loadings.ndim == 2 else self.loadings.unsqueeze(-3)
+        return factors.unsqueeze(-3), loadings
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw counts of shape sample_shape + batch_shape + (d,).
 
         Where most of them are zero, it is the single events that are drawn, at a cost that does
@@ -83,34 +171,67 @@ class PoissonFactors(TorchDistribution):
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            factors = self._scaled(self.log_factors.exp())
-            entries = factors.shape[:-2].numel() * factors.shape[-1] * len(self.loadings)
-            expected = factors.sum(-1, dtype=torch.float64) @ self.loadings.sum(0).double()
-            if not expected.sum() < SPARSE_RATE * entries:
-                return torch.poisson(self.rate.expand(shape))
-            repeated = factors.expand(*sample_shape, *factors.shape)
-            rows = repeated.movedim(-2, 0).reshape(factors.shape[-2], -1)
-            return _count_events(rows, self.loadings).reshape(shape)
+            factors, loadings = self.product
+            L = loadings.shape[-1]
+            if loadings.ndim == 2:
+                totals = factors.reshape(-1, L).sum(0, dtype=torch.float64)
+                entries = factors.numel() // L * len(loadings)
+                if totals @ loadings.sum(0).double() < SPARSE_RATE * entries:
+                    rows = factors.expand(*shape[:-1], L).movedim(-1, 0).reshape(L, -1)
+                    return count_events(rows, loadings).reshape(shape)
+            return torch.poisson(self.mean.expand(shape))
 
-    def log_prob(self, value: Any) -> Tensor:
+    def log_prob(self, value: CountsLike) -> Tensor:
         """Return the log density of each sample's row.
 
         Parameters
         ----------
-        value : Counts, Tensor or scipy sparse matrix of shape (n, d)
-            Only stored entries are visited where it is sparse.
+        value : Counts or sparse matrix of shape (n, d), or dense Tensor
+            A dense tensor has any shape that broadcasts with batch_shape + (d,). Only stored
+            entries are visited where the value is sparse.
 
         Returns
         -------
-        Tensor of batch shape, float64
+        Tensor of the shape to which value.shape[:-1] and batch_shape broadcast
+            Of the type of the parameters; sums are taken in float64.
         """
-        fields = self.log_factors.reshape(-1, *self.log_factors.shape[-2:]).exp()
-        rows = [self._expectation(value, [field], field) for field in fields]
-        return torch.stack(rows).reshape(self.batch_shape)
+        of_value, tables = self._tables(value)
+        n, d = tables[0].shape
+        leading = torch.broadcast_shapes(of_value, self._own_batch[:-1])
+        numbers = np.broadcast_to(np.arange(len(tables)).reshape(of_value), leading)
+        factors, loadings = self.product
+        factors = factors.expand(*leading, n, factors.shape[-1])
+        loadings = loadings.expand(*leading, d, loadings.shape[-1])
+        rows = [
+            _row_log_prob(tables[numbers[index]], factors[index].contiguous(), loadings[index])
+            for index in np.ndindex(*leading)
+        ]
+        values = torch.stack(rows).reshape(*leading, n).to(loadings.dtype)
+        return values.expand(torch.broadcast_shapes(values.shape, self.batch_shape))
+
+    def _tables(self, value: CountsLike) -> tuple[torch.Size, list[Counts]]:
+        """Leading dimensions of a value, and its tables of shape (n, d) one after another."""
+        own, d = self._own_batch, self.event_shape[0]
+        shape, n = tuple(value.shape), own[-1]
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        try:
+            n = torch.broadcast_shapes(shape[:-1], own)[-1] if dense else n
+            fits = shape[-1:] == (d,) if dense else shape == (n, d)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"value must broadcast with batch_shape + event_shape = {(*self.batch_shape, d)}, "
+                f"or have the shape {(own[-1], d)} where it is sparse; got {shape}."
+            )
+        if not isinstance(value, Tensor) or not dense or shape == (n, d):
+            return torch.Size(), [self._counts(value)]
+        tables = value.expand(*shape[:-2], n, d).reshape(-1, n, d)
+        return torch.Size(shape[:-2]), [self._counts(table) for table in tables]
 
     def expected_log_prob(
         self,
-        value: Any,
+        value: CountsLike,
         q: Distribution,
         mode: str = "expanded",
         n_draws: int = 3,
@@ -153,8 +274,8 @@ class PoissonFactors(TorchDistribution):
             expected = torch.stack(draws).mean(0)
         if not newton:
             return self._expectation(value, draws, expected)
-        counts = self._counts(value)
-        fields = [draw.T.contiguous() for draw in draws]
+        counts = self._table(value)
+        fields = [draw.T.to(self.loadings.dtype).contiguous() for draw in draws]
         per_draw = [log_rate_and_moments(counts, field, self.loadings) for field in fields]
         log_rate, *moments = (torch.stack(part).mean(0) for part in zip(*per_draw, strict=True))
         target = self._variance_gradient(expected.detach(), *moments)
@@ -178,12 +299,12 @@ class PoissonFactors(TorchDistribution):
         """Expected total rate of each sample from each component, h_il, of shape (n, L)."""
         return self._scaled(expected).T * self.loadings.detach().sum(0)
 
-    def _expectation(self, value: Any, fields: Sequence[Tensor], expected: Tensor) -> Tensor:
+    def _expectation(self, value: CountsLike, fields: Sequence[Tensor], expected: Tensor) -> Tensor:
         log_rate, total_rate, constant = self.expected_terms(value, fields, expected)
         return log_rate - total_rate + constant
 
     def expected_terms(
-        self, value: Any, fields: Sequence[Tensor], expected: Tensor
+        self, value: CountsLike, fields: Sequence[Tensor], expected: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three terms of the expected log-likelihood of each sample.
 
@@ -205,8 +326,9 @@ class PoissonFactors(TorchDistribution):
         constant : Tensor of shape (n,), float64
             sum_j X_ij log s_i - log X_ij!.
         """
-        counts = self._counts(value)
-        log_rates = [log_rate(counts, field.T.contiguous(), self.loadings) for field in fields]
+        counts = self._table(value)
+        rows = (field.T.to(self.loadings.dtype).contiguous() for field in fields)
+        log_rates = [log_rate(counts, row, self.loadings) for row in rows]
         return torch.stack(log_rates).mean(0), self._total_rate(expected), self._constant(counts)
 
     def _total_rate(self, expected: Tensor) -> Tensor:
@@ -218,59 +340,55 @@ class PoissonFactors(TorchDistribution):
             return -counts.log_factorials
         return counts.row_totals * self.size_factors.double().log() - counts.log_factorials
 
-    def _counts(self, value: Any) -> Counts:
-        counts = as_counts(value)
+    def _table(self, value: CountsLike) -> Counts:
+        """Return the counts whose expected density is asked for."""
+        if self.loadings.ndim > 2 or (self.size_factors is not None and self.size_factors.ndim > 1):
+            raise ValueError(f"loadings (d, L) and size factors (n,) are needed; got {self}.")
+        counts = self._counts(value)
         expected = (self.log_factors.shape[-1], *self.event_shape)
         if counts.shape != expected:
             raise ValueError(f"counts must have shape {expected}; got {counts.shape}.")
+        return counts
+
+    def _counts(self, value: CountsLike) -> Counts:
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "PoissonFactors cannot be traced by torch.jit: take Trace_ELBO in place of "
+                "JitTrace_ELBO, and jit_compile=False."
+            )
+        counts = as_counts(value)
+        if self._validate_args and not counts.whole:
+            raise ValueError(
+                "value must hold counts, finite whole numbers of at least 0. Pass "
+                "validate_args=False to PoissonFactors to take numbers that are not whole."
+            )
         return counts if counts.dtype == self.loadings.dtype else counts.to(self.loadings.dtype)
 
     def _scaled(self, factors: Tensor) -> Tensor:
         return factors if self.size_factors is None else factors * self.size_factors
 
 
-def _count_events(factors: Tensor, loadings: Tensor) -> Tensor:
-    """Draw X_ij ~ Poisson(sum_l factors_li W_jl) from its events, a dense (n, d) tensor.
-
-    Sample i has Poisson(factors_li sum_j W_jl) events of component l, and each falls on feature j
-    with probability W_jl / sum_j W_jl: their counts are independent Poisson with the rates of X.
-    """
-    (_, n), d = factors.shape, len(loadings)
-    numbers = torch.poisson(factors * loadings.sum(0)[:, None]).long()
-    ladders = loadings.T.double().cumsum(1)
-    features = [
-        torch.searchsorted(
-            ladder, ladder[-1] * torch.rand(m, dtype=ladder.dtype, device=ladder.device), right=True
+def _leading(F: Tensor, W: Tensor, s: Tensor | None = None) -> tuple[int, ...]:
+    """What stands before (L, n), (d, L) and (n,) or (1, n), broadcast together."""
+    shapes = [tuple(part.shape) for part in (F, W, s) if part is not None]
+    n = shapes[0][-1]
+    agree = F.ndim >= 2 <= W.ndim and shapes[0][-2] == shapes[1][-1]
+    agree &= s is None or shapes[2][-2:] in ((n,), (1, n))
+    leading: Sequence[int] = ()
+    try:
+        if max(map(len, shapes)) > 2:
+            leading = torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
+    except RuntimeError:
+        agree = False
+    if not agree:
+        raise ValueError(
+            "log_factors (..., L, n), loadings (..., d, L) and size_factors (n,) or (..., 1, n) "
+            f"must agree in L, n and what stands before; got {', '.join(map(str, shapes))}."
         )
-        for ladder, m in zip(ladders, numbers.sum(1).tolist(), strict=True)
-    ]
-    samples = torch.arange(n, device=factors.device).expand_as(numbers)
-    rows = torch.repeat_interleave(samples.reshape(-1), numbers.reshape(-1))
-    events = rows * d + torch.cat(features).clamp_max(d - 1)
-    table = factors.new_zeros(n * d)
-    return table.scatter_add_(0, events, table.new_ones(len(events))).reshape(n, d)
+    return tuple(leading)
 
 
-def mean_deviance(value: Any, factors: Tensor, loadings: Tensor) -> float:
-    r"""Return the Poisson deviance of counts from rates, averaged over all n d entries.
-
-    .. math:: \frac{2}{n d} \sum_{ij} \left(X_{ij} \log \frac{X_{ij}}{\mu_{ij}} - X_{ij}
-        + \mu_{ij}\right), \qquad \mu = \mathrm{factors} \; \mathrm{loadings}^T
-
-    Only stored entries are visited where the counts are sparse.
-
-    Parameters
-    ----------
-    value : Counts, Tensor or scipy sparse matrix of shape (n, d)
-    factors : Tensor of shape (n, L)
-        Times size factors where there are any.
-    loadings : Tensor of shape (d, L)
-    """
-    counts = as_counts(value).to(loadings.dtype)
-    n, d = counts.shape
-    saturated = [
-        block.row_sums(torch.xlogy(b := block.values, b) - b) for _, block in counts.blocks()
-    ]
-    total_rate = factors.sum(0, dtype=torch.float64) @ loadings.sum(0, dtype=torch.float64)
-    fitted = log_rate(counts, factors, loadings).sum()
-    return float(2 * (torch.cat(saturated).sum() - fitted + total_rate) / (n * d))
+def _row_log_prob(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """Log density of each row given s exp F of shape (n, L), in float64."""
+    total_rate = factors.double() @ loadings.sum(0, dtype=torch.float64)
+    return log_rate(counts, factors, loadings) - total_rate - counts.log_factorials

@@ -134,7 +134,9 @@ class ReferenceModel:
         if X is not None:
             counts = X if isinstance(X, Counts) else transposed_counts(X)
             terms |= self._likelihood(
-                PoissonFactors(qF.mean, W, terms["size_factors"]), counts, terms
+                PoissonFactors(qF.mean, W, terms["size_factors"], validate_args=False),
+                counts,
+                terms,
             )
         elif self.mode == "lower-bound":
             terms["rate_mean"] = W @ terms["exp_mu"]

@@ -33,6 +33,7 @@ from pnmf_pyro.gp.cache import Remembered
 from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, fill_symmetric
 from pnmf_pyro.gp.neighbors import nearest
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
 
 CRITERIA = ("leave-one-out", "elbo")
@@ -82,7 +83,8 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
         q = model.prior.marginal()
     loc = q.loc.detach().requires_grad_()
     variance = q.variance.detach().requires_grad_()
-    likelihood = PoissonFactors(loc, model.W.data.detach(), model.size_factors)
+    W = model.W.data.detach()
+    likelihood = PoissonFactors(loc, W, model.size_factors, validate_args=False)
     normal = torch.distributions.Normal(loc, variance.sqrt(), validate_args=False)
     value = likelihood.expected_log_prob(counts, normal, "lower-bound").sum()
     slope, curvature = (
@@ -221,17 +223,26 @@ class HyperparameterSearch:
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
-        loc, variance = predict_without(
-            self._covariance(values), mean, self.judged, self.neighbours, self.y, self.noise
-        )
+        loc, variance = self._predict(values, mean)
         if self.criterion == "elbo":
             spread = (variance + self.noise[:, self.judged]).sqrt()
             seen = torch.distributions.Normal(loc, spread, validate_args=False)
             return -seen.log_prob(self.y[:, self.judged]).sum() / len(self.judged)
+        rates = self._rates(loc, variance)
+        factors = rates.log_factors.exp()
+        log_rate, total_rate, constant = rates.expected_terms(self.seen, [factors], factors)
+        return -(log_rate - total_rate + constant).sum() / len(self.judged)
+
+    def _rates(self, loc: Tensor, variance: Tensor) -> PoissonFactors:
+        """Counts of the judged samples at the expected factors."""
         W = self.model.W.data.detach()
         s = take(self.model.size_factors, self.judged)
-        rates = PoissonFactors((loc + variance / 2).to(W.dtype), W, s)
-        return -rates.log_prob(self.seen).sum() / len(self.judged)
+        return PoissonFactors((loc + variance / 2).to(W.dtype), W, s, validate_args=False)
+
+    def _predict(self, values: dict[str, Tensor], mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of F at the judged samples, each predicted without itself, (L, n)."""
+        covariance = self._covariance(values)
+        return predict_without(covariance, mean, self.judged, self.neighbours, self.y, self.noise)
 
     def _covariance(self, values: dict[str, Tensor]) -> Tensor:
         """Covariance of each judged sample and its neighbours; only the nugget's part made anew."""
@@ -272,11 +283,8 @@ class HyperparameterSearch:
         """Mean deviance of the predicted counts, by which they vary more than a Poisson."""
         if self.criterion == "elbo":
             return 1.0
-        entries = self.seen.values.double()
-        saturated = (torch.xlogy(entries, entries) - entries - (entries + 1).lgamma()).sum()
-        n, D = self.seen.shape
-        deviance = 2 * (float(saturated) / n + float(self.loss(values, mean))) / D
-        return max(1.0, deviance)
+        rates = self._rates(*self._predict(values, mean))
+        return max(1.0, deviance(self.seen, rates.product))
 
     def _start(self) -> Tensor:
         """Mean of the sites by their precision."""

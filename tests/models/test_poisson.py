@@ -1,4 +1,4 @@
-"""PoissonFactors as a distribution, its expectations under q, and the mean deviance."""
+"""PoissonFactors as a distribution, and its expectations under q."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import scipy.sparse as sp
 import torch
 from scipy import stats
-from sklearn.metrics import mean_poisson_deviance
 
 from pnmf_pyro.data.counts import Counts, as_counts
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.models.poisson import PoissonFactors, mean_deviance
+from pnmf_pyro.models.poisson import PoissonFactors
 from tests.support import dense as ref
 from tests.support.models import (
     PRIOR_SCALE,
+    as_value,
     assert_all_close,
     assert_within_error,
     counts_of,
@@ -25,21 +25,6 @@ from tests.support.models import (
 from tests.support.state import drawing
 
 # --- PoissonFactors as a distribution
-
-
-def as_value(X: np.ndarray, kind: str):
-    return {
-        "counts": lambda: as_counts(sp.csr_matrix(X)),
-        "tensor": lambda: double(X),
-        "int tensor": lambda: torch.tensor(X, dtype=torch.int64),
-        "csr": lambda: sp.csr_matrix(X),
-        "coo": lambda: sp.coo_array(X),
-        "torch csr": lambda: double(X).to_sparse_csr(),
-        "float32 tensor": lambda: double(X).float(),
-        "float32 csr": lambda: sp.csr_matrix(X.astype(np.float32)),
-        "int csr": lambda: sp.csr_matrix(X.astype(np.int64)),
-        "int torch csr": lambda: torch.tensor(X, dtype=torch.int64).to_sparse_csr(),
-    }[kind]()
 
 
 @pytest.mark.parametrize(
@@ -93,23 +78,6 @@ def test_gradient_of_log_prob_in_the_log_factors(problem, layout):
     zero = torch.zeros_like(G)
     ref.elbo_terms(double(problem.X), G, zero, V, s, 1.0, "simple", zero[None])[0].sum().backward()
     assert_all_close([F.grad, W.grad], [G.grad, V.grad])
-
-
-def test_log_prob_of_its_own_draws_is_right_or_refused():
-    """A value with leading dimensions is not supported; it must not be summed over a wrong one.
-
-    With as many samples as features nothing but a check of the shape can tell the two apart.
-    """
-    problem = ref.simulate_problem(13, N=4, D=4)
-    likelihood = PoissonFactors(double(problem.mean), double(problem.W))
-    with drawing(3):
-        draw = likelihood.sample((1,))
-    try:
-        value = likelihood.log_prob(draw)
-    except (RuntimeError, ValueError):
-        return
-    expected = stats.poisson.logpmf(draw.numpy(), ref.rates(problem.mean, problem.W)).sum(-1)
-    np.testing.assert_allclose(value.numpy().ravel(), expected.ravel(), rtol=1e-10)
 
 
 def test_log_prob_adds_up_repeated_entries_of_a_sparse_matrix():
@@ -177,36 +145,6 @@ def test_expand_twice(problem):
         with outer, inner, pyro.plate("samples", 9, dim=-1):
             draw = pyro.sample("X", likelihood)
     assert draw.shape == (2, 5, 9, problem.shape[1])
-
-
-# --- mean deviance
-
-
-def test_mean_deviance_equals_scikit_learn(layout, dtype, kernel):
-    problem = ref.simulate_problem(17)
-    factors = double(np.exp(problem.mean.T)).to(dtype)
-    W = double(problem.W).to(dtype)
-    value = mean_deviance(counts_of(problem.X, layout, dtype), factors, W)
-    rate = ref.rates(problem.mean, problem.W)
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    expected = mean_poisson_deviance(problem.X.ravel(), rate.ravel())
-    assert value == pytest.approx(expected, rel=tolerance)
-    assert ref.mean_deviance(problem.X, rate) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["int tensor", "int csr", "float32 csr", "csr", "torch csr"])
-def test_mean_deviance_of_counts_of_any_type(kind):
-    problem = ref.simulate_problem(17)
-    factors, W = double(np.exp(problem.mean.T)), double(problem.W)
-    expected = ref.mean_deviance(problem.X, ref.rates(problem.mean, problem.W))
-    value = mean_deviance(as_value(problem.X, kind), factors, W)
-    assert value == pytest.approx(expected, rel=1e-6)
-
-
-def test_mean_deviance_is_zero_for_perfect_rates(layout):
-    X = np.array([[2.0, 3.0], [4.0, 6.0]])
-    factors, W = torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[2.0], [3.0]]).double()
-    assert mean_deviance(counts_of(X, layout), factors, W) == pytest.approx(0, abs=1e-12)
 
 
 # --- expectations under q

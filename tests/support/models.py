@@ -41,6 +41,22 @@ def counts_of(X: np.ndarray, layout: str, dtype: torch.dtype = torch.float64) ->
     return as_counts(sp.csr_matrix(X) if layout == "sparse" else X)
 
 
+def as_value(X: np.ndarray, kind: str):
+    """Counts in each of the forms that a distribution takes."""
+    return {
+        "counts": lambda: as_counts(sp.csr_matrix(X)),
+        "tensor": lambda: double(X),
+        "int tensor": lambda: torch.tensor(X, dtype=torch.int64),
+        "csr": lambda: sp.csr_matrix(X),
+        "coo": lambda: sp.coo_array(X),
+        "torch csr": lambda: double(X).to_sparse_csr(),
+        "float32 tensor": lambda: double(X).float(),
+        "float32 csr": lambda: sp.csr_matrix(X.astype(np.float32)),
+        "int csr": lambda: sp.csr_matrix(X.astype(np.int64)),
+        "int torch csr": lambda: torch.tensor(X, dtype=torch.int64).to_sparse_csr(),
+    }[kind]()
+
+
 # --- models
 
 
