@@ -37,6 +37,15 @@ class Places:
         groups = None if self.groups is None else self.groups[index]
         return Places(self.coordinates[index], groups)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Places]) -> Places:
+        """Return the places of all parts, one part after another, each of shape (..., n)."""
+        groups = [part.groups for part in parts if part.groups is not None]
+        return cls(
+            torch.cat([part.coordinates for part in parts], -2),
+            torch.cat(groups, -1) if groups else None,
+        )
+
     def take(self, index: Tensor | None) -> Places:
         """Select places by their numbers; all of them if the index is None."""
         return Places(take(self.coordinates, index, dim=0), take(self.groups, index))

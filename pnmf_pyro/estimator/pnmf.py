@@ -130,8 +130,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
     K : int
         Neighbours of a place where `local`; all others, with a warning, where there are fewer.
     precompute_knn : bool
-        Find neighbours and their weights once. Otherwise at each step, for those of its batch
-        alone in standard training: less memory and more time for the same result.
+        Find neighbours and their weights once. Otherwise anew at each step: less memory between
+        steps, and more time for the same result.
     neighbors : {'knn', 'probabilistic'}
         Which of the places that come before it in the ordering a place is conditioned on: the
         nearest, or some drawn by the covariance, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.

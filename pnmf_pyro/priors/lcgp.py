@@ -16,9 +16,8 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior
-from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
+from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, VecchiaNormal, draw_given
 from pnmf_pyro.priors.natural import ClosedForm
-from pnmf_pyro.priors.vecchia_normal import predict
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
 # steps they take at most from where the mean was before.
@@ -111,8 +110,8 @@ class LCGP(Prior):
     neighbors : {'knn', 'probabilistic'}
         How they are chosen among the places before it, see :mod:`pnmf_pyro.gp.neighbors`.
     precompute_knn : bool
-        Keep neighbours and their weights. Otherwise they are found at each step: for the batch
-        alone in standard training, for all places by natural gradients.
+        Keep neighbours and their weights. Otherwise they are found anew whenever they are needed,
+        several times a step: less memory between steps, and more time for the same result.
     rank : int
         R, the columns of V; 0 for independent marginals.
     cholesky_mode : {'exp', 'softplus'}
@@ -279,8 +278,8 @@ class LCGP(Prior):
             part.copy_(torch.from_numpy(columns) * (part.shape[-1] / self.rank) ** 0.5)
         self.low_rank = V.to(self.mean.device)
 
-    def _prior(self, index: Tensor | None) -> LocalPrior:
-        return LocalPrior(self.neighborhoods, self.mean, index, self.dtype)
+    def _prior(self, index: Tensor | None) -> VecchiaNormal:
+        return VecchiaNormal(self.neighborhoods.factor, self.mean, index, self.dtype)
 
     def _shared(self, n_draws: int) -> Tensor:
         """What draws at all places have in common, (E, L, R)."""
@@ -316,10 +315,8 @@ class LocalFieldAt:
         Each given the K nearest samples.
         """
         prior, places = self.prior, self.places.take(index)
-        near = prior.neighborhoods.nearest_to(places)
-        kernels, rows = prior.neighborhoods.kernels(), prior.neighborhoods.rows(places)
-        q = (t.cpu() for t in (prior.q.loc, prior.q.diagonal, prior.low_rank, prior.mean))
-        mean, variance = predict(kernels, *rows, near, *q)
+        q = prior.q.loc, prior.q.diagonal, prior.low_rank
+        mean, variance = prior.neighborhoods.predict(places, *q, prior.mean)
         loc, scale = (t.to(prior.mean.device, prior.dtype) for t in (mean, variance.sqrt()))
         return Normal(loc, scale, validate_args=False)
 
