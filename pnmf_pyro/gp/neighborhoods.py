@@ -15,7 +15,7 @@ from torch import Tensor
 from pnmf_pyro.data.checks import check_choice, check_count
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import check_random_state
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighbors import METHODS, NeighborGraph, build_graph, nearest, nearest_before
 from pnmf_pyro.gp.ordering import Covariance, max_min_order
@@ -60,7 +60,7 @@ class Neighborhoods:
         self.K = min(check_count("K", K), len(places) - 1)
         self.method = check_choice("neighbors", method, METHODS)
         self.precompute, self.seed = precompute, seed
-        self._once = Remembered()
+        self._cache = Cache()
 
     @property
     def factor(self) -> VecchiaFactor:
@@ -74,8 +74,8 @@ class Neighborhoods:
             return VecchiaPosterior(self._factor(self._graph()))
         kernel = list(self.kernel.buffers())
         by_kernel = self.method == "probabilistic" or self.places.groups is not None
-        graph = self._once("graph", kernel if by_kernel else [], self._graph)
-        return self._once("posterior", kernel, lambda: VecchiaPosterior(self._factor(graph)))
+        graph = self._cache("graph", kernel if by_kernel else [], self._graph)
+        return self._cache("posterior", kernel, lambda: VecchiaPosterior(self._factor(graph)))
 
     def predict(
         self, places: Places, mean: Tensor, diagonal: Tensor, low_rank: Tensor, prior_mean: Tensor

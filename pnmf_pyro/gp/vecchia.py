@@ -28,7 +28,7 @@ from scipy.sparse.linalg import SuperLU, splu
 from torch import Tensor
 
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.neighbors import NeighborGraph
 from pnmf_pyro.gp.ordering import Covariance
@@ -156,13 +156,13 @@ class VecchiaFactor:
         self._into: Any = graph.order
         self._back: Any = graph.position
         self._solvers: list[SuperLU] = []  # filled when first needed, shared with `ordered`
-        self._once = Remembered()
+        self._cache = Cache()
 
     def ordered(self) -> VecchiaFactor:
         """Return the factor of the same places numbered by their position in the ordering."""
         view = copy.copy(self)
         view.__dict__.pop("precision_diagonal", None)
-        view._once = Remembered()
+        view._cache = Cache()
         view.graph = NeighborGraph(np.arange(self.N), self.graph.predecessors)
         view.variances = self.variances[:, self._into]
         view._into = view._back = slice(None)
@@ -190,7 +190,7 @@ class VecchiaFactor:
                 total += np.square(self.multiply(column.double().cpu()))
             return torch.from_numpy(total)
 
-        return self._once("roughness", [V], make)
+        return self._cache("roughness", [V], make)
 
     @property
     def _triangular(self) -> list[SuperLU]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors.base import Draws, Prior
@@ -104,7 +104,7 @@ class SVGP(Prior):
             diagonal_only=diagonal_only,
             natural=use_natural_gradients,
         )
-        self._once = Remembered()
+        self._once = Cache()
 
     @property
     def places(self) -> Places:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import take
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import solve
 from pnmf_pyro.priors.fields import NaturalNormal, NaturalSpread, marginals_of, times, weighted_gram
 from pnmf_pyro.priors.svgp_sites import SiteNormal, SiteSpread
@@ -68,7 +68,7 @@ class SiteInducing(Family):
         super().__init__()
         self.site_shift = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
         self.site_precision = nn.Parameter(torch.zeros(L, N, dtype=torch.float64))
-        self._once = Remembered()
+        self._once = Cache()
 
     def distribution(self, A: Tensor) -> SiteNormal:
         """Return q(u)."""
@@ -131,7 +131,7 @@ class NaturalInducing(DenseFamily):
         super().__init__()
         self.theta1 = nn.Parameter(torch.zeros(L, M, dtype=torch.float64))
         self.theta2 = nn.Parameter(-torch.eye(M, dtype=torch.float64).repeat(L, 1, 1) / 2)
-        self._once = Remembered()
+        self._once = Cache()
 
     def distribution(self, A: Tensor) -> NaturalNormal:
         """Return q(u)."""

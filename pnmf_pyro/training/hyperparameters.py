@@ -29,7 +29,7 @@ from torch import Tensor
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import Places, extent, spacing
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, symmetric
 from pnmf_pyro.gp.neighbors import nearest
 from pnmf_pyro.models import PoissonFactorization
@@ -193,7 +193,7 @@ class HyperparameterSearch:
         self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
         together = torch.cat([self.neighbours, self.judged[:, None]], 1)
         self.pairs = Pairs.among(self.places[together])
-        self._once = Remembered()
+        self._once = Cache()
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
     def learn_from(self, source: PoissonFactorization) -> None:
