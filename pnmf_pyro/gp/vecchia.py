@@ -42,13 +42,14 @@ LEAST = 1e-8
 # see docs/performance.md.
 FEW_PRODUCTS = 4_000_000
 
+Array = np.ndarray | Tensor
 Operation = Callable[[Any, np.ndarray], np.ndarray]
 
 
 def conditional_weights(
     targets: Places,
     sources: Places,
-    neighbors: Any,
+    neighbors: Array,
     covariance: Covariance,
     variance: float,
     names: np.ndarray | None = None,
@@ -153,8 +154,8 @@ class VecchiaFactor:
         self.graph, self.L, self.N = graph, len(variances), graph.N
         self.variances = variances.numpy()[:, graph.position]
         self.matrices = _residual_matrices(graph.predecessors, weights.numpy())
-        self._into: Any = graph.order
-        self._back: Any = graph.position
+        self._into: np.ndarray | slice = graph.order
+        self._back: np.ndarray | slice = graph.position
         self._solvers: list[SuperLU] = []  # filled when first needed, shared with `ordered`
         self._cache = Cache()
 
@@ -203,23 +204,23 @@ class VecchiaFactor:
             self._solvers.extend(splu(A.tocsc(), **options) for A in self.matrices)
         return self._solvers
 
-    def multiply(self, x: Any) -> np.ndarray:
+    def multiply(self, x: Array) -> np.ndarray:
         """Return (I - B) x, the deviation of each place from what its neighbours predict."""
         return self._each(lambda A, x: A @ x, self.matrices, x)
 
-    def multiply_transposed(self, x: Any) -> np.ndarray:
+    def multiply_transposed(self, x: Array) -> np.ndarray:
         """Return (I - B)^T x."""
         return self._each(lambda A, x: A.T @ x, self.matrices, x)
 
-    def solve(self, x: Any) -> np.ndarray:
+    def solve(self, x: Array) -> np.ndarray:
         """Return (I - B)^-1 x."""
         return self._each(lambda LU, x: LU.solve(x), self._triangular, x)
 
-    def solve_transposed(self, x: Any) -> np.ndarray:
+    def solve_transposed(self, x: Array) -> np.ndarray:
         """Return (I - B)^-T x."""
         return self._each(lambda LU, x: LU.solve(x, trans="T"), self._triangular, x)
 
-    def precision(self, x: Any) -> np.ndarray:
+    def precision(self, x: Array) -> np.ndarray:
         """Return Q x."""
         x = np.asarray(x)
         variances = self.variances if x.ndim == 2 else self.variances[..., None]
@@ -239,7 +240,7 @@ class VecchiaFactor:
         matrices = [sp.csr_matrix((A.data, columns, A.indptr), shape=shape) for A in parts]
         return self.graph.order[used], matrices
 
-    def _each(self, operation: Operation, matrices: Sequence[Any], x: Any) -> np.ndarray:
+    def _each(self, operation: Operation, matrices: Sequence[Any], x: Array) -> np.ndarray:
         x = np.asarray(x, dtype=np.float64)[:, self._into]
         return on_components(operation, matrices, x)[:, self._back]
 

@@ -28,13 +28,13 @@ docs/performance.md says how many steps that takes.
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, on_components
 
 COARSENING = 2
 COARSEST = 10
@@ -79,9 +79,9 @@ class VecchiaPosterior:
 
     def solve(
         self,
-        curvature: Any,
-        b: Any,
-        start: Any = None,
+        curvature: Array,
+        b: Array,
+        start: Array | None = None,
         *,
         tolerance: float = 0.01,
         max_iterations: int = 100,
@@ -136,7 +136,7 @@ class VecchiaPosterior:
 
     def sample(
         self,
-        curvature: Any,
+        curvature: Array,
         n_draws: int,
         random_state: RandomState = None,
         *,
@@ -160,13 +160,13 @@ class VecchiaPosterior:
         b = self.factor.multiply_transposed(of_prior) + of_data
         return self.solve(h, b, tolerance=tolerance, max_iterations=max_iterations).x
 
-    def conditional_variances(self, curvature: Any) -> np.ndarray:
+    def conditional_variances(self, curvature: Array) -> np.ndarray:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
         return 1 / (self.factor.precision_diagonal + self._checked_curvature(curvature))
 
     def smooth_part(
         self,
-        curvature: Any,
+        curvature: Array,
         rank: int,
         random_state: RandomState = None,
         *,
@@ -191,7 +191,7 @@ class VecchiaPosterior:
         filtered = draws - 0.5 * self.conditional_variances(h)[..., None] * product
         return filtered / np.sqrt(rank)
 
-    def _checked_curvature(self, curvature: Any) -> np.ndarray:
+    def _checked_curvature(self, curvature: Array) -> np.ndarray:
         h = self._checked("curvature", curvature)
         if (h < 0).any():
             raise ValueError(
@@ -200,7 +200,7 @@ class VecchiaPosterior:
             )
         return h
 
-    def _checked(self, name: str, value: Any) -> np.ndarray:
+    def _checked(self, name: str, value: Array) -> np.ndarray:
         """Values as float64; conjugate gradients would go on with NaN to the end."""
         array = np.asarray(value, dtype=np.float64)
         bad = np.argwhere(~np.isfinite(array))
@@ -212,7 +212,7 @@ class VecchiaPosterior:
         return array
 
     @cached_property
-    def _grids(self) -> list[tuple[int, list[Any], np.ndarray]]:
+    def _grids(self) -> list[tuple[int, list[sp.csr_matrix], np.ndarray]]:
         """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
         matrices, D = self.factor.matrices, 1 / self._ordered.variances
         diagonal, grids, start = np.zeros_like(D), [], 0
@@ -254,12 +254,12 @@ def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return weights if x.ndim == 2 else weights[..., None]
 
 
-def _squared_rows_transposed(start: int, stop: int, A: Any, x: np.ndarray) -> np.ndarray:
+def _squared_rows_transposed(start: int, stop: int, A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
     """sum_i A_ij^2 x_i over rows from start to stop."""
     return A[start:stop].power(2).T @ x
 
 
-def _leading(matrices: list[Any], M: int) -> list[Any]:
+def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
     """The first M rows and columns of lower triangular CSR matrices, as views."""
     parts = []
     for A in matrices:
