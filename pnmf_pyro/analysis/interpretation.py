@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
+from pnmf_pyro.analysis.statistics import neighbor_weights
 from pnmf_pyro.data.checks import check_choice, check_count, check_counts
 from pnmf_pyro.data.counts import BLOCK_ENTRIES
-from pnmf_pyro.data.places import GroupCodes, check_coordinates
+from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
 from pnmf_pyro.estimator.results import Results, results_of
-from pnmf_pyro.gp.neighbors import nearest
 
 RANKINGS = ("weight", "specificity")
 
@@ -217,27 +218,17 @@ def spatial_scores(
 
 def _neighbourhood(
     found: Results, coordinates: Any, groups: Any, n_neighbors: int
-) -> tuple[np.ndarray, sp.csr_matrix]:
+) -> tuple[np.ndarray, sp.csr_array]:
     """Codes of the groups, and the matrix that averages over nearest neighbours in the group."""
     N = len(found.size_factors)
     coordinates = found.coordinates if coordinates is None else coordinates
     groups = found.groups if groups is None else groups
-    points = check_coordinates(coordinates, N).numpy()
-    codes = np.zeros(N, dtype=np.int64)
+    points = check_coordinates(coordinates, N)
+    codes = torch.zeros(N, dtype=torch.int64)
     if groups is not None:
-        codes = GroupCodes.of(groups, N).encode(groups, N).numpy()
+        codes = GroupCodes.of(groups, N).encode(groups, N)
     K = check_count("n_neighbors", n_neighbors)
-    rows, columns, weights = [], [], []
-    for code in np.unique(codes):
-        members = np.flatnonzero(codes == code)
-        near = min(K, len(members) - 1)
-        found_here = members[nearest(points[members], points[members], near + 1)]
-        order = np.argsort(found_here == members[:, None], axis=1, kind="stable")  # itself last
-        columns.append(np.take_along_axis(found_here, order, 1)[:, :near].ravel())
-        rows.append(np.repeat(members, near))
-        weights.append(np.full(len(members) * near, 1 / max(near, 1)))
-    entries = np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))
-    return codes, sp.csr_matrix(entries, shape=(N, N))
+    return codes.numpy(), neighbor_weights(Places(points, codes), K)
 
 
 def _feature_blocks(rates: sp.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -260,7 +251,7 @@ def _component_block(found: Results, rates: sp.csr_matrix) -> tuple[np.ndarray, 
 
 
 def _smooth_part(
-    z: np.ndarray, noise: np.ndarray, codes: np.ndarray, means: sp.csr_matrix
+    z: np.ndarray, noise: np.ndarray, codes: np.ndarray, means: sp.csr_array
 ) -> np.ndarray:
     """Score, smooth part and variance beyond noise of each column of z, of shape (3, columns)."""
     N = len(z)

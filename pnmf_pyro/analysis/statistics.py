@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from sklearn.neighbors import kneighbors_graph
 
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.neighbors import nearest
 
 # Counts (N, D) as an ndarray or a scipy csr_array, whose operators are the same.
 Table = Any
@@ -104,6 +104,7 @@ def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
     ----------
     places : Places of shape (N,)
     k : int
+        Number of neighbours; all others where a group has fewer.
 
     Returns
     -------
@@ -112,17 +113,17 @@ def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
     """
     points = places.coordinates.cpu().numpy()
     groups = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
-    rows, columns = [], []
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        found = nearest(points[members], points[members], min(k + 1, len(members)))
-        rows.append(np.repeat(members, found.shape[1]))
-        columns.append(members[found.ravel()])
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    others = row != column
-    row, column = row[others], column[others]
-    weights = 1 / np.bincount(row, minlength=len(points))[row]
-    return sp.csr_array((weights, (row, column)), shape=(len(points), len(points)))
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    blocks = sp.block_diag([_weights_among(points[m], k) for m in members], format="csr")
+    position = np.argsort(np.concatenate(members))
+    return sp.csr_array(blocks)[position][:, position]
+
+
+def _weights_among(points: np.ndarray, k: int) -> sp.csr_array:
+    near = min(k, len(points) - 1)
+    if near == 0:
+        return sp.csr_array((1, 1))
+    return sp.csr_array(kneighbors_graph(points, near, include_self=False) / near)
 
 
 def moran(table: Table, weights: sp.csr_array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where the samples are: coordinates and groups, checked once at the door."""
+"""Where the samples are: coordinates and groups, checked here once and trusted below."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pnmf_pyro.data.checks import warn
 
 @dataclass(frozen=True)
 class Places:
-    """Points in space, each perhaps in a group.
+    """Points in space, each perhaps in a group: what a covariance is a function of.
 
     Parameters
     ----------
     coordinates : Tensor of shape (..., n, p), float64
+        Finite coordinates, in one unit.
     groups : Tensor of shape (..., n), int64, optional
         Codes of the groups.
     """
@@ -36,6 +37,15 @@ class Places:
         """Select places; an index of shape (..., n) gives places of that shape."""
         groups = None if self.groups is None else self.groups[index]
         return Places(self.coordinates[index], groups)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Places]) -> Places:
+        """Return the places of all parts, one part after another, each of shape (..., n)."""
+        groups = [part.groups for part in parts if part.groups is not None]
+        return cls(
+            torch.cat([part.coordinates for part in parts], -2),
+            torch.cat(groups, -1) if groups else None,
+        )
 
     def take(self, index: Tensor | None) -> Places:
         """Select places by their numbers; all of them if the index is None."""
@@ -72,8 +82,9 @@ def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None =
     Parameters
     ----------
     coordinates : array-like of shape (n_samples, p)
-        In any unit.
+        Coordinates in any unit.
     n_samples : int
+        Number of samples, to which the rows must come.
     dimensions : int, optional
         p, where it is known already.
 
@@ -119,7 +130,7 @@ class GroupCodes:
     Parameters
     ----------
     names : sequence
-        In the order of the codes.
+        Names of the groups, in the order of their codes.
     """
 
     def __init__(self, names: Sequence[Any]):

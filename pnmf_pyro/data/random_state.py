@@ -47,28 +47,6 @@ def torch_generator(random_state: RandomState) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def gumbel_noise(key: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return standard Gumbel noise of pairs of numbers: of one pair always the same.
-
-    So chance need not know which pairs are asked for together. The bits are those of the pair and
-    the key through the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
-
-    Parameters
-    ----------
-    key : int
-        From 0 to 2**63 - 1.
-    first, second : ndarray of int
-        Of shapes that broadcast; below 2**32.
-    """
-    pair = (first.astype(np.uint64) << np.uint64(32)) | second.astype(np.uint32)
-    bits = pair * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
-    bits ^= bits >> np.uint64(31)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
-
-
 @contextmanager
 def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Let torch's and Pyro's samplers draw from `generator` within the block.

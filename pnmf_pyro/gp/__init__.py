@@ -1,5 +1,11 @@
-"""Numerics of Gaussian processes: kernels, inducing points, neighbours, sparse factors.
+"""Numerics of Gaussian processes: no Pyro sample statement and no optimiser.
 
-No Pyro sample statement and no optimiser. It imports from `data`. Begin with
-:mod:`~pnmf_pyro.gp.kernels`; inducing points and neighbours are two ways on from there.
+Here live the kernels, and two ways to make them affordable. One summarises a field by its values
+at inducing points (`inducing`, `cholesky`). The other conditions each place on its neighbours: an
+order of places (`ordering`), the neighbours in it (`neighbors`), the sparse factor of the precision
+that they make (`vecchia`), solves and draws with it (`vecchia_solver`), and all of these from a
+kernel and places (`neighborhoods`). `cache` keeps what the kernel's hyperparameters made.
+
+The room imports from `data` alone. Begin with :mod:`~pnmf_pyro.gp.kernels`, then
+:mod:`~pnmf_pyro.gp.neighborhoods`.
 """

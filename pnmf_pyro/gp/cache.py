@@ -1,4 +1,4 @@
-"""Values that are made anew only where the tensors that they depend on have changed."""
+"""Values that are made anew only where the tensors they depend on have changed."""
 
 from __future__ import annotations
 
@@ -10,28 +10,40 @@ from torch import Tensor
 Made = TypeVar("Made")
 
 
-class Remembered:
-    """Keep the last value of each name, for as long as the tensors it was made of are the same."""
+class Cache:
+    """The last value of each name, with the tensors that it was made of.
+
+    A tensor has changed where it lies elsewhere in memory, or where torch has written to it: its
+    counter `_version`, by which autograd notices changes in place, has moved. Comparing values
+    would cost a copy of each tensor and a pass over it. Writes that torch does not see, as through
+    a numpy array of the same memory, are not noticed.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, ...]] = {}
+        self._made: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_known": {}}  # a copy makes its own
+        return {"_made": {}}  # a copy makes its own
 
     def __call__(self, name: str, tensors: Iterable[Tensor], make: Callable[[], Made]) -> Made:
-        """Return the value of a name, made by `make` unless it is known for these tensors.
+        """Return the value of a name, made by `make` unless it is there for these tensors.
 
-        Tensors that are changed in place count as changed.
+        Parameters
+        ----------
+        name : str
+        tensors : iterable of Tensor
+            All tensors that the value depends on.
+        make : callable
+            Makes the value.
         """
-        tensors = [tensor.detach() for tensor in tensors]  # kept: no other can take their place
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if name not in self._known or self._known[name][0] != state:
-            self._known.pop(name, None)
-            self._known[name] = (state, tensors, make())
-        return self._known[name][-1]
+        held = [tensor.detach() for tensor in tensors]  # so that no other takes their memory
+        state = [(tensor.data_ptr(), tensor._version) for tensor in held]
+        if name not in self._made or self._made[name][0] != state:
+            self._made.pop(name, None)
+            self._made[name] = (state, held, make())
+        return self._made[name][-1]
 
     def renew(self, name: str, tensors: Iterable[Tensor], value: Any) -> None:
         """Keep a value that somebody else has made of these tensors."""
-        self._known.pop(name, None)
+        self._made.pop(name, None)
         self(name, tensors, lambda: value)

@@ -1,60 +1,96 @@
-"""Cholesky factors of nearly singular covariance matrices, and what is read off a factor."""
+"""Cholesky factors of covariance matrices, and what is read off a factor.
+
+:func:`jittered_cholesky` is the one way to factorise a covariance that a kernel makes. Matrices
+that are well conditioned by construction, as the identity plus a covariance, need no jitter.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
 
-# How far the jitter may grow before a matrix is given up: times ten at each attempt.
+# Attempts to factorise a matrix, each with ten times the jitter of the one before.
 ATTEMPTS = 6
+
+# Matrices that a message names.
+NAMED_AT_MOST = 5
 
 # Rows or columns of a symmetric matrix that are made together.
 BLOCK = 128
 
 
-def jittered_cholesky(covariance: Tensor, jitter: float, what: str = "inducing points") -> Tensor:
-    """Return the lower Cholesky factor of a covariance with something added to its diagonal.
+def jittered_cholesky(
+    covariance: Tensor,
+    jitter: float,
+    what: str = "inducing points",
+    names: np.ndarray | None = None,
+) -> Tensor:
+    """Return the lower Cholesky factors of covariances that may be nearly singular.
+
+    The diagonal of each matrix is raised by the jitter. Where the factorisation still fails, it is
+    raised by ten times as much, and so on for that matrix.
 
     Parameters
     ----------
     covariance : Tensor of shape (..., n, n), float64
     jitter : float
-        Added to the diagonal, relative to its mean; multiplied by ten while the factorisation
-        fails.
+        What is added to a diagonal, relative to its mean.
     what : str
-        What the rows are, for messages.
+        What the rows stand for, for messages.
+    names : ndarray of shape (...), optional
+        Number of each matrix, for messages.
 
     Raises
     ------
     ValueError
-        Where a hundred thousand times the jitter is not enough.
+        Where an entry is not finite, or a hundred thousand times the jitter is not enough.
 
     Warns
     -----
     UserWarning
         Where more than the given jitter was needed.
     """
-    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    level = diagonal.mean(-1, keepdim=True)
+    matrices = covariance.reshape(-1, *covariance.shape[-2:])
+    bad = (~torch.isfinite(matrices).flatten(1).all(1)).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"The covariance of the {what}{_named(names, bad)} is not finite. Check coordinates "
+            "for extreme values, and the hyperparameters of the kernel."
+        )
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    left, tril = torch.arange(len(matrices), device=matrices.device), matrices
     for attempt in range(ATTEMPTS):
         added = jitter * 10**attempt
-        raised = covariance.clone()
-        raised.diagonal(dim1=-2, dim2=-1).add_(added * level)
-        tril, failed = torch.linalg.cholesky_ex(raised)
+        raised = matrices[left]  # a copy
+        raised.diagonal(dim1=-2, dim2=-1).add_(added * mean[left, None])
+        factors, failed = torch.linalg.cholesky_ex(raised)
+        tril = tril.index_copy(0, left, factors) if attempt else factors
         if not bool(failed.any()):
             if attempt:
                 warn(
-                    f"The covariance of the {what} is nearly singular: jitter was raised from "
-                    f"{jitter:g} to {added:g}. Remove places that are nearly the same, or pass a "
-                    "shorter lengthscale or a larger jitter."
+                    f"The covariance of the {what}{_named(names, left)} is nearly singular: jitter "
+                    f"was raised from {jitter:g} to {added:g}. Remove places that are nearly the "
+                    "same, or pass a shorter lengthscale or a larger jitter."
                 )
-            return tril
+            return tril.reshape(covariance.shape)
+        left = left[failed > 0]
     raise ValueError(
-        f"The covariance of the {what} could not be factorised even with jitter={added:g}. Check "
-        "coordinates for extreme values, or pass a shorter lengthscale or a larger jitter."
+        f"The covariance of the {what}{_named(names, left)} is not positive definite, even with "
+        f"{added:g} of its variance added to the diagonal. Check coordinates for extreme values, "
+        "and that the kernel is a covariance; or pass a shorter lengthscale, a larger jitter or a "
+        "smaller K."
     )
+
+
+def _named(names: np.ndarray | None, which: Tensor) -> str:
+    """Return the names of some matrices as the end of a phrase, "" without names."""
+    if names is None:
+        return ""
+    more = f" and {len(which) - NAMED_AT_MOST} more" if len(which) > NAMED_AT_MOST else ""
+    return f" {names[which[:NAMED_AT_MOST].cpu().numpy()].tolist()}{more}"
 
 
 def solve(tril: Tensor, vectors: Tensor) -> Tensor:

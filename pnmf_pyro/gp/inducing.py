@@ -1,4 +1,4 @@
-"""Where inducing points stand, and how many each group gets."""
+"""Inducing points: where they stand, and how many each group gets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ def inducing_points(
     Parameters
     ----------
     places : Places of shape (N,)
+        Places of the samples.
     num_inducing : int
+        Largest number of inducing points.
     allocation : {'proportional', 'equal', 'derived'}
-        How groups share the inducing points: by their number of distinct places; equally; or by
-        the groups of the nearest places of centres that are found without regard to groups.
+        Rule by which groups share the inducing points: in proportion to their distinct places;
+        equally; or by finding centres without regard to groups, each of which then gets the group
+        of the places nearest to it.
     random : RandomState
+        Source of chance for the clusters.
 
     Returns
     -------

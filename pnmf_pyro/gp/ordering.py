@@ -2,31 +2,33 @@
 
 The max-min ordering (Guinness 2018) makes the Vecchia approximation accurate at every scale
 (Katzfuss and Guinness 2021; Schaefer, Katzfuss and Owhadi 2021). There is no chance in it. It is
-exact where there are no more than `EXACT_UP_TO` points, and in its first `EXACT_PICKS` places
-otherwise. Later places are filled level by level: a level adds points at least rho apart from each
-other and from all before, until none is left, and the next level has a smaller rho. The distance of
-a place is then within a factor of sqrt(2) of the exact one, and the cost is near linear.
+exact where there are no more than `EXACT_UP_TO` points, and in its first `EXACT_PICKS` positions
+otherwise. Later positions are filled rung by rung: a rung adds points at least rho apart from each
+other and from all before, until none is left, and the next rung has a smaller rho. The distance of
+a point is then within a factor of sqrt(2) of the exact one, and the cost is near linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from pnmf_pyro.data.places import Places
+
 EXACT_UP_TO = 4000
 EXACT_PICKS = 500
-# Spots from which distances between groups are estimated.
+# Places from which distances between groups are estimated.
 SAMPLED = 1000
 
-Covariance = Callable[[Tensor, Tensor], Tensor]
+# Covariance between places of shape (..., n) and (..., m), of shape (..., n, m), float64.
+Covariance = Callable[[Places, Places], Tensor]
 
 
-def max_min_order(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def max_min_order(points: np.ndarray) -> np.ndarray:
     """Order points so that each is far from all before it; see the module.
 
     Parameters
@@ -35,66 +37,60 @@ def max_min_order(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns
     -------
-    order : ndarray of int64, shape (N,)
-    distance : ndarray of shape (N,)
-        Of each place in the order, to the nearest point before it; inf for the first, 0 for a
-        point that has been before.
+    ndarray of int64, shape (N,)
+        Number of the point at each position.
     """
     N = len(points)
-    order, radii, distance = _farthest_points(points, N if N <= EXACT_UP_TO else EXACT_PICKS)
-    placed = np.zeros(N, bool)
-    placed[order] = True
-    orders, all_radii = [order], [radii]
+    picks, distance = _farthest_points(points, N if N <= EXACT_UP_TO else EXACT_PICKS)
+    order, placed = [picks], np.zeros(N, bool)
+    placed[picks] = True
     while (remaining := np.flatnonzero(~placed)).size:
         farthest = distance[remaining].max()
         if farthest == 0:  # only repetitions of earlier points are left
-            picks = remaining
-        else:
-            radius = farthest / np.sqrt(2)
-            picks = _level(points, remaining[distance[remaining] >= radius], distance, radius)
-        orders.append(picks)
-        all_radii.append(distance[picks])
+            order.append(remaining)
+            break
+        radius = farthest / np.sqrt(2)
+        picks = _rung(points, remaining[distance[remaining] >= radius], distance, radius)
+        order.append(picks)
         placed[picks] = True
         remaining = remaining[~placed[remaining]]
-        if remaining.size and farthest > 0:
-            found, _ = tree_query(cKDTree(points[picks]), points[remaining], 1)
-            distance[remaining] = np.minimum(distance[remaining], found[:, 0])
-    return np.concatenate(orders), np.concatenate(all_radii)
+        found, _ = tree_query(cKDTree(points[picks]), points[remaining], 1)
+        distance[remaining] = np.minimum(distance[remaining], found[:, 0])
+    return np.concatenate(order)
 
 
-def group_embedding(
-    points: np.ndarray, labels: np.ndarray, rows: np.ndarray, covariance: Covariance
-) -> np.ndarray:
-    """Place groups at points of further dimensions, as far apart as the covariance says they are.
+def group_embedding(places: Places, covariance: Covariance) -> np.ndarray:
+    """Return further coordinates of places, which put groups as far apart as the covariance says.
 
-    Two groups are c apart where a pair of spots of both, r from each other in space, has the
-    covariance that two spots of one group have at sqrt(r^2 + c^2); taken from the nearest such
-    pairs among `SAMPLED` spots. Max-min ordering of points with these dimensions orders groups
+    Two groups are c apart where a pair of places of both, r from each other in space, has the
+    covariance that two places of one group have at sqrt(r^2 + c^2); taken from the nearest such
+    pairs among `SAMPLED` places. Max-min ordering of places with these coordinates orders groups
     together where they share their field, and each by itself where they do not.
 
     Parameters
     ----------
-    points : ndarray of shape (N, p)
-    labels : ndarray of int, shape (N,)
-        0 to G - 1, each of them present.
-    rows : ndarray of shape (N, q)
-        What the covariance is a function of.
+    places : Places of shape (N,)
+        Places in G groups.
     covariance : callable
 
     Returns
     -------
-    ndarray of shape (G, at most G - 1)
+    ndarray of shape (N, at most G - 1)
+        Coordinates that all places of a group have in common.
     """
+    assert places.groups is not None
+    labels = np.unique(places.groups.numpy(), return_inverse=True)[1]
     G = labels.max() + 1
     each = max(2, SAMPLED // G)
     members = (np.flatnonzero(labels == g) for g in range(G))
     sample = np.concatenate([m[np.linspace(0, len(m) - 1, each).astype(int)] for m in members])
-    spots = torch.from_numpy(rows[sample])
-    values = covariance(spots, spots).detach().numpy()
-    squared = ((points[sample, None] - points[None, sample]) ** 2).sum(-1)
+    sampled = places[sample]
+    points = sampled.coordinates.numpy()
+    values = covariance(sampled, sampled).detach().numpy()
+    squared = ((points[:, None] - points[None]) ** 2).sum(-1)
     same = labels[sample, None] == labels[None, sample]
-    known = np.argsort(values[same], kind="stable")
-    equivalent = np.interp(values, values[same][known], squared[same][known])
+    rising = np.argsort(values[same], kind="stable")
+    equivalent = np.interp(values, values[same][rising], squared[same][rising])
     shape = (G, each, G, each)
     beyond = (equivalent - squared).reshape(shape).swapaxes(1, 2).reshape(G, G, -1)
     near = squared.reshape(shape).swapaxes(1, 2).reshape(G, G, -1).argsort(-1)
@@ -103,30 +99,30 @@ def group_embedding(
     np.fill_diagonal(apart, 0)
     centre = np.eye(G) - 1 / G
     strength, axes = np.linalg.eigh(-0.5 * centre @ (apart + apart.T) @ centre / 2)
-    kept = strength > 1e-9 * max(strength.max(), np.finfo(float).tiny)
-    return axes[:, kept] * np.sqrt(strength[kept])
+    real = strength > 1e-9 * max(strength.max(), np.finfo(float).tiny)
+    return (axes[:, real] * np.sqrt(strength[real]))[labels]
 
 
-def _farthest_points(points: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _farthest_points(points: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Pick n points, each the farthest from those before; O(n N).
 
-    Returns the picks and their distances, and the distance of every point to the picks.
+    Returns the picks, and the distance of every point to the nearest of them.
     """
     columns = np.ascontiguousarray(points.T)
     squared = np.full(len(points), np.inf)
-    order, radii = np.empty(n, np.int64), np.empty(n)
+    order = np.empty(n, np.int64)
     centre = points.mean(0)
     pick = int(((points - centre) ** 2).sum(1).argmin())
-    for place in range(n):
-        order[place], radii[place] = pick, squared[pick]
+    for position in range(n):
+        order[position] = pick
         np.minimum(squared, ((columns - columns[:, [pick]]) ** 2).sum(0), out=squared)
         squared[pick] = -1.0  # a repetition, at 0, comes before a pick that has been
         pick = int(squared.argmax())
     squared[order] = 0.0
-    return order, np.sqrt(radii), np.sqrt(squared)
+    return order, np.sqrt(squared)
 
 
-def _level(
+def _rung(
     points: np.ndarray, candidates: np.ndarray, distance: np.ndarray, radius: float
 ) -> np.ndarray:
     """Choose candidates at least `radius` apart, and so many that no other could be added.
@@ -158,7 +154,7 @@ def _level(
     return np.concatenate(chosen)
 
 
-def tree_query(tree: Any, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def tree_query(tree: cKDTree, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return distances and numbers of the k nearest points of a tree, each of shape (n, k)."""
     distance, index = tree.query(points, k, workers=torch.get_num_threads())
     return distance.reshape(len(points), k), index.reshape(len(points), k)

@@ -1,15 +1,15 @@
 r"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
 
-Where an observation of each spot has curvature h_i >= 0, the posterior mean, draws and variances of
-the field need solves with
+Where an observation of each place has curvature h_i >= 0, the posterior mean, draws and variances
+of the field need solves with
 
     A = Q + diag(h) = (I - B)^T D (I - B) + diag(h),        D = diag(1 / v).
 
 Conjugate gradients stall with a diagonal preconditioner: Q is like a differential operator of high
 order. The factor with an updated diagonal, (I - B)^T (D + diag(h)) (I - B) (Kuendig and Sigrist
-2024), is good where Q dominates, but fields that are smooth over many spots feel h much more than
+2024), is good where Q dominates, but fields that are smooth over many places feel h much more than
 it says. The ordering offers what a multigrid method needs (Schaefer, Sullivan and Owhadi 2021): its
-first M spots are a coarse grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all spots
+first M places are a coarse grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all places
 from these, E the first M columns of the identity,
 
     P^T Q P = (I - B)_MM^T D_MM (I - B)_MM,
@@ -21,23 +21,20 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990) that the prior is part of. It costs two triangular solves and four products.
-Measured with Matern32: an error of 1% after 5 to 9 steps, whatever N, the lengthscale and h from
-0.1 to 1,000. Smoother fields without a nugget take more: Matern52 up to 20 on a simulated tissue,
-but 60 for an error of 20 to 50% on sim_nsf_S1, where closer solves predicted and fitted no better.
+Pasciak and Xu 1990) that the prior is part of. It costs two triangular solves and four products;
+docs/performance.md says how many steps that takes.
 """
 
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.linalg import eigh
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, on_components
 
 COARSENING = 2
 COARSEST = 10
@@ -53,8 +50,8 @@ class Solution(NamedTuple):
         Products with A.
     error : ndarray of shape (L,) or (L, R)
         Estimate of sqrt(e^T A e / N), e the error of x: in posterior standard deviations, root
-        mean square over spots. Where x is the mean of q, the ELBO is lower than at the best mean by
-        N / 2 times its square.
+        mean square over places. Where x is the mean of q, the ELBO is lower than at the best mean
+        by N / 2 times its square.
     """
 
     x: np.ndarray
@@ -65,12 +62,12 @@ class Solution(NamedTuple):
 class VecchiaPosterior:
     """N(0, (Q_l + diag(h_l))^-1) for a fixed Q and any h.
 
-    Spots stand in the order of the user everywhere.
+    Places stand in the order of the user everywhere.
 
     Parameters
     ----------
     factor : VecchiaFactor
-        Of L components.
+        Factor of the precisions Q of L components.
     """
 
     def __init__(self, factor: VecchiaFactor):
@@ -82,9 +79,9 @@ class VecchiaPosterior:
 
     def solve(
         self,
-        curvature: Any,
-        b: Any,
-        start: Any = None,
+        curvature: Array,
+        b: Array,
+        start: Array | None = None,
         *,
         tolerance: float = 0.01,
         max_iterations: int = 100,
@@ -99,23 +96,25 @@ class VecchiaPosterior:
         curvature : ndarray or Tensor of shape (L, N)
             h, not negative.
         b : ndarray or Tensor of shape (L, N) or (L, N, R)
+            Right-hand sides.
         start : ndarray or Tensor of the shape of b, optional
-            Where to start, such as the solution for an h that was similar; 0 unless given.
+            A first x, such as the solution for an h that was similar; 0 unless given.
         tolerance : float
-            Stop where the error of all is below this many posterior standard deviations.
+            Largest error of x, in posterior standard deviations.
         max_iterations : int
+            Largest number of steps.
 
         Raises
         ------
         ValueError
-            If h or b is not finite or has another shape, or h is negative somewhere.
+            If h, b or the start is not finite, or h is negative somewhere.
         """
-        h = self._checked_curvature(curvature)
         order, position = self.factor.graph.order, self.factor.graph.position
+        h = self._checked_curvature(curvature)[:, order]
         r = self._checked("b", b)[:, order]
         x = np.zeros_like(r)
         precondition = _Preconditioner(self, h)
-        weights = h if r.ndim == 2 else h[..., None]
+        weights = _like(h, r)
         if start is not None:
             x = self._checked("start", start)[:, order]
             r = r - self._ordered.precision(x) - weights * x
@@ -137,7 +136,7 @@ class VecchiaPosterior:
 
     def sample(
         self,
-        curvature: Any,
+        curvature: Array,
         n_draws: int,
         random_state: RandomState = None,
         *,
@@ -153,7 +152,7 @@ class VecchiaPosterior:
         -------
         ndarray of shape (L, N, n_draws)
         """
-        h = self._checked("curvature", curvature)
+        h = self._checked_curvature(curvature)
         random = check_random_state(random_state)
         shape = (*h.shape, n_draws)
         of_prior = random.normal(size=shape) / np.sqrt(self.factor.variances)[..., None]
@@ -161,13 +160,13 @@ class VecchiaPosterior:
         b = self.factor.multiply_transposed(of_prior) + of_data
         return self.solve(h, b, tolerance=tolerance, max_iterations=max_iterations).x
 
-    def conditional_variances(self, curvature: Any) -> np.ndarray:
-        """Return 1 / (Q_ii + h_i), (L, N), given all other spots: the best d of a diagonal q."""
-        return 1 / (self.factor.precision_diagonal + self._checked("curvature", curvature))
+    def conditional_variances(self, curvature: Array) -> np.ndarray:
+        """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
+        return 1 / (self.factor.precision_diagonal + self._checked_curvature(curvature))
 
     def smooth_part(
         self,
-        curvature: Any,
+        curvature: Array,
         rank: int,
         random_state: RandomState = None,
         *,
@@ -177,7 +176,7 @@ class VecchiaPosterior:
 
         With `rank` posterior draws f the columns of V are (I - diag(d) A / 2) f / sqrt(rank): their
         part at a wavelength where the field is uncertain stays, and what d holds already, the
-        deviation of a spot from what all others predict, goes. Where lambda is an eigenvalue of
+        deviation of a place from what all others predict, goes. Where lambda is an eigenvalue of
         diag(d)^1/2 A diag(d)^1/2, variances of V V^T relative to d are (1 - lambda / 2)^2 / lambda,
         which with the 1 of d is 1 / lambda + lambda / 4. So draws from N(m, V V^T + diag(d)) are
         as smooth as the posterior and vary as much, in the mean over draws of V.
@@ -186,104 +185,43 @@ class VecchiaPosterior:
         -------
         ndarray of shape (L, N, rank)
         """
-        h = self._checked("curvature", curvature)
+        h = self._checked_curvature(curvature)
         draws = self.sample(h, rank, random_state, tolerance=tolerance)
         product = self.factor.precision(draws) + h[..., None] * draws
         filtered = draws - 0.5 * self.conditional_variances(h)[..., None] * product
         return filtered / np.sqrt(rank)
 
-    def marginal_variances(
-        self,
-        curvature: Any,
-        n_draws: int = 50,
-        random_state: RandomState = None,
-        *,
-        tolerance: float = 0.1,
-    ) -> np.ndarray:
-        """Estimate the diagonal of A^-1 from draws f, (L, N), without bias.
-
-        The variance of f_i given all others, 1 / A_ii, plus the variance over draws of its mean
-        given all others, f_i - (A f)_i / A_ii (Siden, Lindgren, Bolin and Villani 2018). The
-        relative error is at most sqrt(2 / n_draws).
-        """
-        h = self._checked("curvature", curvature)
-        own = self.conditional_variances(h)
-        draws = self.sample(h, n_draws, random_state, tolerance=tolerance)
-        product = self.factor.precision(draws) + h[..., None] * draws
-        return own + np.square(draws - own[..., None] * product).mean(-1)
-
-    def best_part(
-        self, curvature: Any, rank: int, random_state: RandomState = None, *, sweeps: int = 2
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the V that raises the bound most, d being the :meth:`conditional_variances`.
-
-        The bound has its maximum over V at V = d^1/2 U (1 / lambda - 1)^1/2, (lambda, U) the
-        smallest eigenvalues, all below 1, and eigenvectors of d^1/2 A d^1/2; a direction is worth
-        (lambda - 1 - log lambda) / 2 nats (Tipping and Bishop 1999 have the same argument). They
-        are found by inverse iteration from posterior draws, which point there already.
-
-        Parameters
-        ----------
-        curvature : ndarray or Tensor of shape (L, N)
-        rank : int
-        random_state : int, RandomState, Generator or None
-        sweeps : int
-            Inverse iterations, each a solve from the last.
-
-        Returns
-        -------
-        V : ndarray of shape (L, N, rank)
-        gain : ndarray of shape (L, rank)
-            What each column adds to the bound, in nats.
-        """
-        h = self._checked("curvature", curvature)
-        d = self.conditional_variances(h)[..., None]
-        basis = self.sample(h, rank, random_state)
-        for sweep in range(sweeps + 1):
-            product = self.factor.precision(basis) + h[..., None] * basis
-            values, vectors = _ritz(basis, product, d)
-            basis = basis @ vectors
-            if sweep < sweeps:
-                start = basis / values[:, None]
-                basis = self.solve(h, basis / d, start, tolerance=0.01, max_iterations=5).x
-        values = np.minimum(values, 1.0)
-        return basis * np.sqrt(1 / values - 1)[:, None], (values - 1 - np.log(values)) / 2
-
-    def _checked_curvature(self, curvature: Any) -> np.ndarray:
+    def _checked_curvature(self, curvature: Array) -> np.ndarray:
         h = self._checked("curvature", curvature)
         if (h < 0).any():
             raise ValueError(
-                f"curvature must not be negative; spot {np.argwhere(h < 0)[0, 1]} has {h.min()}. "
+                f"curvature must not be negative; place {np.argwhere(h < 0)[0, 1]} has {h.min()}. "
                 "Use a form that cannot be, such as the expected rate."
             )
-        return h[:, self.factor.graph.order]
+        return h
 
-    def _checked(self, name: str, value: Any) -> np.ndarray:
+    def _checked(self, name: str, value: Array) -> np.ndarray:
+        """Values as float64; conjugate gradients would go on with NaN to the end."""
         array = np.asarray(value, dtype=np.float64)
-        if array.shape[:2] != (self.factor.L, self.factor.N):
-            raise ValueError(
-                f"{name} must have shape ({self.factor.L}, {self.factor.N}), components by spots; "
-                f"got {array.shape}."
-            )
         bad = np.argwhere(~np.isfinite(array))
         if len(bad):
             raise ValueError(
-                f"{name} must be finite; component {bad[0, 0]}, spot {bad[0, 1]} is "
+                f"{name} must be finite; component {bad[0, 0]}, place {bad[0, 1]} is "
                 f"{array[tuple(bad[0])]}. Shorten the step that led there."
             )
         return array
 
     @cached_property
-    def _levels(self) -> list[tuple[int, list[Any], np.ndarray]]:
+    def _grids(self) -> list[tuple[int, list[sp.csr_matrix], np.ndarray]]:
         """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
         matrices, D = self.factor.matrices, 1 / self._ordered.variances
-        diagonal, levels, start = np.zeros_like(D), [], 0
+        diagonal, grids, start = np.zeros_like(D), [], 0
         for M in reversed(self._sizes):
             added = partial(_squared_rows_transposed, start, M)
             diagonal = diagonal + on_components(added, matrices, D[:, start:M])
-            levels.append((M, _leading(matrices, M), diagonal[:, :M]))
+            grids.append((M, _leading(matrices, M), diagonal[:, :M]))
             start = M
-        return levels[::-1]
+        return grids[::-1]
 
 
 class _Preconditioner:
@@ -292,19 +230,19 @@ class _Preconditioner:
     def __init__(self, posterior: VecchiaPosterior, h: np.ndarray):
         self.factor = posterior._ordered
         spread = self.factor.solve_transposed(h)
-        shared = np.empty_like(h)
-        self.levels = []
-        for M, matrices, diagonal in posterior._levels:
+        weights = np.empty_like(h)
+        self.grids = []
+        for M, matrices, diagonal in posterior._grids:
             lumped = on_components(lambda A, x: A.T @ x, matrices, spread[:, :M])
             lumped = np.maximum(lumped, h[:, :M])  # a prediction may have negative weights
-            shared[:, :M] = lumped
-            self.levels.append((M, matrices, 1 / (diagonal + lumped)))
-        self.fine = 1 / (1 / self.factor.variances + shared)
+            weights[:, :M] = lumped
+            self.grids.append((M, matrices, 1 / (diagonal + lumped)))
+        self.fine = 1 / (1 / self.factor.variances + weights)
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         z = self.factor.solve_transposed(r)
         total = z * _like(self.fine, z)
-        for M, matrices, inverse in self.levels:
+        for M, matrices, inverse in self.grids:
             coarse = on_components(lambda A, x: A.T @ x, matrices, z[:, :M])
             total[:, :M] += on_components(
                 lambda A, x: A @ x, matrices, coarse * _like(inverse, coarse)
@@ -312,24 +250,16 @@ class _Preconditioner:
         return self.factor.solve(total)
 
 
-def _ritz(basis: np.ndarray, product: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (L, R) of A x = lambda x / d in a basis, rising, and coordinates (L, R, R)."""
-    inner = np.swapaxes(basis, 1, 2)
-    pairs = [eigh(a, b) for a, b in zip(inner @ product, inner @ (basis / d), strict=True)]
-    values, vectors = zip(*pairs, strict=True)
-    return np.stack(values), np.stack(vectors)
-
-
 def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return weights if x.ndim == 2 else weights[..., None]
 
 
-def _squared_rows_transposed(start: int, stop: int, A: Any, x: np.ndarray) -> np.ndarray:
+def _squared_rows_transposed(start: int, stop: int, A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
     """sum_i A_ij^2 x_i over rows from start to stop."""
     return A[start:stop].power(2).T @ x
 
 
-def _leading(matrices: list[Any], M: int) -> list[Any]:
+def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
     """The first M rows and columns of lower triangular CSR matrices, as views."""
     parts = []
     for A in matrices:

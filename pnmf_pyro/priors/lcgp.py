@@ -16,8 +16,7 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior, Sites
-from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
-from pnmf_pyro.priors.vecchia_normal import predict
+from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, VecchiaNormal, draw_given
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
 # steps they take at most from where the mean was before.
@@ -100,8 +99,8 @@ class LCGP(Prior):
     neighbors : {'knn', 'probabilistic'}
         How they are chosen among the places before it, see :mod:`pnmf_pyro.gp.neighbors`.
     precompute_knn : bool
-        Keep neighbours and their weights. Otherwise they are found at each step: for the batch
-        alone in standard training, for all places by natural gradients.
+        Keep neighbours and their weights. Otherwise they are found anew whenever they are needed,
+        several times a step: less memory between steps, and more time for the same result.
     cholesky_mode : {'exp', 'softplus'}
         How sqrt(d) stays positive in standard training.
     use_natural_gradients : bool
@@ -261,8 +260,8 @@ class LCGP(Prior):
         assert isinstance(self.q, _SitePosterior)
         return self.q
 
-    def _prior(self, index: Tensor | None) -> LocalPrior:
-        return LocalPrior(self.neighborhoods, self.mean, index, self.dtype)
+    def _prior(self, index: Tensor | None) -> VecchiaNormal:
+        return VecchiaNormal(self.neighborhoods.factor, self.mean, index, self.dtype)
 
     def _shared(self, n_draws: int) -> Tensor:
         """What draws at all places have in common, (E, L, R)."""
@@ -298,10 +297,8 @@ class LocalFieldAt:
         Each given the K nearest samples.
         """
         prior, places = self.prior, self.places.take(index)
-        near = prior.neighborhoods.nearest_to(places)
-        kernels, rows = prior.neighborhoods.kernels(), prior.neighborhoods.rows(places)
-        q = (t.cpu() for t in (prior.q.loc, prior.q.diagonal, prior.low_rank, prior.mean))
-        mean, variance = predict(kernels, *rows, near, *q)
+        q = prior.q.loc, prior.q.diagonal, prior.low_rank
+        mean, variance = prior.neighborhoods.predict(places, *q, prior.mean)
         loc, scale = (t.to(prior.mean.device, prior.dtype) for t in (mean, variance.sqrt()))
         return Normal(loc, scale, validate_args=False)
 

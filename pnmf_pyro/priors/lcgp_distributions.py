@@ -1,104 +1,161 @@
-r"""Prior and posterior of a field at some of its N spots, in the shape that plates take.
+r"""Prior and posterior of a field by its neighbours, in the shape that plates take.
 
-A batch of both is (L, n), components by spots, so that a plate scales each spot. The divergence
-of the posterior from the prior is a sum of one term for each spot, see
-:mod:`pnmf_pyro.priors.vecchia_normal`.
+Both have batch shape (L, n), components by places, so that a plate scales each place of a batch.
+
+For p = N(c, Q^-1) with Q = (I - B)^T diag(1 / v) (I - B), r(x) = (I - B) x, and q = N(m, S)::
+
+    KL(q || p) = 1/2 [ tr(Q S) + sum_i r_i(m - c)^2 / v_i - N + sum_i log v_i - log det S ].
+
+For S = V V^T + diag(d) with V of shape (N, R), every term is a sum over places, linear in N::
+
+    tr(Q S)   = sum_i Q_ii d_i + sum_i sum_r r_i(V_.r)^2 / v_i,
+    log det S = sum_i log d_i + log det(I_R + V^T diag(1 / d) V),
+
+where the last, which has no places, is shared out evenly. So the divergence splits into one term
+for each place, and a minibatch of them estimates it without bias.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
+from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.data.batches import take
-from pnmf_pyro.gp.neighborhoods import Neighborhoods
-from pnmf_pyro.priors.fields import FieldMarginals, OneShape
-from pnmf_pyro.priors.vecchia_normal import (
-    VecchiaNormal,
-    kl_terms,
-    kl_terms_given_weights,
-    residuals,
-)
+from pnmf_pyro.gp.cholesky import log_det
+from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
+from pnmf_pyro.priors.fields import FieldMarginals
 
 
-class LocalPrior(OneShape, TorchDistribution):
-    """N(level, Q^-1) at some spots; Q is the precision that neighbourhoods give.
+class VecchiaNormal(TorchDistribution):
+    r"""N(mean_l, Q_l^-1) over N places, for L components: a Gaussian process by its neighbours.
 
     Parameters
     ----------
-    neighborhoods : Neighborhoods
-        Of L components at N spots.
-    level : Tensor of shape (L,)
-    spots : Tensor of int64, shape (n,), optional
-        All unless given.
+    factor : VecchiaFactor
+        Factor of the precisions Q_l of all components.
+    mean : Tensor of shape (L,) or float
+        Mean of each component.
+    index : Tensor of int64, shape (n,), optional
+        Numbers of the places of a batch; all N unless given.
     dtype : torch.dtype
-        Of draws.
+        Type of draws; everything inside is float64.
+
+    Notes
+    -----
+    The batch shape is (L, n) and the event shape is empty, for plates over components and places.
+    The entries of a draw depend on one another nevertheless. `log_prob` gives the density of each
+    place given its neighbours; their sum over places is the log density of a component.
+
+    Examples
+    --------
+    >>> import pyro, torch
+    >>> from pnmf_pyro.data.places import Places
+    >>> from pnmf_pyro.gp.kernels import SpatialKernel
+    >>> from pnmf_pyro.gp.neighborhoods import Neighborhoods
+    >>> from pnmf_pyro.priors.lcgp_distributions import VecchiaNormal
+    >>> places = Places(torch.rand(500, 2, dtype=torch.float64))
+    >>> neighborhoods = Neighborhoods(SpatialKernel("Matern32", lengthscale=0.2), places, L=3, K=15)
+    >>> def model():
+    ...     with pyro.plate("components", 3, dim=-2), pyro.plate("places", 500, dim=-1):
+    ...         return pyro.sample("field", VecchiaNormal(neighborhoods.factor, mean=1.0))
+    >>> model().shape
+    torch.Size([3, 500])
     """
 
     arg_constraints = {}  # noqa: RUF012 - torch's own interface
     support = constraints.real
-    has_rsample = False
+    has_rsample = True
 
     def __init__(
         self,
-        neighborhoods: Neighborhoods,
-        level: Tensor,
-        spots: Tensor | None = None,
+        factor: VecchiaFactor,
+        mean: Tensor | float = 0.0,
+        index: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
     ):
-        self.neighborhoods, self.level, self.spots, self.dtype = neighborhoods, level, spots, dtype
-        n = len(neighborhoods.places) if spots is None else len(spots)
-        super().__init__(torch.Size((len(level), n)), validate_args=False)
+        self.factor, self.index, self.dtype = factor, index, dtype
+        self.loc = torch.as_tensor(mean, dtype=torch.float64).expand(factor.L)
+        n = factor.N if index is None else len(index)
+        super().__init__(torch.Size((factor.L, n)), validate_args=False)
 
-    @property
-    def joint(self) -> VecchiaNormal:
-        """The same distribution over all spots, with batch shape (L,)."""
-        return VecchiaNormal(self.neighborhoods.factor, self.level[:, None])
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw jointly, of shape sample_shape + (L, n)."""
-        with torch.no_grad():
-            return take(self.joint.rsample(torch.Size(sample_shape)), self.spots).to(self.dtype)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density of each spot given its neighbours, of the shape of the value.
+    def expand(self, batch_shape: Any, _instance: Any = None) -> VecchiaNormal:
+        """Return independent repetitions of the field, of batch shape (..., L, n).
 
         Raises
         ------
         ValueError
-            For some of the spots: those that they are conditioned on are not there.
+            For a batch shape that does not end with components and places.
         """
-        if self.spots is not None:
+        shape = torch.Size(batch_shape)
+        if shape[-2:] != self.batch_shape[-2:]:
             raise ValueError(
-                "the density of some spots of a field is not known without the others. Use all "
+                f"VecchiaNormal has batch shape {tuple(self.batch_shape[-2:])}, components by "
+                f"places, and can be repeated to (..., {self.factor.L}, {self.batch_shape[-1]}); "
+                f"got {tuple(shape)}. Let plates over components and places be its last two."
+            )
+        new = self._get_checked_instance(VecchiaNormal, _instance)
+        new.factor, new.index, new.dtype, new.loc = self.factor, self.index, self.dtype, self.loc
+        super(VecchiaNormal, new).__init__(shape, validate_args=False)
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, of the batch shape."""
+        return self.loc[:, None].expand(self.batch_shape).to(self.dtype)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw mean + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + batch shape."""
+        shape = (*self._extended_shape(torch.Size(sample_shape))[:-1], self.factor.N)
+        noise = torch.randn(shape, dtype=torch.float64, device=self.loc.device)
+        scaled = noise.reshape(-1, *shape[-2:]) * self._variances.sqrt()
+        fields = self.factor.solve(_numpy(scaled.movedim(0, -1)))
+        draws = _tensor(fields, self.loc.device).movedim(-1, 0).reshape(shape)
+        return take(self.loc[:, None] + draws, self.index).to(self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of each place given its neighbours, of the shape of the value.
+
+        Raises
+        ------
+        ValueError
+            For a batch of places: those that they are conditioned on are not there.
+        """
+        if self.index is not None:
+            raise ValueError(
+                "the density of some places of a field is not known without the others. Use all "
                 "samples (batch_size=None) with a model that needs it."
             )
-        joint = self.joint
-        deviation = (value - joint.loc).reshape(-1, *self.batch_shape).movedim(0, -1)
-        squares = residuals(joint.factor, deviation).square().movedim(-1, 0)
-        variance = joint.conditional_variance
-        density = -0.5 * (squares / variance + (2 * torch.pi * variance).log())
-        return density.reshape(value.shape)
+        deviation = value - self.loc[:, None]
+        columns = deviation.reshape(-1, *deviation.shape[-2:]).movedim(0, -1)
+        squares = residuals(self.factor, columns).square().movedim(-1, 0).reshape(deviation.shape)
+        return -0.5 * (squares / self._variances + (2 * torch.pi * self._variances).log())
+
+    @property
+    def _variances(self) -> Tensor:
+        """v, the variance of each place given its neighbours, (L, N)."""
+        return torch.from_numpy(self.factor.variances).to(self.loc.device)
 
 
 class LocalPosterior(FieldMarginals):
-    """Marginals of N(m, V V^T + diag(d)) at some spots.
+    """Marginals of N(m, V V^T + diag(d)) at some places.
 
     Parameters
     ----------
     mean, diagonal : Tensor of shape (L, N)
-        m and d at all spots.
+        m and d at all places.
     low_rank : Tensor of shape (L, N, R)
         V; taken as fixed.
-    spots : Tensor of int64, shape (n,), optional
-        All unless given.
+    index : Tensor of int64, shape (n,), optional
+        Numbers of the places of a batch; all N unless given.
     dtype : torch.dtype
-        Of the marginals and draws.
+        Type of the marginals and draws.
     """
 
     def __init__(
@@ -106,25 +163,25 @@ class LocalPosterior(FieldMarginals):
         mean: Tensor,
         diagonal: Tensor,
         low_rank: Tensor,
-        spots: Tensor | None = None,
+        index: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
     ):
-        self.moments, self.low_rank, self.spots = (mean, diagonal), low_rank, spots
-        loc, own, V = take(mean, spots), take(diagonal, spots), take(low_rank, spots, dim=1)
-        variance = own + V.double().square().sum(-1)
+        self.moments, self.low_rank, self.index = (mean, diagonal), low_rank, index
+        m, d, V = take(mean, index), take(diagonal, index), take(low_rank, index, dim=1)
+        variance = d + V.double().square().sum(-1)
 
         def draw(n: int) -> Tensor:
-            return draw_given(torch.randn(n, len(V), V.shape[-1]).to(V), loc, own, V)
+            return draw_given(torch.randn(n, len(V), V.shape[-1]).to(V), m, d, V)
 
-        super().__init__(loc.to(dtype), variance.sqrt().to(dtype), draw)
+        super().__init__(m.to(dtype), variance.sqrt().to(dtype), draw)
 
 
-def draw_given(shared: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor) -> Tensor:
+def draw_given(noise: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor) -> Tensor:
     """Draw from N(m, V V^T + diag(d)), given the standard normals that go with V.
 
     Parameters
     ----------
-    shared : Tensor of shape (E, L, R)
+    noise : Tensor of shape (E, L, R)
     mean, diagonal : Tensor of shape (L, n)
     low_rank : Tensor of shape (L, n, R)
 
@@ -132,20 +189,83 @@ def draw_given(shared: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor)
     -------
     Tensor of shape (E, L, n)
     """
-    smooth = torch.einsum("lnr,elr->eln", low_rank, shared)
+    smooth = torch.einsum("lnr,elr->eln", low_rank, noise)
     return mean + smooth + diagonal.sqrt() * torch.randn(smooth.shape).to(mean)
 
 
-@register_kl(LocalPosterior, LocalPrior)
-def _kl_of_spots(q: LocalPosterior, p: LocalPrior) -> Tensor:
-    (mean, diagonal), neighborhoods = q.moments, p.neighborhoods
-    V = q.low_rank if q.low_rank.shape[-1] else None
-    if neighborhoods.kept:
-        rough = None if V is None else neighborhoods.roughness(V).to(mean.device)
-        index = None if q.spots is None else q.spots.cpu().numpy()
-        return kl_terms(p.joint, mean, diagonal, V, index, roughness=rough)
-    numbers = np.arange(len(neighborhoods.places)) if q.spots is None else q.spots.cpu().numpy()
-    near, weights, variances = neighborhoods.weights_of(numbers)
-    weights, variances = weights.to(mean.device), variances.to(mean.device)
-    level = p.level[:, None]
-    return kl_terms_given_weights(weights, variances, near, numbers, mean, diagonal, V, level)
+@register_kl(LocalPosterior, VecchiaNormal)
+def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
+    """Return one term of KL(q || p) for each component and place, see the head of this module.
+
+    Returns
+    -------
+    Tensor of shape (L, n), float64
+        Terms of the places of q, which p must have as well. The sum over all N places is the
+        divergence, and N / n times the sum over a uniform batch has it as its expectation.
+        Differentiable in m, d and the mean of p.
+    """
+    (mean, diagonal), index, V = q.moments, q.index, q.low_rank
+    precision, variance, rough = (
+        take(x.to(mean.device), index)
+        for x in (
+            torch.from_numpy(p.factor.precision_diagonal),
+            torch.from_numpy(p.factor.variances),
+            p.factor.roughness(V),
+        )
+    )
+    d = take(diagonal, index).double()
+    squares = residuals(p.factor, mean - p.loc[:, None].to(mean.device), index).square() + rough
+    evenly = _capacitance_log_determinant(V, diagonal)[:, None] / p.factor.N
+    return (precision * d + squares / variance - 1 + variance.log() - d.log() - evenly) / 2
+
+
+def _capacitance_log_determinant(low_rank: Tensor, diagonal: Tensor) -> Tensor:
+    """Return log det(I + V^T diag(1 / d) V), (L,); no eigenvalue is below 1, so without jitter."""
+    scaled = low_rank.double() / diagonal.double().sqrt()[..., None]
+    capacitance = scaled.mT @ scaled + torch.eye(low_rank.shape[-1], device=scaled.device)
+    return log_det(torch.linalg.cholesky(capacitance))
+
+
+def residuals(factor: VecchiaFactor, x: Tensor, index: Tensor | None = None) -> Tensor:
+    """Return (I - B) x at some places, differentiable in x.
+
+    Parameters
+    ----------
+    factor : VecchiaFactor
+    x : Tensor of shape (L, N) or (L, N, R)
+    index : Tensor of int64, shape (n,), optional
+        Numbers of the places; all unless given.
+
+    Returns
+    -------
+    Tensor of shape (L, n) or (L, n, R), float64
+    """
+    if index is not None:
+        combined, matrices = factor.rows(index.cpu().numpy())
+        return _Product.apply(x.index_select(1, _tensor(combined, x.device)), matrices)
+    order, position = (_tensor(i, x.device) for i in (factor.graph.order, factor.graph.position))
+    product = _Product.apply(x.index_select(1, order), factor.matrices)
+    return product.index_select(1, position)
+
+
+class _Product(torch.autograd.Function):
+    """Products of constant sparse matrices with x of shape (L, N) or (L, N, R), in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrices: Sequence[csr_matrix]) -> Tensor:
+        ctx.matrices, ctx.like = matrices, x
+        return _tensor(on_components(lambda A, x: A @ x, matrices, _numpy(x)), x.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        product = on_components(lambda A, x: A.T @ x, ctx.matrices, _numpy(gradient))
+        return _tensor(product, ctx.like.device).to(ctx.like.dtype), None
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def _tensor(x: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.priors.base import Draws, Prior, Sites
@@ -109,7 +109,7 @@ class SVGP(Prior):
             self.q = SiteInducing(L, self.M, self.N)
         else:
             self.q = CholeskyInducing(L, self.M, cholesky_mode)
-        self._once = Remembered()
+        self._once = Cache()
 
     @property
     def places(self) -> Places:  # type: ignore[override]

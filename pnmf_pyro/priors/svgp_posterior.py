@@ -29,7 +29,7 @@ from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import put, take
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import inverse_diagonal, log_det, solve
 from pnmf_pyro.priors.fields import OneShape, WhitenedPrior, each, times, weighted_gram
 
@@ -320,7 +320,7 @@ class SiteInducing(InducingPosterior):
         for name in ("site_shift", "site_precision"):
             zeros = torch.zeros(L, N, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
-        self._once = Remembered()
+        self._once = Cache()
 
     @torch.no_grad()
     def distribution(self, A: Tensor) -> SiteNormal:

@@ -29,7 +29,7 @@ from torch import Tensor
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import Places, extent, spacing
-from pnmf_pyro.gp.cache import Remembered
+from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, fill_symmetric
 from pnmf_pyro.gp.neighbors import nearest
 from pnmf_pyro.models import PoissonFactorization
@@ -100,35 +100,28 @@ def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
     The nearest of its own group, and of the other groups where there are any. Where there are
     fewer than asked for, the sample's own number fills up: it is masked.
     """
-    points = places.coordinates.cpu().numpy()
+    points, chosen = Places(places.coordinates.cpu()), judged.cpu().numpy()
     codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
-    chosen = judged.cpu().numpy()
-    found = np.empty((len(chosen), 0), dtype=np.int64)
-    shares = [(True, NEAREST), (False, NEAREST_ELSEWHERE)]
-    if places.groups is None:
-        shares = shares[:1]
-    for same, K in shares:
-        part = np.repeat(chosen[:, None], K, 1)
-        for code in np.unique(codes[chosen]):
-            rows = np.flatnonzero(codes[chosen] == code)
-            pool = np.flatnonzero((codes == code) == same)
-            if len(pool):
-                part[rows] = _nearest(points, chosen[rows], pool, K)
-        found = np.concatenate([found, part], 1)
+    K = NEAREST if places.groups is None else NEAREST + NEAREST_ELSEWHERE
+    found = np.repeat(chosen[:, None], K, 1)
+    for code in np.unique(codes[chosen]):
+        rows, mine = codes[chosen] == code, codes == code
+        found[rows, :NEAREST] = _nearest_others(points, chosen[rows], mine, NEAREST)
+        if not mine.all():
+            elsewhere = _nearest_others(points, chosen[rows], ~mine, NEAREST_ELSEWHERE)
+            found[rows, NEAREST:] = elsewhere
     if criterion == "elbo":  # each given those before it: the chain rule
         found = np.where(found < chosen[:, None], found, chosen[:, None])
     return torch.from_numpy(found).to(judged.device)
 
 
-def _nearest(points: np.ndarray, rows: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
-    """The K nearest of the pool that are not the row itself, filled up by the row."""
-    wanted = min(K + 1, len(pool))
-    found = pool[nearest(points[pool], points[rows], wanted)]
-    itself = found == rows[:, None]
-    order = np.argsort(itself, axis=1, kind="stable")  # the row itself to the end
-    found = np.take_along_axis(found, order, 1)[:, :K]
-    missing = K - found.shape[1]
-    return np.concatenate([found, np.repeat(rows[:, None], missing, 1)], 1)
+def _nearest_others(points: Places, samples: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
+    """The K nearest of the pool that are not the sample itself, filled up by the sample."""
+    members = np.flatnonzero(pool)
+    near = nearest(points[members], points[samples], min(K + 1, len(members)))
+    found = np.c_[members[near], np.repeat(samples[:, None], K, 1)]
+    itself_last = np.argsort(found == samples[:, None], axis=1, kind="stable")
+    return np.take_along_axis(found, itself_last, 1)[:, :K]
 
 
 def predict_without(
@@ -157,6 +150,7 @@ def predict_without(
     spread = noise[:, neighbours].masked_fill(absent, 1e12)
     diagonal = among.diagonal(dim1=-2, dim2=-1) + spread
     among = among.expand(*diagonal.shape, -1)
+    # The noise of the sites keeps this well conditioned: no jitter.
     tril = torch.linalg.cholesky(among.diagonal_scatter(diagonal, dim1=-2, dim2=-1))
     towards = towards.expand(*diagonal.shape, 1)
     right = torch.cat([(y[:, neighbours] - mean[:, None, None])[..., None], towards], -1)
@@ -201,7 +195,7 @@ class HyperparameterSearch:
         self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
         together = torch.cat([self.neighbours, self.judged[:, None]], 1)
         self.pairs = Pairs.within(self.places[together])
-        self._once = Remembered()
+        self._once = Cache()
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
     def learn_from(self, source: PoissonFactorization) -> None:

@@ -250,7 +250,7 @@ class _Checkpoint:
         self.accepted = self.loss
         if self.saved is None:
             self.saved = [torch.empty_like(tensor) for tensor in self.state]
-        torch._foreach_copy_(self.saved, self.state)
+        _copy(self.saved, self.state)
         return True
 
     @torch.no_grad()
@@ -270,7 +270,12 @@ class _Checkpoint:
     def restore(self) -> None:
         """Go back to the copy."""
         if self.saved is not None:
-            torch._foreach_copy_(self.state, self.saved)
+            _copy(self.state, self.saved)
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _describe_failure(

@@ -291,7 +291,7 @@ def test_statistics_of_ones_own(misfit):
 
 
 def test_moran_finds_space_that_a_model_misses():
-    """One component cannot carry two patterns; the spots know it."""
+    """One component cannot carry two patterns; the places know it."""
     random = np.random.default_rng(0)
     places = random.uniform(size=(150, 2))
     patterns = np.exp(1.5 * np.sin(6 * places))

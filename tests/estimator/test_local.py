@@ -9,10 +9,12 @@ import torch
 from pnmf_pyro import PNMF
 from pnmf_pyro import transforms as T
 from pnmf_pyro.gp import neighborhoods
+from pnmf_pyro.gp.neighbors import build_graph
 from pnmf_pyro.priors import LCGP
 from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors, log_factors
 from tests.support.data import tissue
 from tests.support.settings import LOCAL, unconverged
+from tests.support.vecchia import neighbors_of
 
 pytestmark = unconverged
 
@@ -178,8 +180,9 @@ def test_neighbours_found_at_each_step_are_those_of_before(data, neighbors, trai
         for one in (True, False)
     )
     np.testing.assert_allclose(found.history_, kept.history_, rtol=1e-5)
-    assert not found.model_.prior.neighborhoods._once._known.keys() & {"factor", "graph"}
-    assert kept.model_.prior.neighborhoods._once._known.keys() >= {"factor", "graph"}
+    for fit, precomputed in ((kept, True), (found, False)):
+        neighborhoods = fit.model_.prior.neighborhoods
+        assert (neighborhoods.factor is neighborhoods.factor) == precomputed
 
 
 def test_probabilistic_neighbours_are_others_and_seeded(data):
@@ -253,10 +256,9 @@ def test_a_group_of_fewer_than_k_borrows_from_others(data):
     lonely = labels.copy()
     lonely[0] = "c"
     fit = PNMF(2, multigroup=True, **LOCAL).fit(X, coordinates=x, groups=lonely)
-    near = fit.model_.prior.neighborhoods.nearest_to(
-        fit.model_.prior.places.take(torch.tensor([0]))
-    )
-    assert (near >= 0).sum() == 12
+    graph = fit.model_.prior.neighborhoods.factor.graph
+    found = (graph.predecessors[graph.position[0]] >= 0).sum()
+    assert found == min(graph.position[0], 12) > 0
     assert np.isfinite(fit.transform(None, x[:2], ["c", "c"])).all()
 
 
@@ -333,24 +335,19 @@ def test_k_is_how_many_neighbours_a_place_has(stripes, K):
 
 
 def test_precompute_knn_searches_once(stripes, monkeypatch):
-    calls = {"graph": 0, "batch": 0}
+    searches = []
 
-    def counted(name, function):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
+    def counted(*args):
+        searches.append(args)
+        return build_graph(*args)
 
-        return call
-
-    for name, which in (("build_graph", "graph"), ("neighbors_of_batch", "batch")):
-        function = getattr(neighborhoods, name)
-        monkeypatch.setattr(neighborhoods, name, counted(which, function))
+    monkeypatch.setattr(neighborhoods, "build_graph", counted)
     standard = {"training_mode": "standard", "loadings_mode": "projected", "rank": 0}
     settings = {**standard, "batch_size": 50, "max_iter": 6}
     field_of(stripes, **settings)
-    assert calls == {"graph": 1, "batch": 0}
+    assert len(searches) == 1
     field_of(stripes, **settings, precompute_knn=False)
-    assert calls["batch"] >= 6
+    assert len(searches) > 6
 
 
 def test_neighbors_chooses_who_conditions_whom(stripes):
@@ -358,7 +355,7 @@ def test_neighbors_chooses_who_conditions_whom(stripes):
     for neighbors in ("knn", "probabilistic"):
         graph = field_of(stripes, K=4, neighbors=neighbors, max_iter=1)
         graph = graph.model_.prior.neighborhoods.factor.graph
-        near = graph.neighbors_of()
+        near = neighbors_of(graph)
         spread[neighbors] = np.where(near < 0, 0, np.abs(x[near] - x[:, None])).sum()
     assert spread["probabilistic"] > 1.2 * spread["knn"]
 

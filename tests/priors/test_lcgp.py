@@ -120,8 +120,8 @@ def test_posterior_means_of_all_neighbours_are_exact(complete, monkeypatch):
         np.testing.assert_allclose(q.variance[l].detach(), 1 / np.diag(precision), rtol=1e-8)
 
 
-def test_predictions_of_all_spots_are_exact():
-    """Given all spots, prediction is p(f* | f) averaged over q(f)."""
+def test_predictions_of_all_places_are_exact():
+    """Given all places, prediction is p(f* | f) averaged over q(f)."""
     x = np.random.default_rng(0).uniform(size=(60, 2))
     prior = prior_of(x, 59)
     prior.neighborhoods.K = 60
@@ -136,7 +136,7 @@ def test_predictions_of_all_spots_are_exact():
 
 
 def test_draws_at_new_places_have_the_exact_covariance():
-    """With all spots and earlier places as neighbours; P(false alarm) below 1e-3 (5 sd)."""
+    """With all known and earlier new places as neighbours; P(false alarm) below 1e-3 (5 sd)."""
     x = np.random.default_rng(0).uniform(size=(30, 2))
     prior = prior_of(x, 29)
     prior.neighborhoods.K = 33
@@ -174,14 +174,13 @@ def test_draws_of_the_prior_have_its_covariance():
         np.testing.assert_array_less(np.abs(F[:, l].mean(0) - LEVELS[l]), 5 * SIGMAS[l] / 4000**0.5)
 
 
-def test_some_spots_have_no_density_of_their_own():
+def test_some_places_have_no_density_of_their_own():
     prior = prior_of(np.random.default_rng(0).uniform(size=(12, 2)), 5)
     field = prior.distributions(torch.tensor([1, 4]), None, None, True)[1]
     assert field.sample().shape == (2, 2)
-    with pytest.raises(ValueError, match="density of some spots"):
+    with pytest.raises(ValueError, match="density of some places"):
         field.log_prob(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="cannot be expanded"):
-        field.expand((3, 2, 2))
+    assert field.expand((3, 2, 2)).sample().shape == (3, 2, 2)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -336,17 +335,17 @@ def test_draws_are_as_smooth_as_the_posterior():
     np.testing.assert_allclose(found, expected, rtol=0.15)
 
 
-def test_a_kernel_that_is_no_covariance_names_the_spots():
+def test_a_kernel_that_is_no_covariance_names_the_places():
     """A group that is near to two others, which are far apart: a negative eigenvalue."""
     distances = np.array([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     kernel = MultiGroupKernel("RBF", 1.0, 1.0, group_diff_param=1.0, group_distances=distances)
     x = torch.tensor(np.random.default_rng(0).uniform(size=(30, 2)))
     prior = LCGP(kernel, Places(x, torch.arange(30) % 3), 1, K=10)
-    with pytest.raises(ValueError, match=r"covariance of spots \[.*not positive definite"):
+    with pytest.raises(ValueError, match=r"neighbours of places \[.*not positive definite"):
         prior.assign(torch.zeros(1, 30), torch.ones(1, 30))
 
 
 @pytest.mark.slow
-def test_draws_at_many_spots_are_as_smooth_as_the_posterior():
+def test_draws_at_many_places_are_as_smooth_as_the_posterior():
     found, expected = smoothness_of_draws(5000, 20, 60)
     np.testing.assert_allclose(found, expected, rtol=0.15)

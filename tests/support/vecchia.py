@@ -3,45 +3,66 @@
 import numpy as np
 import torch
 
+from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.neighbors import build_graph
-from pnmf_pyro.gp.vecchia import VecchiaFactor
+from pnmf_pyro.gp.vecchia import VecchiaFactor, conditional_weights
 
 LENGTHSCALES = (0.15, 0.4)
 SCALES = (1.0, 2.5)  # k(x, x)
 VERY_CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 
 
+def distances(A, B):
+    exactly = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(A.coordinates, B.coordinates, compute_mode=exactly)
+
+
 def matern32(lengthscale, variance=1.0):
     def covariance(A, B):
-        r = torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
-        scaled = np.sqrt(3) * r / lengthscale
+        scaled = np.sqrt(3) * distances(A, B) / lengthscale
         return variance * (1 + scaled) * torch.exp(-scaled)
 
     return covariance
 
 
 def rbf(lengthscale, variance=1.0):
-    return lambda A, B: variance * torch.exp(-0.5 * (torch.cdist(A, B) / lengthscale) ** 2)
+    return lambda A, B: variance * torch.exp(-0.5 * (distances(A, B) / lengthscale) ** 2)
 
 
 KERNELS = [matern32(*pair) for pair in zip(LENGTHSCALES, SCALES, strict=True)]
 
 
-def places(N=60, p=2, seed=0):
+def points_of(N=60, p=2, seed=0):
     random = np.random.default_rng(seed).random((N, p))
     if p == 1:  # no two so close that jitter is called for
         return (np.arange(N)[:, None] + 0.5 * random) / N
     return random
 
 
-def make(points, K, kernels=KERNELS, variances=SCALES):
-    graph = build_graph(points, K)
-    return VecchiaFactor.from_kernels(graph, points, kernels, variances)
+def make(points, K, kernels=KERNELS, variances=SCALES, share=None):
+    """A factor of one component for each kernel, or for each of some factors on the first one."""
+    places = Places(torch.tensor(points))
+    graph = build_graph(places, K)
+    ordered = places[graph.order]
+    parts = [
+        conditional_weights(ordered, ordered, graph.predecessors, *pair, graph.order)
+        for pair in zip(kernels, variances, strict=True)
+    ]
+    weights, conditional = (torch.stack(part) for part in zip(*parts, strict=True))
+    if share is not None:
+        conditional = conditional * torch.tensor(share)[:, None]
+    return VecchiaFactor(graph, weights, conditional)
+
+
+def neighbors_of(graph):
+    """Numbers of the places that each place is conditioned on, (N, K), -1 for none."""
+    predecessors = graph.predecessors[graph.position]
+    return np.where(predecessors < 0, -1, graph.order[predecessors])
 
 
 def exact_covariance(points, kernels=KERNELS):
-    rows = torch.tensor(points)
-    return np.stack([k(rows, rows).numpy() for k in kernels])
+    places = Places(torch.tensor(points))
+    return np.stack([k(places, places).numpy() for k in kernels])
 
 
 def vecchia_covariance(points, graph, kernels=KERNELS):
@@ -86,15 +107,15 @@ SPARSE = ("plane", "line", "space", "one neighbour", "shared")
 
 def all_before(N=200):
     """Places, a factor in which each is conditioned on all before, and the exact covariance."""
-    points = places(N)
+    points = points_of(N)
     return points, make(points, N - 1), exact_covariance(points)
 
 
 def few_neighbours(kind):
     """Places, a factor with few neighbours, and its covariance by dense recursion."""
-    points = places(60, {"line": 1, "space": 3}.get(kind, 2))
+    points = points_of(60, {"line": 1, "space": 3}.get(kind, 2))
     if kind == "shared":  # one set of weights, variances that differ
-        factor = make(points, 6, KERNELS[:1], SCALES[:1]).rescaled([1.0, 2.5])
+        factor = make(points, 6, KERNELS[:1], SCALES[:1], share=[1.0, 2.5])
         covariance = vecchia_covariance(points, factor.graph, KERNELS[:1])
         return points, factor, np.concatenate([covariance, 2.5 * covariance])
     factor = make(points, 1 if kind == "one neighbour" else 6)
