@@ -41,13 +41,23 @@ class Places:
         """Select places by their numbers; all of them if the index is None."""
         return Places(take(self.coordinates, index, dim=0), take(self.groups, index))
 
+    @classmethod
+    def of_inputs(cls, inputs: Tensor, grouped: bool) -> Places:
+        """Return the places that inputs of a kernel, of shape (..., n, q), stand for."""
+        if not grouped:
+            return cls(inputs)
+        return cls(inputs[..., :-1], inputs[..., -1].long())
+
+    @property
+    def inputs(self) -> Tensor:
+        """Inputs of a kernel: coordinates and, where there are groups, their codes as a column."""
+        if self.groups is None:
+            return self.coordinates
+        return torch.cat([self.coordinates, self.groups[..., None].to(self.coordinates)], -1)
+
     def distinct(self) -> Places:
         """Return the places without repetitions, in the order in which they first occur."""
-        columns = [self.coordinates]
-        if self.groups is not None:
-            columns.append(self.groups[:, None].to(self.coordinates))
-        rows = torch.cat(columns, 1).cpu().numpy()
-        _, first = np.unique(rows, axis=0, return_index=True)
+        _, first = np.unique(self.inputs.cpu().numpy(), axis=0, return_index=True)
         return self[torch.from_numpy(np.sort(first))]
 
     def to(self, device: torch.device) -> Places:

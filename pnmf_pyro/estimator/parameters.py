@@ -5,13 +5,14 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import ClassVar
 
+from pyro.contrib.gp.kernels import Kernel
 from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES
 from pnmf_pyro.data.checks import DEVICES, MODES
+from pnmf_pyro.gp.correlation import KERNELS
 from pnmf_pyro.gp.inducing import ALLOCATIONS
-from pnmf_pyro.gp.kernels import KERNELS
 from pnmf_pyro.initialization import INITS
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.training.hyperparameters import CRITERIA
@@ -49,7 +50,7 @@ class Parameters(BaseEstimator):
         "shuffle": ["boolean"],
         "spatial": ["boolean"],
         "local": ["boolean"],
-        "kernel": [StrOptions(set(KERNELS)), "array-like"],
+        "kernel": [StrOptions(set(KERNELS)), Kernel, "array-like"],
         "multigroup": ["boolean"],
         "num_inducing": [_COUNT],
         "lengthscale": [_POSITIVE],

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.contrib.gp.kernels import Kernel
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import typical_lengthscale
 from pnmf_pyro.estimator.parameters import Parameters
 from pnmf_pyro.estimator.space import Space
-from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel, check_group_distances
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.multi_group import check_group_distances
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
@@ -105,7 +107,7 @@ class Parts(Parameters):
     ) -> list[Stage]:
         last = self._stage(model, self.mode, self.tol)
         learned = self._learned_hyperparameters()
-        searched = learned or not isinstance(self.kernel, str)
+        searched = learned or not isinstance(self.kernel, (str, Kernel))
         if self.spatial and (self.warm_up or searched):
             source = self._independent(model) if self.warm_up else model
             search = HyperparameterSearch(model, counts, learned, self.criterion, random)
@@ -206,17 +208,20 @@ class Parts(Parameters):
 
     def _kernel(self, space: Space) -> SpatialKernel:
         start = typical_lengthscale(space.places) if self.train_lengthscale else self.lengthscale
-        n_sets = self.n_components if self._learned_hyperparameters() else 1
-        common = (self.kernel, start, self.sigma, n_sets)
-        if space.groups is None:
-            return SpatialKernel(*common, nugget=self.nugget)
-        distances = check_group_distances(self.group_distances, len(space.groups.names))
-        return MultiGroupKernel(
-            *common,
+        distances = None
+        if space.groups is not None:
+            distances = check_group_distances(self.group_distances, len(space.groups.names))
+        kernel = SpatialKernel(
+            self.kernel,
+            start,
+            self.sigma,
+            self.n_components if self._learned_hyperparameters() else 1,
             nugget=self.nugget,
             group_diff_param=self.group_diff_param,
             group_distances=distances,
         )
+        kernel.check(space.places)
+        return kernel
 
     def _steps(
         self, model: PoissonFactorization, mode: str, apart: int, q_moves: bool

@@ -1,14 +1,12 @@
-r"""Covariance of a field between two places: kernels of `pyro.contrib.gp`, alone or over groups.
+r"""Covariance of the fields of several components: one correlation, hyperparameters of each.
 
-At distance r the kernels are sigma^2 kappa(r / lengthscale), plus at r = 0 the square of a nugget:
-what a place has for itself and does not share with the next one. Between the groups g and g' of a
-multi-group field they are
+The correlation kappa is a kernel of `pyro.contrib.gp`, see :mod:`pnmf_pyro.gp.correlation`. Between
+the places x and x' the field of a component has the covariance
 
-.. math:: \sigma^2 v^{p/2} \kappa(\sqrt{v} r / \mathrm{lengthscale}), \qquad
-    v = 1 / (1 + a d_{gg'}^2)
+.. math:: \sigma^2 \kappa(x / \ell, x' / \ell) + \mathrm{nugget}^2 [x = x'],
 
-in p dimensions, a Gneiting construction (Li, Jones, Banerjee and Engelhardt 2021, Multi-group
-Gaussian processes): a = 0 is one field for all groups, a large one independent fields.
+where the nugget is what a place has for itself and does not share with the next one. Between groups
+of places kappa is that of :mod:`pnmf_pyro.gp.multi_group`.
 """
 
 from __future__ import annotations
@@ -16,52 +14,50 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from pyro.contrib.gp import kernels
+from numpy.typing import ArrayLike
+from pyro.contrib.gp.kernels import Kernel
+from pyro.distributions import constraints
+from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from pnmf_pyro.data.checks import check_choice, check_positive
+from pnmf_pyro.data.checks import check_positive
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.correlation import Correlation, as_correlations
+from pnmf_pyro.gp.multi_group import (
+    MultiGroupKernel,
+    across_groups,
+    check_of_distance,
+    closeness,
+    distances_between,
+)
 
-KERNELS: dict[str, Any] = {
-    "Matern12": kernels.Exponential,
-    "Matern32": kernels.Matern32,
-    "Matern52": kernels.Matern52,
-    "RBF": kernels.RBF,
-}
-
-
-def correlation(name: str, distance: Tensor) -> Tensor:
-    """Return kappa at distances of any shape, in units of the lengthscale.
-
-    The one place that calls a kernel of Pyro: its `forward`, since a call of the module itself
-    writes the kernel's own parameters into the parameter store, and a scope of the store would cut
-    the caller's parameters off from a step of SVI that is under way.
-    """
-    kernel = KERNELS[name](input_dim=1).requires_grad_(False)
-    value = kernel.forward(distance.new_zeros(1, 1), distance.reshape(-1, 1))
-    return value.reshape(distance.shape)
+Hyperparameters = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of places: what a kernel asks of them, whatever its hyperparameters.
+    """Pairs of places, with what does not change with the hyperparameters of a kernel.
 
     Parameters
     ----------
-    distance : Tensor of any shape
+    distance : Tensor
+        Distances, of any shape.
     groups : pair of Tensor of int64, optional
         Codes of the groups of either place, which broadcast to that shape.
-    dimensions : int
-        p, of the space.
+    first : Tensor of shape (..., n, p)
+        Coordinates of the places that make the pairs.
+    second : Tensor of shape (..., m, p) or None
+        Those of the others; None for pairs among `first`, each of them once.
     """
 
     distance: Tensor
     groups: tuple[Tensor, Tensor] | None
-    dimensions: int
+    first: Tensor
+    second: Tensor | None = None
 
     @classmethod
     def between(cls, a: Places, b: Places) -> Pairs:
@@ -69,27 +65,38 @@ class Pairs:
         groups = None
         if a.groups is not None and b.groups is not None:
             groups = a.groups[..., :, None], b.groups[..., None, :]
-        return cls(_distances(a.coordinates, b.coordinates), groups, a.coordinates.shape[-1])
+        distance = distances_between(a.coordinates, b.coordinates)
+        return cls(distance, groups, a.coordinates, b.coordinates)
 
     @classmethod
-    def among(cls, places: Places) -> Pairs:
-        """Return each pair of places of shape (..., n) once, n (n + 1) / 2 of them; see symmetric.
+    def within(cls, places: Places) -> Pairs:
+        """Return each pair of places of shape (..., n) once, of shape (..., n (n + 1) / 2).
 
-        Half of the pairs are half of the work.
+        Half of the pairs are half of the work; :func:`fill_symmetric` makes matrices of them.
         """
-        n, x, groups = len(places), places.coordinates, places.groups
-        i, j = torch.tril_indices(n, n, device=x.device)
-        distance = _distances(x, x).flatten(-2).index_select(-1, n * i + j)
+        x, groups = places.coordinates, places.groups
+        i, j = torch.tril_indices(len(places), len(places), device=x.device)
         pair = None if groups is None else (groups[..., i], groups[..., j])
-        return cls(distance, pair, x.shape[-1])
+        return cls(_lower_entries(distances_between(x, x)), pair, x)
 
-    def after(self, values: Tensor) -> Tensor:
-        """Return values of shape (C,) as (C, 1, ..., 1), to stand in front of these pairs."""
+    @property
+    def dimensions(self) -> int:
+        """Number of coordinates p."""
+        return self.first.shape[-1]
+
+    def lead(self, values: Tensor) -> Tensor:
+        """Return values of shape (C,) as (C, 1, ..., 1), which broadcasts with these pairs."""
         return values.reshape(-1, *[1] * self.distance.ndim)
 
+    def correlate(self, correlation: Correlation, lengthscale: Tensor) -> Tensor:
+        """Return the values of a correlation of inputs at these pairs, for one lengthscale."""
+        if self.second is None:
+            return _lower_entries(correlation.between(self.first / lengthscale))
+        return correlation.between(self.first / lengthscale, self.second / lengthscale)
 
-def symmetric(below: Tensor, n: int) -> Tensor:
-    """Return matrices (..., n, n) from their values at `Pairs.among`, (..., n (n + 1) / 2)."""
+
+def fill_symmetric(below: Tensor, n: int) -> Tensor:
+    """Return matrices (..., n, n) from their values at `Pairs.within`, (..., n (n + 1) / 2)."""
     i, j = torch.tril_indices(n, n, device=below.device)
     matrices = below.new_empty(*below.shape[:-1], n * n)
     for entries in (n * i + j, n * j + i):
@@ -97,95 +104,142 @@ def symmetric(below: Tensor, n: int) -> Tensor:
     return matrices.unflatten(-1, (n, n))
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def _lower_entries(matrices: Tensor) -> Tensor:
+    n = matrices.shape[-1]
+    i, j = torch.tril_indices(n, n, device=matrices.device)
+    return matrices.flatten(-2).index_select(-1, n * i + j)
 
 
 class SpatialKernel(nn.Module):
-    """sigma^2 kappa(r / lengthscale) + nugget^2 [r = 0], for one or several components.
+    """Covariance of fields, see the head of this module, for C sets of hyperparameters.
 
     Parameters
     ----------
-    names : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or sequence of these
-        Of several, the first is meant until :meth:`choose` says otherwise.
-    lengthscale, sigma : float
-        In the unit of the coordinates, and of log-factors.
+    kernels : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or several
+        Correlation; of several, the first until :meth:`choose` says otherwise. Hyperparameters of a
+        kernel that is passed as an object stay as they are.
+    lengthscale : float
+        What the coordinates are divided by, in their unit.
+    sigma : float
+        Standard deviation that multiplies the correlation, in log-factors.
     n_sets : int
-        C, how many sets of hyperparameters: 1 for one that all components share, or L.
+        C, 1 for hyperparameters that all components share, or their number L.
     nugget : float
         Standard deviation of what a place has for itself, in log-factors; 0 for none.
+    group_diff_param : float
+        a, zero or more; the larger, the less groups share.
+    group_distances : array-like of shape (G, G), optional
+        Distances d between the groups of places; None for places that are in no groups.
 
     Attributes
     ----------
     lengthscale, sigma, nugget : Tensor of shape (C,), float64
+    group_diff_param : Tensor of shape (C,), float64
+        Only of a kernel over groups.
     names : tuple of str
+        Names of the correlations, the class for a kernel that is passed as an object.
     """
 
     chosen: Tensor
     lengthscale: Tensor
     sigma: Tensor
     nugget: Tensor
+    group_distances: Tensor | None
 
     def __init__(
         self,
-        names: str | Sequence[str] = "Matern32",
+        kernels: str | Kernel | Sequence[str | Kernel] = "Matern32",
         lengthscale: float = 1.0,
         sigma: float = 1.0,
         n_sets: int = 1,
         *,
         nugget: float = 0.0,
+        group_diff_param: float = 10.0,
+        group_distances: ArrayLike | None = None,
     ):
         super().__init__()
-        self.names = check_kernels(names)
+        correlations = as_correlations(kernels)
+        self.correlations = nn.ModuleList(correlations)
+        self.names = tuple(correlation.name for correlation in correlations)
         only = len(self.names) == 1  # then there is nothing to save
         self.register_buffer("chosen", torch.tensor(0), persistent=not only)
         check_positive("lengthscale", lengthscale)
         check_positive("sigma", sigma)
-        for word, value in (("lengthscale", lengthscale), ("sigma", sigma), ("nugget", nugget)):
-            self.register_buffer(word, torch.full((n_sets,), float(value), dtype=torch.float64))
+        values = {"lengthscale": lengthscale, "sigma": sigma, "nugget": nugget}
+        if group_distances is not None:
+            values["group_diff_param"] = group_diff_param
+            group_distances = torch.from_numpy(np.array(group_distances, dtype=np.float64))
+        for name, value in values.items():
+            self.register_buffer(name, torch.full((n_sets,), float(value), dtype=torch.float64))
+        self.register_buffer("group_distances", group_distances)
+        self._learnable = tuple(values)
+
+    @property
+    def correlation(self) -> Correlation:
+        """The correlation, of several the one chosen."""
+        return self._correlation(int(self.chosen))
 
     @property
     def name(self) -> str:
-        """Name of the kernel, of several the one chosen."""
+        """Name of the correlation, of several the one chosen."""
         return self.names[int(self.chosen)]
 
-    def choose(self, name: str) -> None:
-        """Take another one of the `names`."""
-        self.chosen.fill_(self.names.index(name))
+    def choose(self, number: int) -> None:
+        """Take another one of the correlations, by its number among `names`."""
+        self.chosen.fill_(number)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a kernel over places in groups."""
+        return self.group_distances is not None
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
         """What may be learned, by name; each of shape (C,)."""
-        return {"lengthscale": self.lengthscale, "sigma": self.sigma, "nugget": self.nugget}
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of the field at any place, of shape (C,)."""
-        return self.sigma.square() + self.nugget.square()
+        return {name: getattr(self, name) for name in self._learnable}
 
     def forward(self, a: Places, b: Places) -> Tensor:
         """Return the covariance between places of shape (..., n) and (..., m), (C, ..., n, m)."""
-        if a is b:
-            return symmetric(self._covariance(Pairs.among(a)), len(a))
-        return self._covariance(Pairs.between(a, b))
+        return self.covariance(a, None if a is b else b, self.hyperparameters)
 
-    def _covariance(self, pairs: Pairs) -> Tensor:
-        values = self.hyperparameters
-        return self.shared(pairs, values) + self.own(pairs, values)
+    def covariance(self, a: Places, b: Places | None, values: Hyperparameters) -> Tensor:
+        """Return the covariance between places, or among `a` if b is None, (C, ..., n, m).
 
-    def shared(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
-        """Return sigma^2 kappa(r / lengthscale), (C, ...), for hyperparameters of shape (C,)."""
-        v = self._closeness(pairs, values)
-        scaled = v.sqrt() * pairs.distance / pairs.after(values["lengthscale"])
-        height = pairs.after(values["sigma"].square()) * v ** (pairs.dimensions / 2)
-        return height * correlation(self.name, scaled)
+        Parameters
+        ----------
+        a : Places of shape (..., n)
+        b : Places of shape (..., m) or None
+        values : mapping of str to Tensor of shape (C,)
+            Hyperparameters.
+        """
+        pairs = Pairs.within(a) if b is None else Pairs.between(a, b)
+        found = self.smooth_part(pairs, values) + self.nugget_part(pairs, values)
+        return fill_symmetric(found, len(a)) if b is None else found
 
-    def own(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
-        """Return nugget^2 [r = 0], (C, ...), for hyperparameters of shape (C,)."""
-        here = (pairs.distance == 0) & (self._closeness(pairs, values) == 1)
-        return pairs.after(values["nugget"].square()) * here
+    def smooth_part(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
+        """Return sigma^2 kappa, (C, ...), for hyperparameters of shape (C,)."""
+        height = pairs.lead(values["sigma"].square())
+        return height * self._correlate(self.correlation, pairs, values)
 
-    def one(self, c: int | None) -> SpatialKernel:
+    def nugget_part(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
+        """Return nugget^2 [x = x'], (C, ...), for hyperparameters of shape (C,)."""
+        here = pairs.distance == 0
+        if self.is_grouped:
+            here = here & (self._closeness(pairs, values) == 1)
+        return pairs.lead(values["nugget"].square()) * here
+
+    def variance(self, places: Places, values: Hyperparameters | None = None) -> Tensor:
+        """Return the variance of the field at places of shape (..., n), (C, ..., n)."""
+        values = self.hyperparameters if values is None else values
+        scaled = (places.coordinates / lengthscale for lengthscale in values["lengthscale"])
+        height = torch.stack([self.correlation.variance(inputs) for inputs in scaled])
+        sigma, nugget = (
+            values[name].square().reshape(-1, *[1] * (height.ndim - 1))
+            for name in ("sigma", "nugget")
+        )
+        return sigma * height + nugget
+
+    def select(self, c: int | None) -> SpatialKernel:
         """Return a kernel of one set of hyperparameters, number c, or their geometric means."""
         single = copy.deepcopy(self).cpu()
         for name, values in self.hyperparameters.items():
@@ -193,101 +247,77 @@ class SpatialKernel(nn.Module):
             setattr(single, name, chosen.detach().cpu())
         return single
 
-    def _closeness(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
-        """Factor v of the groups of pairs, of a shape that broadcasts to theirs."""
-        return values["sigma"].new_ones(())
+    def check(self, places: Places) -> None:
+        """Raise a ValueError where a correlation cannot be evaluated at such places."""
+        two = places[:2]
+        for correlation in map(self._correlation, range(len(self.names))):
+            self._correlate(correlation, Pairs.within(two), self.hyperparameters)
+            correlation.variance(two.coordinates)
+
+    def _correlation(self, number: int) -> Correlation:
+        return cast(Correlation, self.correlations[number])
+
+    def _correlate(self, correlation: Correlation, pairs: Pairs, values: Hyperparameters) -> Tensor:
+        """Return kappa at pairs, (C, ...)."""
+        of_distance = correlation.is_of_distance(pairs.dimensions)
+        if not of_distance and not self.is_grouped:
+            return torch.stack([pairs.correlate(correlation, l) for l in values["lengthscale"]])
+        check_of_distance(correlation.name, of_distance)
+        scaled = pairs.distance / pairs.lead(values["lengthscale"])
+        if not self.is_grouped:
+            return correlation.at_distance(scaled)
+        v = self._closeness(pairs, values)
+        return across_groups(correlation.at_distance, scaled, v, pairs.dimensions)
+
+    def _closeness(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
+        assert self.group_distances is not None
+        assert pairs.groups is not None
+        d = self.group_distances[pairs.groups]
+        return closeness(pairs.lead(values["group_diff_param"]), d)
 
 
-class MultiGroupKernel(SpatialKernel):
-    """Kernel over places in groups, see the head of this module.
+class ComponentKernel(Kernel):
+    """A :class:`SpatialKernel` of one set of hyperparameters, as a kernel of `pyro.contrib.gp`.
+
+    Its inputs are coordinates and, of a kernel over groups, in a last column the code of the group.
+    The models of Pyro can train its hyperparameters, which bear the names they have there.
 
     Parameters
     ----------
-    names, lengthscale, sigma, n_sets, nugget
-        As for :class:`SpatialKernel`.
-    group_diff_param : float
-        a; the larger, the less groups share.
-    group_distances : array-like of shape (G, G)
-        Distances d between groups.
-
-    Attributes
-    ----------
-    group_diff_param : Tensor of shape (C,), float64
+    spatial : SpatialKernel
+        Kernel with one set of hyperparameters.
+    dimensions : int
+        Number of coordinates p.
     """
 
-    group_diff_param: Tensor
-    group_distances: Tensor
+    def __init__(self, spatial: SpatialKernel, dimensions: int):
+        super().__init__(dimensions + spatial.is_grouped)
+        self.spatial = spatial
+        for name, value in spatial.hyperparameters.items():
+            setattr(self, name, PyroParam(value.clone(), constraints.nonnegative))
 
-    def __init__(
-        self,
-        names: str | Sequence[str] = "Matern32",
-        lengthscale: float = 1.0,
-        sigma: float = 1.0,
-        n_sets: int = 1,
-        *,
-        nugget: float = 0.0,
-        group_diff_param: float = 10.0,
-        group_distances: Any,
-    ):
-        super().__init__(names, lengthscale, sigma, n_sets, nugget=nugget)
-        a = torch.full((n_sets,), float(group_diff_param), dtype=torch.float64)
-        self.register_buffer("group_diff_param", a)
-        distances = torch.as_tensor(np.asarray(group_distances, dtype=np.float64))
-        self.register_buffer("group_distances", distances)
-
-    @property
-    def hyperparameters(self) -> dict[str, Tensor]:
-        """What may be learned, by name; each of shape (C,)."""
-        return {**super().hyperparameters, "group_diff_param": self.group_diff_param}
-
-    def _closeness(self, pairs: Pairs, values: Mapping[str, Tensor]) -> Tensor:
-        assert pairs.groups is not None
-        d = self.group_distances[pairs.groups]
-        return 1 / (1 + pairs.after(values["group_diff_param"]) * d.square())
+    def forward(self, X: Tensor, Z: Tensor | None = None, diag: bool = False) -> Tensor:
+        """Return the covariance between inputs (n, q) and (m, q), or the variances (n,)."""
+        spatial = self.spatial
+        values = {name: getattr(self, name) for name in spatial.hyperparameters}
+        a = Places.of_inputs(X, spatial.is_grouped)
+        if diag:
+            return spatial.variance(a, values)[0]
+        b = None if Z is None else Places.of_inputs(Z, spatial.is_grouped)
+        return spatial.covariance(a, b, values)[0]
 
 
-def check_kernels(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Check the names of one kernel or several.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name, and where there is none.
-    """
-    found = (names,) if isinstance(names, str) else tuple(names)
-    if not found:
-        raise ValueError(f"kernel must name at least one of {list(KERNELS)}; got none.")
-    return tuple(check_choice("kernel", name, KERNELS) for name in found)
-
-
-def check_group_distances(group_distances: Any, n_groups: int) -> np.ndarray:
-    """Check distances between groups; 1 between any two different ones where None.
-
-    Raises
-    ------
-    ValueError
-        For a matrix of another shape, or one that is not symmetric with a zero diagonal, or not
-        the distances between points of some Euclidean space: the kernel would not be a covariance.
-    """
-    if group_distances is None:
-        return 1.0 - np.eye(n_groups)
-    distances = np.asarray(group_distances, dtype=np.float64)
-    if distances.shape != (n_groups, n_groups):
-        raise ValueError(
-            f"group_distances must have shape ({n_groups}, {n_groups}), a row and a column for "
-            f"each group in sorted order; got {distances.shape}."
-        )
-    valid = np.isfinite(distances).all() and (distances >= 0).all()
-    if not valid or not np.allclose(distances, distances.T) or np.diag(distances).any():
-        raise ValueError(
-            "group_distances must be finite, not negative, symmetric and zero on the diagonal."
-        )
-    centre = np.eye(n_groups) - 1 / n_groups
-    lowest = np.linalg.eigvalsh(-centre @ np.square(distances) @ centre)[0]
-    if lowest < -1e-8 * max(np.square(distances).max(), 1):
-        raise ValueError(
-            "group_distances must be distances between points of a Euclidean space, or the "
-            "kernel is no covariance. Place the groups at points (for example by classical "
-            "scaling) and pass the distances between these."
-        )
-    return distances
+def as_spatial_kernel(kernel: SpatialKernel | Kernel | str) -> SpatialKernel:
+    """Return the covariance of fields that a kernel of any kind stands for."""
+    if isinstance(kernel, SpatialKernel):
+        return kernel
+    if isinstance(kernel, ComponentKernel):
+        spatial = copy.deepcopy(kernel.spatial)
+        for name, value in spatial.hyperparameters.items():
+            value.copy_(getattr(kernel, name).detach())
+        return spatial
+    if isinstance(kernel, MultiGroupKernel):
+        a = float(kernel.group_diff_param.detach())
+        distances = kernel.group_distances
+        return SpatialKernel(kernel.kern, group_diff_param=a, group_distances=distances)
+    return SpatialKernel(kernel)

@@ -117,7 +117,7 @@ class Neighborhoods:
 
     def kernels(self) -> list[tuple[Covariance, float]]:
         """Covariance of rows and variance, for each of the L components."""
-        sets = len(self.kernel.variance)
+        sets = len(self.kernel.sigma)
         found = [self._kernel(c) for c in range(sets)]
         return found * (self.L // sets)
 
@@ -172,7 +172,7 @@ class Neighborhoods:
         self, targets: Tensor, sources: Tensor, near: Any, names: Any
     ) -> tuple[Tensor, Tensor]:
         """Weights (C, n, K) and variances (L, n) of targets given their neighbours."""
-        kernels = self.kernels()[: len(self.kernel.variance)]
+        kernels = self.kernels()[: len(self.kernel.sigma)]
         weights = torch.empty(len(kernels), *near.shape, dtype=torch.float64)
         variances = torch.empty(len(kernels), len(near), dtype=torch.float64)
         for c, pair in enumerate(kernels):  # into place: all weights are the largest array there is
@@ -208,24 +208,19 @@ class Neighborhoods:
 
     def _kernel(self, c: int | None) -> tuple[Covariance, float]:
         """Covariance of rows and variance under one set of hyperparameters, or their means."""
-        kernel = self.kernel.one(c)
+        kernel = self.kernel.select(c)
 
         def covariance(A: Tensor, B: Tensor) -> Tensor:
             places = self._of(A)
             return kernel(places, places if A is B else self._of(B))[0]
 
-        return covariance, float(kernel.variance)
+        return covariance, float(kernel.variance(self.places.to(torch.device("cpu"))).max())
 
     def _rows(self, places: Places) -> Tensor:
-        coordinates = places.coordinates.cpu()
-        if places.groups is None:
-            return coordinates
-        return torch.cat([coordinates, places.groups.cpu()[:, None].to(coordinates)], 1)
+        return places.inputs.cpu()
 
     def _of(self, rows: Tensor) -> Places:
-        if not self._grouped:
-            return Places(rows)
-        return Places(rows[..., :-1], rows[..., -1].long())
+        return Places.of_inputs(rows, self._grouped)
 
 
 class Conditionals:

@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro.contrib.gp.kernels import Kernel
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.priors.base import Draws, Prior
 from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, LocalPrior, draw_given
@@ -100,8 +101,9 @@ class LCGP(Prior):
 
     Parameters
     ----------
-    kernel : SpatialKernel
-        For one set of hyperparameters, or one for each component.
+    kernel : SpatialKernel, Kernel of pyro.contrib.gp, or str
+        Covariance of the fields: a :class:`~pnmf_pyro.gp.kernels.SpatialKernel` of one set of
+        hyperparameters or one for each component, or what it can be made of.
     places : Places of shape (N,)
         Of the samples.
     L : int
@@ -140,7 +142,7 @@ class LCGP(Prior):
 
     def __init__(
         self,
-        kernel: SpatialKernel,
+        kernel: SpatialKernel | Kernel | str,
         places: Places,
         L: int,
         *,
@@ -155,13 +157,15 @@ class LCGP(Prior):
     ):
         super().__init__()
         self.L, self.N, self.rank = L, len(places), rank
-        self.kernel, self.dtype, self.seed = kernel, dtype, seed
+        self.kernel, self.dtype, self.seed = as_spatial_kernel(kernel), dtype, seed
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)
         self.register_buffer("mean", torch.zeros(L, dtype=torch.float64))
         self.register_buffer("low_rank", torch.zeros(L, self.N, 0, dtype=dtype))
         self.q = (_Sites if use_natural_gradients else _Scaled)(L, self.N, cholesky_mode)
-        self.neighborhoods = Neighborhoods(kernel, places, L, K, neighbors, precompute_knn, seed)
+        self.neighborhoods = Neighborhoods(
+            self.kernel, places, L, K, neighbors, precompute_knn, seed
+        )
 
     @property
     def places(self) -> Places:
@@ -201,9 +205,10 @@ class LCGP(Prior):
         """Return q(F) and p(F), each of shape (L, n); at other places the marginals of p(F)."""
         if coordinates is None:
             return self.marginal(index), self._prior(index)
-        q = self.at(Places(coordinates.double(), groups)).marginal()
+        places = Places(coordinates.double(), groups)
+        q = self.at(places).marginal()
         level = self.mean[:, None].to(self.dtype).expand_as(q.loc)
-        scale = self.kernel.variance.sqrt()[:, None].to(self.dtype).expand_as(q.loc)
+        scale = self.kernel.variance(places).sqrt().to(self.dtype).expand_as(q.loc)
         return q, Normal(level, scale, validate_args=False)
 
     def natural_optimizer(self, lr: float = 1.0) -> torch.optim.Optimizer:

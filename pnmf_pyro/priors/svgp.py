@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro.contrib.gp.kernels import Kernel
 from pyro.distributions import Normal
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Remembered
 from pnmf_pyro.gp.cholesky import jittered_cholesky
-from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.priors.base import Draws, Prior
 from pnmf_pyro.priors.fields import FieldMarginals, WhitenedPrior, times
 from pnmf_pyro.priors.natural import Descent
@@ -41,8 +42,9 @@ class SVGP(Prior):
 
     Parameters
     ----------
-    kernel : SpatialKernel
-        For one set of hyperparameters, or one for each component.
+    kernel : SpatialKernel, Kernel of pyro.contrib.gp, or str
+        Covariance of the fields: a :class:`~pnmf_pyro.gp.kernels.SpatialKernel` of one set of
+        hyperparameters or one for each component, or what it can be made of.
     places : Places of shape (N,)
         Of the samples.
     inducing : Places of shape (M,)
@@ -76,7 +78,7 @@ class SVGP(Prior):
 
     def __init__(
         self,
-        kernel: SpatialKernel,
+        kernel: SpatialKernel | Kernel | str,
         places: Places,
         inducing: Places,
         L: int,
@@ -90,7 +92,7 @@ class SVGP(Prior):
         super().__init__()
         self.L, self.N, self.M = L, len(places), len(inducing)
         self.matrix_entries = L * self.M * self.N
-        self.kernel, self.jitter, self.dtype = kernel, jitter, dtype
+        self.kernel, self.jitter, self.dtype = as_spatial_kernel(kernel), jitter, dtype
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)
         self.register_buffer("inducing_coordinates", inducing.coordinates)
@@ -202,15 +204,17 @@ class SVGP(Prior):
     @torch.no_grad()
     def _design_at(self, places: Places) -> tuple[Tensor, Tensor]:
         Lz = self._once("factor", self.kernel.buffers(), self._factor)
-        kernels = (self.kernel.one(c).to(Lz.device) for c in range(len(Lz)))  # one by one: memory
+        # One component after another: less memory.
+        kernels = (self.kernel.select(c).to(Lz.device) for c in range(len(Lz)))
         A = torch.stack(
             [
                 torch.linalg.solve_triangular(tril, one(self.inducing, places)[0], upper=False)
                 for one, tril in zip(kernels, Lz, strict=True)
             ]
         )
-        rest = self.kernel.variance[:, None] - A.square().sum(-2)
-        return A, rest.clamp_min(self.jitter * self.kernel.variance[:, None])
+        rest = self.kernel.variance(places) - A.square().sum(-2)
+        lowest = self.jitter * self.kernel.variance(self.inducing).amax(-1, keepdim=True)
+        return A, torch.maximum(rest, lowest)
 
     def _factor(self) -> Tensor:
         return jittered_cholesky(self.kernel(self.inducing, self.inducing), self.jitter)

@@ -30,7 +30,7 @@ from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import Places, extent, spacing
 from pnmf_pyro.gp.cache import Remembered
-from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, symmetric
+from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, fill_symmetric
 from pnmf_pyro.gp.neighbors import nearest
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.poisson import PoissonFactors
@@ -167,7 +167,7 @@ def predict_without(
 class HyperparameterSearch:
     """Search of the hyperparameters of a spatial model at its present q and loadings.
 
-    Where its kernel has several names, one of them is chosen as well.
+    Where there are several kernels, one of them is chosen as well.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ class HyperparameterSearch:
         self.judged = torch.from_numpy(chosen).to(self.counts.device)
         self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
         together = torch.cat([self.neighbours, self.judged[:, None]], 1)
-        self.pairs = Pairs.among(self.places[together])
+        self.pairs = Pairs.within(self.places[together])
         self._once = Remembered()
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
@@ -236,9 +236,9 @@ class HyperparameterSearch:
     def _covariance(self, values: dict[str, Tensor]) -> Tensor:
         """Covariance of each judged sample and its neighbours; only the nugget's part made anew."""
         made_of = (self.kernel.chosen, *(values[name] for name in values if name != "nugget"))
-        shared = self._once("shared", made_of, lambda: self.kernel.shared(self.pairs, values))
-        own = self.kernel.own(self.pairs, values)
-        return symmetric(shared + own, self.neighbours.shape[1] + 1)
+        smooth = self._once("smooth", made_of, lambda: self.kernel.smooth_part(self.pairs, values))
+        nugget = self.kernel.nugget_part(self.pairs, values)
+        return fill_symmetric(smooth + nugget, self.neighbours.shape[1] + 1)
 
     def _observe(self, source: PoissonFactorization) -> None:
         self.y, self.noise = sites(source, self.counts)
@@ -311,10 +311,10 @@ class HyperparameterSearch:
         for name in self.names:
             values[name].clamp_(*self._limits()[name])
         mean, found = self._start(), {}
-        for kernel in self.kernel.names:
-            self.kernel.choose(kernel)
-            found[kernel] = self._search(values, mean)
-        best = min(found, key=lambda kernel: found[kernel][0])
+        for number in range(len(self.kernel.names)):
+            self.kernel.choose(number)
+            found[number] = self._search(values, mean)
+        best = min(found, key=lambda number: found[number][0])
         self.kernel.choose(best)
         n_sets = len(self.kernel.sigma)
         return {k: v.expand(n_sets).clone() for k, v in found[best][1].items()}, mean

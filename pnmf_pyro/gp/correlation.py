@@ -1,0 +1,189 @@
+"""The correlation that fields share: any kernel of `pyro.contrib.gp`, evaluated in one of two ways.
+
+A kernel that is a function of distance alone is evaluated at distances of any shape, all at once.
+Any other kernel is evaluated on inputs through its own `forward`, one matrix after another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import pyro
+import torch
+from pyro.contrib.gp.kernels import (
+    RBF,
+    Constant,
+    Exponent,
+    Exponential,
+    Isotropy,
+    Kernel,
+    Matern32,
+    Matern52,
+    Product,
+    Sum,
+    Warping,
+)
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pnmf_pyro.data.checks import check_choice
+
+KERNELS: dict[str, type[Isotropy]] = {
+    "Matern12": Exponential,
+    "Matern32": Matern32,
+    "Matern52": Matern52,
+    "RBF": RBF,
+}
+
+
+class Correlation(nn.Module):
+    """A kernel of Pyro whose own hyperparameters stay as they are given.
+
+    It holds a copy of the kernel in float64, with numbers in the place of parameters. So it makes
+    no statement in a Pyro program, and a model that holds it has no parameter or state more.
+
+    Parameters
+    ----------
+    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or Kernel
+        Kernel, or the name of one with lengthscale 1 and variance 1.
+
+    Attributes
+    ----------
+    name : str
+        The name that was given, or the name of the kernel's class.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or a hyperparameter of the kernel has a prior.
+    """
+
+    def __init__(self, kernel: str | Kernel):
+        super().__init__()
+        self.is_named = not isinstance(kernel, Kernel)
+        self.name: str = type(kernel).__name__
+        if not isinstance(kernel, Kernel):
+            self.name = check_choice("kernel", kernel, KERNELS)
+            kernel = KERNELS[self.name](input_dim=1)
+        self.kernel = _with_numbers(kernel)
+
+    def is_of_distance(self, dimensions: int) -> bool:
+        """Return whether it is a function of distance alone, see :func:`is_of_distance`."""
+        return self.is_named or is_of_distance(self.kernel, dimensions)
+
+    def at_distance(self, distance: Tensor) -> Tensor:
+        """Return the values at distances of any shape."""
+        return at_distance(self.kernel, distance)
+
+    def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
+        """Return the values between inputs, of shape (..., n, m).
+
+        Parameters
+        ----------
+        X : Tensor of shape (..., n, p)
+        Z : Tensor of shape (..., m, p), optional
+            X itself unless given.
+
+        Raises
+        ------
+        ValueError
+            If the kernel acts on columns that the inputs do not have, or returns no such matrix.
+        """
+        if X.ndim > 2 and Z is None:
+            return torch.stack([self.between(x) for x in X])
+        if X.ndim > 2 and Z is not None:
+            batch = torch.broadcast_shapes(X.shape[:-2], Z.shape[:-2])
+            both = (inputs.expand(*batch, -1, -1) for inputs in (X, Z))
+            return torch.stack([self.between(x, z) for x, z in zip(*both, strict=True)])
+        columns = self.kernel.active_dims
+        if max(columns) >= X.shape[1]:
+            raise ValueError(
+                f"kernel {self.name} must act on columns of the coordinates, of which there are "
+                f"{X.shape[1]}; it acts on columns {columns}. Pass input_dim={X.shape[1]} or other "
+                "active_dims to it."
+            )
+        return self._checked(self.kernel(X, Z), len(X), len(X if Z is None else Z))
+
+    def variance(self, X: Tensor) -> Tensor:
+        """Return the value between each input and itself, of shape (..., n)."""
+        inputs = X.reshape(-1, X.shape[-1])
+        return self._checked(self.kernel(inputs, diag=True), len(inputs)).reshape(X.shape[:-1])
+
+    def _checked(self, values: Tensor, *shape: int) -> Tensor:
+        if values.shape != shape:
+            raise ValueError(
+                f"kernel {self.name} must return values of shape {shape} for such inputs; got "
+                f"shape {tuple(values.shape)}. Write its forward(X, Z=None, diag=False) as that of "
+                "pyro.contrib.gp.kernels.Kernel is."
+            )
+        return values
+
+
+def as_correlations(kernels: str | Kernel | Sequence[str | Kernel]) -> list[Correlation]:
+    """Return what one kernel or several stand for.
+
+    Raises
+    ------
+    ValueError
+        If there is no kernel, or one of them is unknown.
+    """
+    found = [kernels] if isinstance(kernels, (str, Kernel)) else list(kernels)
+    if not found:
+        raise ValueError(
+            f"kernel must be one or several of {list(KERNELS)} and kernels of pyro.contrib.gp; got "
+            "none."
+        )
+    return [Correlation(kernel) for kernel in found]
+
+
+def is_of_distance(kernel: Kernel, dimensions: int) -> bool:
+    """Return whether a kernel is a function of the distance between its inputs alone.
+
+    Such are the isotropic kernels with one lengthscale over all columns, constants, and sums,
+    products, exponentials and polynomials of these.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    dimensions : int
+        Number of columns of the inputs.
+    """
+    if type(kernel) in (Sum, Product):
+        parts = (part for part in (kernel.kern0, kernel.kern1) if isinstance(part, Kernel))
+        return all(is_of_distance(part, dimensions) for part in parts)
+    if type(kernel) is Exponent or (type(kernel) is Warping and kernel.iwarping_fn is None):
+        return is_of_distance(kernel.kern, dimensions)
+    if isinstance(kernel, Isotropy):
+        all_columns = sorted(kernel.active_dims) == list(range(dimensions))
+        return all_columns and cast(Tensor, kernel.lengthscale).numel() == 1
+    return type(kernel) is Constant
+
+
+def at_distance(kernel: Kernel, distance: Tensor) -> Tensor:
+    """Return the values of a kernel of distance alone at distances of any shape.
+
+    Kernels of Pyro read inputs of shape (n,) as one column, whatever their `active_dims`.
+    """
+    return kernel(distance.new_zeros(1), distance.reshape(-1)).reshape(distance.shape)
+
+
+def _with_numbers(kernel: Kernel) -> Kernel:
+    """Return a copy of a kernel that has buffers, not to be saved, in the place of parameters."""
+    copied = copy.deepcopy(kernel)
+    for module in copied.modules():
+        values: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        if isinstance(module, PyroModule):
+            values = dict(module.named_pyro_params(recurse=False))
+            if module._pyro_samples:
+                raise ValueError(
+                    f"kernel {type(kernel).__name__} must have numbers for its hyperparameters; "
+                    f"{list(module._pyro_samples)} have priors. Set them to values."
+                )
+        values |= dict(module.named_buffers(recurse=False))
+        with pyro.get_param_store().scope():  # the original may have parameters of these names
+            for name, value in values.items():
+                delattr(module, name)
+                module.register_buffer(name, value.detach().clone(), persistent=False)
+    return copied.double()
