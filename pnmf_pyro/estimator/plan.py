@@ -5,6 +5,7 @@ Below this there are objects and no words: everything that a parameter chooses b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,8 @@ from pnmf_pyro.training.schedules import (
     Plateau,
     Schedule,
 )
+
+logger = logging.getLogger("pnmf_pyro")
 
 # A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
 # tolerance.
@@ -221,6 +224,13 @@ class Parts(Parameters):
             group_distances=distances,
         )
         kernel.check(space.places)
+        objects = [found.name for found in kernel.correlations if not found.is_named]
+        if objects:
+            logger.info(
+                "kernel %s: functions of the coordinates divided by the lengthscale of a component, "
+                "times its sigma^2; their own hyperparameters stay as they are given",
+                ", ".join(objects),
+            )
         return kernel
 
     def _steps(

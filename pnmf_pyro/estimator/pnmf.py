@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from pyro.contrib.gp.kernels import Kernel
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -28,6 +29,7 @@ from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.archive import read_archive, write_archive
 from pnmf_pyro.estimator.plan import Parts, Stage
 from pnmf_pyro.estimator.space import check_space, refuse_places, saved_space
+from pnmf_pyro.gp.correlation import KERNELS
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.poisson import PoissonFactors
@@ -98,9 +100,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
         Condition each place on `K` neighbours rather than on inducing points: the cost is
         proportional to the number of places, and fine structure is kept, see
         :class:`~pnmf_pyro.priors.LCGP`.
-    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or tuple
-        Correlation of a field over distance, from rough to smooth. Of several, the one that is best
-        by `criterion`.
+    kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
+        Correlation of a field: by name, from rough to smooth, or a kernel of Pyro, sums and
+        products of them, or a subclass of one's own. An object is a function of the coordinates
+        divided by the lengthscale, its own hyperparameters stay as they are given, and a model that
+        has one is not saved. Of several, the one that is best by `criterion`.
     multigroup : bool
         Fields of several groups that are alike as far as `group_diff_param` says.
     num_inducing : int
@@ -185,7 +189,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
     n_iter_ : int
         Number of steps taken.
     kernel_ : str
-        Name of the kernel of a spatial model, of several the one chosen.
+        Name of the kernel of a spatial model, or its class if it is an object; of several, of the
+        one chosen.
     groups_ : list or None
         Names of the groups of a multi-group model, in sorted order.
     model_ : PoissonFactorization
@@ -488,8 +493,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
         ----------
         path : path
             Usually ending in .npz.
+
+        Raises
+        ------
+        ValueError
+            If `kernel` is an object: files hold names.
         """
         check_is_fitted(self)
+        _check_named(self.kernel)
         header = {
             "parameters": _plain(self.get_params(deep=False)),
             "groups": self.groups_,
@@ -587,6 +598,17 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Parts):
         self.model_ = model
         self.components_ = np.ascontiguousarray(model.W.numpy().T)
         self.n_components_ = self.n_components
+
+
+def _check_named(kernel: Any) -> None:
+    """Raise a ValueError unless a kernel, or each of several, is given by name."""
+    several = kernel if isinstance(kernel, (list, tuple)) else [kernel]
+    objects = [type(one).__name__ for one in several if isinstance(one, Kernel)]
+    if objects:
+        raise ValueError(
+            f"kernel must be given by name for a model that is saved, one of {list(KERNELS)}; the "
+            f"file cannot hold the object of class {objects[0]}."
+        )
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
