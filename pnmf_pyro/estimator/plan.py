@@ -19,8 +19,9 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import typical_lengthscale
 from pnmf_pyro.estimator.parameters import Parameters
 from pnmf_pyro.estimator.space import Space
+from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.kernels import SpatialKernel
-from pnmf_pyro.gp.multi_group import check_group_distances
+from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
@@ -211,26 +212,34 @@ class Parts(Parameters):
 
     def _kernel(self, space: Space) -> SpatialKernel:
         start = typical_lengthscale(space.places) if self.train_lengthscale else self.lengthscale
-        distances = None
+        kernels, a, distances = self.kernel, self.group_diff_param, self.group_distances
+        if isinstance(kernels, MultiGroupKernel):
+            distances, a = kernels.group_distances, float(kernels.group_diff_param.detach())
+            kernels = kernels.kern
+            if space.groups is None:
+                raise ValueError(
+                    "kernel is one over groups, and multigroup=False. Set multigroup=True and pass "
+                    "groups to fit, or pass the kernel that it wraps, kernel.kern."
+                )
         if space.groups is not None:
-            distances = check_group_distances(self.group_distances, len(space.groups.names))
+            distances = check_group_distances(distances, len(space.groups.names))
         kernel = SpatialKernel(
-            self.kernel,
+            kernels,
             start,
             self.sigma,
             self.n_components if self._learned_hyperparameters() else 1,
             nugget=self.nugget,
-            group_diff_param=self.group_diff_param,
-            group_distances=distances,
+            group_diff_param=a,
+            group_distances=None if space.groups is None else distances,
         )
         kernel.check(space.places)
-        objects = [found.name for found in kernel.correlations if not found.is_named]
-        if objects:
-            logger.info(
-                "kernel %s: functions of the coordinates divided by the lengthscale of a component, "
-                "times its sigma^2; their own hyperparameters stay as they are given",
-                ", ".join(objects),
-            )
+        for one in check_kernels(kernels):
+            if isinstance(one, Kernel):
+                logger.info(
+                    "kernel %s: of the coordinates divided by lengthscale, times sigma^2; its own "
+                    "hyperparameters stay as they are given",
+                    type(one).__name__,
+                )
         return kernel
 
     def _steps(
