@@ -20,7 +20,7 @@ from pnmf_pyro.data.checks import (
     check_positive,
 )
 from pnmf_pyro.data.random_state import RandomState
-from pnmf_pyro.gp.correlation import as_correlations
+from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import ALLOCATIONS
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
@@ -130,7 +130,7 @@ def _check_init(name: str, value: Any) -> None:
 
 def _check_kernel(name: str, value: Any) -> None:
     if not isinstance(value, SpatialKernel | MultiGroupKernel):
-        as_correlations(value)
+        check_kernels(value)
 
 
 def _check_scale(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.contrib.gp.kernels import Kernel
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
@@ -31,6 +32,7 @@ from pnmf_pyro.estimator.stages import (
     Stage,
     Training,
 )
+from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import inducing_points
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
@@ -137,6 +139,11 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     if isinstance(kernels, MultiGroupKernel):
         kernels, a = kernels.kern, float(kernels.group_diff_param.detach())
         distances = settings.kernel.group_distances
+        if groups is None:
+            raise ValueError(
+                "kernel is one over groups, and multigroup=False. Set multigroup=True and pass "
+                "groups to fit, or pass the kernel that it wraps, kernel.kern."
+            )
     if groups is not None:
         distances = check_group_distances(distances, len(groups.names))
     start = settings.lengthscale
@@ -151,13 +158,13 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
         group_distances=distances,
     )
     kernel.check(places)
-    objects = [found.name for found in kernel.correlations if not found.is_named]
-    if objects:
-        logger.info(
-            "kernel %s: a function of coordinates divided by the lengthscale of a component, times "
-            "its sigma^2; hyperparameters of its own stay as they are given",
-            ", ".join(objects),
-        )
+    for one in check_kernels(kernels):
+        if isinstance(one, Kernel):
+            logger.info(
+                "kernel %s: a function of coordinates divided by the lengthscale, times sigma^2; its "
+                "own hyperparameters stay as they are given",
+                type(one).__name__,
+            )
     return kernel
 
 

@@ -66,7 +66,7 @@ class Correlation(nn.Module):
         self.name: str = type(kernel).__name__
         if not isinstance(kernel, Kernel):
             self.name = check_choice("kernel", kernel, KERNELS)
-            kernel = KERNELS[self.name](input_dim=1)
+            kernel = KERNELS[kernel](input_dim=1)
         self.kernel = _with_numbers(kernel)
 
     def is_of_distance(self, dimensions: int) -> bool:
@@ -121,13 +121,13 @@ class Correlation(nn.Module):
         return values
 
 
-def as_correlations(kernels: str | Kernel | Sequence[str | Kernel]) -> list[Correlation]:
-    """Return what one kernel or several stand for.
+def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | Kernel]:
+    """Return one kernel or several as a list.
 
     Raises
     ------
     ValueError
-        If there is no kernel, or one of them is unknown.
+        If there is none, or one of them is neither a known name nor a kernel of Pyro.
     """
     found = [kernels] if isinstance(kernels, (str, Kernel)) else list(kernels)
     if not found:
@@ -135,7 +135,10 @@ def as_correlations(kernels: str | Kernel | Sequence[str | Kernel]) -> list[Corr
             f"kernel must be one or several of {list(KERNELS)} and kernels of pyro.contrib.gp; got "
             "none."
         )
-    return [Correlation(kernel) for kernel in found]
+    for kernel in found:
+        if not isinstance(kernel, Kernel):
+            check_choice("kernel", kernel, KERNELS)
+    return found
 
 
 def is_of_distance(kernel: Kernel, dimensions: int) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.data.checks import check_positive
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.correlation import Correlation, as_correlations
+from pnmf_pyro.gp.correlation import Correlation, check_kernels
 from pnmf_pyro.gp.multi_group import (
     MultiGroupKernel,
     across_groups,
@@ -158,7 +158,7 @@ class SpatialKernel(nn.Module):
         group_distances: ArrayLike | None = None,
     ):
         super().__init__()
-        correlations = as_correlations(kernels)
+        correlations = [Correlation(kernel) for kernel in check_kernels(kernels)]
         self.correlations = nn.ModuleList(correlations)
         self.names = tuple(correlation.name for correlation in correlations)
         only = len(self.names) == 1  # then there is nothing to save
@@ -168,7 +168,7 @@ class SpatialKernel(nn.Module):
         values = {"lengthscale": lengthscale, "sigma": sigma, "nugget": nugget}
         if group_distances is not None:
             values["group_diff_param"] = group_diff_param
-            group_distances = torch.from_numpy(np.array(group_distances, dtype=np.float64))
+            group_distances = torch.tensor(np.asarray(group_distances, dtype=np.float64))
         for name, value in values.items():
             self.register_buffer(name, torch.full((n_sets,), float(value), dtype=torch.float64))
         self.register_buffer("group_distances", group_distances)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import count
+from typing import cast
+
 import torch
 from pyro.contrib.gp.likelihoods import Likelihood
 from pyro.contrib.gp.models import VariationalSparseGP
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import ComponentKernel, as_spatial_kernel
 from pnmf_pyro.priors.svgp import SVGP
+from pnmf_pyro.priors.svgp_posterior import CholeskyInducing
+
+_numbers = count()
 
 
 @torch.no_grad()
@@ -37,18 +44,19 @@ def from_pyro(gp: VariationalSparseGP) -> SVGP:
         for inputs in (gp.X, gp.Xu.detach())
     )
     loc = gp.u_loc.detach().double().reshape(-1, M)
-    tril = gp.u_scale_tril.detach().double().reshape(-1, M, M)
+    tril = cast(Tensor, gp.u_scale_tril).detach().double().reshape(-1, M, M)
     covariance = kernel(inducing, inducing)
     jitter = gp.jitter / float(covariance.diagonal(dim1=-2, dim2=-1).mean())
     prior = SVGP(kernel, places, inducing, len(loc), jitter=jitter, dtype=gp.Xu.dtype)
+    q = cast(CholeskyInducing, prior.q)
     if not gp.whiten:
         Lz = jittered_cholesky(covariance, jitter)
         loc = torch.linalg.solve_triangular(Lz, loc[..., None], upper=False)[..., 0]
         tril = torch.linalg.solve_triangular(Lz, tril, upper=False)
     prior.mean.fill_(_constant_mean(gp))
-    prior.q.u_loc.copy_(loc)
-    prior.q.u_scale.assign(tril.diagonal(dim1=-2, dim2=-1))
-    prior.q.u_below.copy_(tril)
+    q.u_loc.copy_(loc)
+    q.u_scale.assign(tril.diagonal(dim1=-2, dim2=-1))
+    q.u_below.copy_(tril)
     return prior
 
 
@@ -84,6 +92,8 @@ def to_pyro(
         whiten=True,
         jitter=prior.jitter * float(height),
     )
+    # A module above it gives its parameters names of their own in the parameter store.
+    PyroModule(f"svgp_{next(_numbers)}").gp = gp
     q = prior._posterior()
     gp.u_loc.copy_(q.mean[component])
     gp.u_scale_tril = torch.linalg.cholesky(_covariance(q)[component])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.kernels import KERNELS, MultiGroupKernel, SpatialKernel, check_group_distances
+from pnmf_pyro.gp.correlation import KERNELS
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.multi_group import check_group_distances
 from tests.support import dense_fields
 from tests.support.svgp import TIGHT, as_numpy, scattered
 
@@ -14,9 +16,10 @@ from tests.support.svgp import TIGHT, as_numpy, scattered
 def test_of_several_kernels_one_is_meant():
     names, a = ("Matern32", "RBF"), scattered(5)
     several, other = SpatialKernel(names, 0.7), SpatialKernel(names, 0.7)
-    for name in ("Matern32", "RBF", "Matern32"):
-        several.choose(name)
-        assert several.name == several.one(0).name == name
+    for number in (0, 1, 0):
+        several.choose(number)
+        name = names[number]
+        assert several.name == several.select(0).name == name
         assert torch.equal(several(a, a), SpatialKernel(name, 0.7)(a, a))
         other.load_state_dict(several.state_dict())
         assert other.name == name
@@ -39,7 +42,7 @@ def test_kernel_is_its_formula(name, p):
 def test_multi_group_kernel_is_its_formula_and_a_covariance(name):
     places = scattered(14, groups=3)
     d = np.array([[0, 1, 2.0], [1, 0, 1.5], [2, 1.5, 0]])
-    kernel = MultiGroupKernel(name, 0.7, 1.5, nugget=0.4, group_diff_param=2.5, group_distances=d)
+    kernel = SpatialKernel(name, 0.7, 1.5, nugget=0.4, group_diff_param=2.5, group_distances=d)
     places.coordinates[1] = places.coordinates[0]
     x, g = as_numpy(places)
     expected = dense_fields.covariance(name, x, x, 0.7, 1.5, g, g, 2.5, d, nugget=0.4)
@@ -53,12 +56,12 @@ def test_limits_of_the_group_difference():
     plain = SpatialKernel("Matern52", 0.7, 1.5)(places, places)[0]
     same = places.groups[:, None] == places.groups
     for a, expected in ((0.0, plain), (1e12, plain * same)):
-        kernel = MultiGroupKernel(
+        kernel = SpatialKernel(
             "Matern52", 0.7, 1.5, group_diff_param=a, group_distances=1 - np.eye(2)
         )
         np.testing.assert_allclose(kernel(places, places)[0], expected, atol=1e-6)
     one = Places(places.coordinates, torch.zeros(10, dtype=torch.int64))
-    kernel = MultiGroupKernel("Matern52", 0.7, 1.5, group_distances=np.zeros((1, 1)))
+    kernel = SpatialKernel("Matern52", 0.7, 1.5, group_distances=np.zeros((1, 1)))
     np.testing.assert_allclose(kernel(one, one)[0], plain, **TIGHT)
 
 

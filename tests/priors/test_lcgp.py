@@ -10,7 +10,7 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP
@@ -338,7 +338,7 @@ def test_draws_are_as_smooth_as_the_posterior():
 def test_a_kernel_that_is_no_covariance_names_the_places():
     """A group that is near to two others, which are far apart: a negative eigenvalue."""
     distances = np.array([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    kernel = MultiGroupKernel("RBF", 1.0, 1.0, group_diff_param=1.0, group_distances=distances)
+    kernel = SpatialKernel("RBF", 1.0, 1.0, group_diff_param=1.0, group_distances=distances)
     x = torch.tensor(np.random.default_rng(0).uniform(size=(30, 2)))
     prior = LCGP(kernel, Places(x, torch.arange(30) % 3), 1, K=10)
     with pytest.raises(ValueError, match=r"neighbours of places \[.*not positive definite"):

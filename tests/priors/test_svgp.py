@@ -57,7 +57,7 @@ def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
         with pyro.get_param_store().scope():
             kernel = pyro_kernels.Matern32(2).double()
             kernel.lengthscale = prior.kernel.lengthscale[l].clone()
-            kernel.variance = prior.kernel.variance[l].clone()
+            kernel.variance = prior.kernel.sigma[l].square().clone()
             gp = VariationalSparseGP(
                 prior.places.coordinates,
                 torch.zeros(prior.N, dtype=torch.float64),
@@ -65,7 +65,7 @@ def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
                 prior.inducing.coordinates.clone(),
                 pyro.contrib.gp.likelihoods.Gaussian(),
                 whiten=True,
-                jitter=1e-6 * float(prior.kernel.variance[l]),
+                jitter=1e-6 * float(prior.kernel.sigma[l].square()),
             )
             gp.u_loc = torch.nn.Parameter(q.mean[l].clone())
             gp.u_scale_tril = torch.linalg.cholesky(q.covariance_matrix[l])
