@@ -1,6 +1,6 @@
 """Probabilistic non-negative matrix factorisation of counts, as a Pyro program."""
 
-from importlib.metadata import version
+__version__ = "0.1.0"
 
 from pnmf_pyro import plotting, transforms
 from pnmf_pyro.analysis import interpretation
@@ -16,8 +16,6 @@ from pnmf_pyro.analysis.selection import select_n_components
 from pnmf_pyro.estimator.fit_model import fit_model
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit
-
-__version__ = version("pnmf-pyro")
 
 __all__ = [
     "PNMF",

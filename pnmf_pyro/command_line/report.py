@@ -144,6 +144,5 @@ def selection_report(selection: ComponentSelection) -> Page:
 
 def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
     """Return the table of a choice and what it tells in words."""
-    table = selection.table()
-    columns = {name.replace("_", " "): list(table[name]) for name in table}
+    columns = {name.replace("_", " "): list(values) for name, values in selection.columns.items()}
     return Table("Numbers tried", columns), Text("What the curves tell", selection.summary())

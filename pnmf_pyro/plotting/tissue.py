@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
+    from matplotlib.image import AxesImage
 
 # Samples up to which each is drawn as a spot. Of more, the mean in each pixel of an image is shown:
 # spots would be smaller than a pixel of the screen.
@@ -78,7 +84,7 @@ class MapStyle:
 class Tissue:
     """One section, or several side by side, on which values can be drawn."""
 
-    def __init__(self, coordinates: Any, labels: Any, n: int, look: MapStyle):
+    def __init__(self, coordinates: ArrayLike, labels: ArrayLike | None, n: int, look: MapStyle):
         points = check_coordinates(coordinates, n, 2).numpy()
         self.look = look
         self.names: list[str] = []
@@ -109,7 +115,9 @@ class Tissue:
         height = 2.3 if n_panels <= 6 else 1.7
         return (height * aspect + 0.7, height + 0.3), columns
 
-    def draw(self, ax: Any, values: np.ndarray, limits: tuple[float, float]) -> Any:
+    def draw(
+        self, ax: Axes, values: np.ndarray, limits: tuple[float, float]
+    ) -> EllipseCollection | AxesImage:
         """Draw one panel, and return what a colour bar describes."""
         kind = self._spots if len(values) <= SPOTS else self._image
         shown = kind(ax, values)
@@ -118,7 +126,7 @@ class Tissue:
         ax.set_axis_off()
         return shown
 
-    def _spots(self, ax: Any, values: np.ndarray) -> Any:
+    def _spots(self, ax: Axes, values: np.ndarray) -> EllipseCollection:
         from matplotlib.collections import EllipseCollection
 
         width = self.spot * (self.look.spot_size or (1.0 if len(values) <= APART else COVERING))
@@ -132,9 +140,10 @@ class Tissue:
             array=values,
             linewidth=0,
         )
-        return ax.add_collection(spots)
+        ax.add_collection(spots)
+        return spots
 
-    def _image(self, ax: Any, values: np.ndarray) -> Any:
+    def _image(self, ax: Axes, values: np.ndarray) -> AxesImage:
         low, side = self.points.min(0) - self.spot, PIXEL * self.spot
         cells = ((self.points - low) / side).astype(np.int64)
         shape = cells.max(0) + 2
@@ -146,7 +155,7 @@ class Tissue:
         extent = (left, right, bottom, top)
         return ax.imshow(mean.reshape(shape).T, origin="lower", extent=extent)
 
-    def annotate(self, ax: Any) -> None:
+    def annotate(self, ax: Axes) -> None:
         """Write the names of the sections, and draw the scale bar."""
         edge = -self.spot / 2 if self.look.y_down else self.spot / 2
         for name, (x, y) in zip(self.names, self.tops, strict=False):
