@@ -175,6 +175,11 @@ def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
     }
 
 
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Write a warning to standard error; the form of :func:`warnings.showwarning`."""
+    sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
+
+
 def say(options: argparse.Namespace, text: str) -> None:
     """Write to standard output, unless it is to be quiet."""
     if not options.quiet:
