@@ -329,21 +329,18 @@ def test_axes_may_be_given(spatial):
         plotting.plot_factors(model, axes=axes[0])
 
 
-def test_the_profile_is_low_where_prediction_is_good(spatial):
+def test_a_profile_of_lengthscales(spatial):
     model, X, _ = spatial
-    tried, loss = plotting.lengthscale_profile(model, X)
-    assert tried.shape == loss.shape == (25,)
-    assert (np.diff(tried) > 0).all()
-    own = float(model.model_.prior.kernel.lengthscale)
-    at_own = plotting.lengthscale_profile(model, X, [own])[1]
-    assert at_own < plotting.lengthscale_profile(model, X, [own / 50])[1]
-    before = {k: v.clone() for k, v in model.model_.state_dict().items()}
-    ax = plotting.plot_lengthscale_profile(model, X)
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), loss - loss.min())
-    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [own])
+    profile = plotting.lengthscale_profile(model, X)
+    ax = plotting.plot_lengthscale_profile(profile)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), profile.lengthscales)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), profile.loss - profile.loss.min())
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), profile.learned)
     assert ax.get_xscale() == "log"
-    for name, value in model.model_.state_dict().items():
-        assert (value == before[name]).all()
+    with pytest.raises(
+        ValueError, match=r"got PNMF. For a fit, pass lengthscale_profile\(fit, X\)"
+    ):
+        plotting.plot_lengthscale_profile(model)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +359,6 @@ def test_the_profile_is_low_where_prediction_is_good(spatial):
         (lambda m, X, x: plotting.plot_spatial(x, X[None]), "values must be of shape"),
         (lambda m, X, x: plotting.plot_spatial(results(), "absent"), "is not in adata.obs or"),
         (lambda m, X, x: plotting.plot_spatial(anndata.AnnData(X), np.ones(60)), "no obsm"),
-        (lambda m, X, x: plotting.plot_lengthscale_profile(m, X[:, :5]), r"shape \(60, 20\)"),
-        (lambda m, X, x: plotting.plot_lengthscale_profile(m, X, [0.0]), "lengthscales"),
         (lambda m, X, x: plotting.plot_top_features(m, by="rank"), "by must be one of"),
         (lambda m, X, x: plotting.plot_component_images(np.ones((2, 9)), (4, 2)), "4 x 2"),
     ],
@@ -377,8 +372,6 @@ def test_models_without_space(counts):
     model = PNMF(2, random_state=0, max_iter=5, **NATURAL).fit(counts)
     with pytest.raises(ValueError, match="coordinates must be given"):
         plotting.plot_factors(model)
-    with pytest.raises(ValueError, match="knows no space"):
-        plotting.plot_lengthscale_profile(model, counts)
     assert len(plotting.plot_factors(model, coordinates=lattice(9)[:80])) == 2
     with pytest.raises(TypeError, match="colour"):
         plotting.plot_factors(model, coordinates=lattice(9)[:80], colour="red")
