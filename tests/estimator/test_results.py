@@ -21,6 +21,7 @@ from pnmf_pyro.analysis.arviz_bridge import to_arviz
 from pnmf_pyro.estimator.anndata_bridge import add_results
 from pnmf_pyro.estimator.results import plain, results_of
 from tests.support.data import tissue
+from tests.support.models import forms_of
 from tests.support.settings import STEPS, fitted_in_space, unconverged
 
 pytestmark = unconverged
@@ -36,20 +37,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def forms(data):
-    """One spatial fit in each of the forms."""
-    X, x, _, _, _ = data
-    estimator = fitted_in_space(data)
-    adata = anndata.AnnData(X.astype(np.float32), obsm={"spatial": x})
-    add_results(adata, estimator)
-    trained = _Trained(estimator.model_, estimator.history_)
-    return dict(zip(FORMS, (estimator, estimator.model_, trained, adata), strict=True))
-
-
-class _Trained:
-    """As `fit_model` returns it."""
-
-    def __init__(self, model, history):
-        self.model, self.history = model, history
+    return forms_of(fitted_in_space(data), *data[:2])
 
 
 @pytest.mark.parametrize("form", FORMS)

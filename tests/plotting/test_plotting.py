@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import pnmf_pyro
 from pnmf_pyro import PNMF, plotting
 from pnmf_pyro.plotting.tissue import round_length, side_by_side, spot_width
 from tests.support.data import tissue
+from tests.support.models import forms_of
 from tests.support.settings import NATURAL, STEPS
 
 matplotlib = pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -294,26 +294,40 @@ def spatial():
     return PNMF(2, **STEPS).fit(X, coordinates=x), X, x
 
 
-def test_a_model_is_drawn_as_its_anndata_object(spatial):
-    model, X, x = spatial
-    adata = anndata.AnnData(X.astype(np.float32), obsm={"spatial": x})
-    pnmf_pyro.estimator.anndata_bridge.add_results(adata, model)
-    for plot in (plotting.plot_factors, plotting.plot_uncertainty):
-        one, other = plot(model), plot(adata)
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_array_equal(
-                a.collections[0].get_array(), b.collections[0].get_array()
-            )
-            np.testing.assert_array_equal(
-                a.collections[0].get_offsets(), b.collections[0].get_offsets()
-            )
-    assert plotting.plot_spatial(model, np.ones(60)).shape == (1,)
-    one, other = plotting.plot_elbo(model), plotting.plot_elbo(adata)
-    np.testing.assert_array_equal(one.lines[0].get_ydata(), other.lines[0].get_ydata())
-    one, other = plotting.plot_top_features(model, 3), plotting.plot_top_features(adata, 3)
-    assert [bar.get_width() for bar in one[0].patches] == [
-        bar.get_width() for bar in other[0].patches
-    ]
+PLOTS = {
+    "factors": plotting.plot_factors,
+    "uncertainty": plotting.plot_uncertainty,
+    "spatial": lambda fit: plotting.plot_spatial(fit, np.arange(60.0)),
+    "top features": lambda fit: plotting.plot_top_features(fit, 3),
+    "loadings": plotting.plot_loadings,
+    "correlation": plotting.plot_factor_correlation,
+    "images": lambda fit: plotting.plot_component_images(fit, (4, 5)),
+    "elbo": plotting.plot_elbo,
+}
+
+
+def drawn(axes):
+    """Numbers that a plot shows."""
+    shown = []
+    for ax in np.ravel(axes):
+        shown += [c.get_array() for c in ax.collections] + [i.get_array() for i in ax.images]
+        shown += [c.get_offsets() for c in ax.collections] + [i.get_xydata() for i in ax.lines]
+        shown += [[bar.get_width() for bar in ax.patches]]
+    return shown
+
+
+@pytest.mark.parametrize("form", ["module", "trained", "anndata"])
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_form_of_a_fit_is_drawn_alike(name, form, spatial):
+    forms = forms_of(*spatial)
+    if (name, form) == ("elbo", "module"):
+        with pytest.raises(ValueError, match="a PoissonFactorization does not"):
+            plotting.plot_elbo(forms[form])
+        return
+    expected, found = (drawn(PLOTS[name](forms[one])) for one in ("estimator", form))
+    assert any(map(len, expected))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_axes_may_be_given(spatial):
