@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
@@ -35,7 +36,10 @@ from pnmf_pyro.training.schedules import OPTIMIZERS
 
 
 def log_factors(
-    model: Fitted, coordinates: Any = None, groups: Any = None, return_tensor: bool = False
+    model: Fitted,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    return_tensor: bool = False,
 ) -> Array:
     """Return the log-factors: the mean mu of q(F) = N(mu, sigma^2).
 
@@ -68,8 +72,8 @@ def log_factors(
 def factor_uncertainty(
     model: Fitted,
     return_variance: bool = False,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
 ) -> Array:
     """Return the uncertainty of the log-factors: sigma, or sigma^2, of q(F) = N(mu, sigma^2).
@@ -87,8 +91,8 @@ def factor_uncertainty(
 def get_factors(
     model: Fitted,
     use_mgf: bool = True,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
 ) -> Array:
     """Return the factors E exp F = exp(mu + sigma^2 / 2), or exp(mu).
@@ -107,8 +111,8 @@ def factor_samples(
     model: Fitted,
     n_samples: int = 100,
     return_exp: bool = False,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
     *,
     random_state: RandomState = None,
@@ -184,7 +188,7 @@ def uncertainty_from_prior(
 
 def transform_F(
     X: Any,
-    W: Any,
+    W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
     E: int = 3,
@@ -195,7 +199,7 @@ def transform_F(
     device: str = "auto",
     return_prior: bool = False,
     *,
-    size_factors: Any = None,
+    size_factors: ArrayLike | None = None,
     scale_pf: float = 1.0,
     random_state: RandomState = 0,
 ) -> Array | GaussianPrior:
@@ -207,29 +211,34 @@ def transform_F(
     Parameters
     ----------
     X : array-like or sparse matrix of shape (n_samples, n_features)
+        Counts.
     W : array-like of shape (n_features, n_components)
         Loadings, fixed.
     n_components : int, optional
-        Checked against W where given.
+        Number of components, checked against W where given.
     mode : {'simple', 'expanded', 'lower-bound'}
         Form of the ELBO.
     E : int
-        Draws at each step.
+        Number of draws at each step.
     max_iter : int
-        Number of steps at most.
+        Largest number of steps.
     tol : float
         Relative rise of the smoothed ELBO below which to stop.
     learning_rate : float
+        Learning rate of Adam.
     verbose : bool
-        Show a progress bar.
+        Whether a progress bar is shown.
     device : {'cpu', 'cuda', 'mps', 'auto'}
+        Device to compute on; `auto` takes CUDA where there is one.
     return_prior : bool
         Return the prior with the fitted q rather than the factors.
     size_factors : array-like of shape (n_samples,), optional
+        Positive factors on the rates of the samples; 1 unless given.
     scale_pf : float
         Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
         loadings of a model that was fitted with another than 1, or that learned it.
     random_state : int, RandomState, Generator or None
+        Seed of the draws; None for different ones at each call.
 
     Returns
     -------
@@ -258,8 +267,8 @@ def transform_F(
 
 def transform_W(
     X: Any,
-    F: Any,
-    W_init: Any = None,
+    F: ArrayLike,
+    W_init: ArrayLike | None = None,
     n_components: int | None = None,
     max_iter: int = 100,
     tol: float = 1e-4,
@@ -267,32 +276,35 @@ def transform_W(
     device: str = "auto",
     *,
     loss: str = "poisson",
-    size_factors: Any = None,
+    size_factors: ArrayLike | None = None,
 ) -> np.ndarray:
     """Find loadings for data, given factors in exp-space, by multiplicative updates.
 
     Parameters
     ----------
     X : array-like or sparse matrix of shape (n_samples, n_features)
+        Counts.
     F : array-like of shape (n_samples, n_components)
         Factors exp F, fixed.
     W_init : array-like of shape (n_features, n_components), optional
         Loadings to start from; each feature's mean spread over the components unless given. With
         F fixed the problem is convex, so the start decides only how long it takes.
     n_components : int, optional
-        Checked against F where given.
+        Number of components, checked against F where given.
     max_iter : int
-        Number of updates at most.
+        Largest number of updates.
     tol : float
         Relative change of a feature's loadings below which they are left alone.
     verbose : bool
-        Show a progress bar.
+        Whether a progress bar is shown.
     device : {'cpu', 'cuda', 'mps', 'auto'}
+        Device to compute on; `auto` takes CUDA where there is one.
     loss : {'poisson', 'frobenius'}
         `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
         for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
         W <- W (X^T F) / (W F^T F).
     size_factors : array-like of shape (n_samples,), optional
+        Positive factors on the rates of the samples; 1 unless given.
 
     Returns
     -------
@@ -314,14 +326,14 @@ def transform_W(
     return _output(W, False)  # type: ignore[return-value]
 
 
-def _field(model: Fitted, coordinates: Any, groups: Any) -> Field:
+def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
     """q(F) of a fitted model, at its samples or at the places that are given."""
     prior = fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:
         raise ValueError("coordinates must be given beside groups; got None.")
-    n = len(coordinates)
+    n = np.shape(coordinates)[0]
     encode = getattr(model, "encode_places", None)  # of an estimator, which names its groups
     if encode is not None:
         return prior.at(encode(coordinates, groups, n))
@@ -329,7 +341,7 @@ def _field(model: Fitted, coordinates: Any, groups: Any) -> Field:
     return prior.at(Places(check_coordinates(coordinates, n), codes))
 
 
-def check_prior(prior: Any) -> Prior:
+def check_prior(prior: object) -> Prior:
     """Return `prior` if it is one; raise a ValueError otherwise."""
     if not isinstance(prior, Prior):
         raise ValueError(

@@ -41,7 +41,7 @@ def contributions(fit: Fit, per: str = "sample", *, key: str = "pnmf") -> np.nda
     fit : PNMF, AnnData, ModelFit or PoissonFactorization
         Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
     per : {'sample', 'feature'}
-        What the contributions are summed for.
+        Unit whose contributions are returned.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -183,7 +183,7 @@ def spatial_scores(
     X : array-like or sparse matrix of shape (n_samples, n_features), optional
         Counts of the fit; those of the AnnData object unless given.
     of : {'components', 'features'}
-        What the scores are of.
+        Unit that is scored.
     coordinates : array-like of shape (n_samples, p), optional
         Places of the samples; those of the fit unless given, needed where it knew no space.
     groups : array-like of shape (n_samples,), optional

@@ -62,7 +62,7 @@ class StatisticCheck:
     Attributes
     ----------
     statistic : Statistic
-        What was compared.
+        Statistic that was compared.
     labels : sequence of length m
         Names of its numbers.
     observed : ndarray of shape (m,)
@@ -72,7 +72,7 @@ class StatisticCheck:
     """
 
     statistic: Statistic
-    labels: Sequence[Any]
+    labels: Sequence
     observed: np.ndarray
     replicated: np.ndarray
 
@@ -248,9 +248,10 @@ def posterior_predictive_check(
     X : array-like or sparse matrix of shape (N, D)
         Counts of the fit.
     coordinates : array-like of shape (N, p), optional
-        Where the samples are, for Moran's I; a spatial model knows.
+        Places of the samples, for Moran's I; those of a spatial model unless given.
     groups : array-like of shape (N,), optional
-        Slices or batches, across which there are no neighbours; a multi-group model knows them.
+        Slices or batches, across which there are no neighbours; those of a multi-group model unless
+        given.
     statistics : sequence, optional
         Names among 'total', 'variance_to_mean', 'zero_fraction', 'maximum' (each of samples and of
         features), 'correlation' (of pairs among the 50 most abundant features) and 'moran';

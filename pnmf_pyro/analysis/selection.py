@@ -163,17 +163,18 @@ def select_n_components(
     n_components : iterable of int
         Numbers to try.
     coordinates, groups, size_factors : array-like, optional
-        As for :func:`~pnmf_pyro.fit`.
+        Places, groups and size factors of the samples, as for :func:`~pnmf_pyro.fit`.
     n_seeds : int
         Number of thinnings, at least 2; each has a seed of its own for the fits as well.
     train_fraction : float in (0, 1)
         Share of the counts to fit to.
     n_jobs : int, optional
-        Fits at the same time, each in a process of its own; -1 for as many as there are cores, 1
-        unless given.
+        Number of fits at the same time, each in a process of its own; -1 for as many as there are
+        cores, 1 unless given.
     random_state : int, RandomState, Generator or None
+        Seed of the thinnings and the fits; None for different ones at each call.
     verbose : bool or int
-        Show a progress bar.
+        Whether a progress bar is shown.
     **parameters
         Parameters of :class:`~pnmf_pyro.PNMF`, in place of those of :func:`~pnmf_pyro.fit` with
         mode="lower-bound".
@@ -293,9 +294,11 @@ def thin_counts(
     Parameters
     ----------
     X : ndarray or sparse matrix of shape (n, d)
-        Whole numbers.
+        Counts, whole numbers.
     fraction : float in (0, 1)
+        Expected share of the counts in the first table.
     random : RandomState
+        Source of the draws.
 
     Returns
     -------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.neighbors import nearest
@@ -30,23 +31,24 @@ class Statistic:
     Parameters
     ----------
     name : str
+        Name of the statistic.
     of : str
-        What there is a number for: "sample", "feature", "pair of features" or any other word.
+        Unit that has a number: "sample", "feature", "pair of features" or any other word.
     function : callable
-        From a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a number or
-        an array of shape (m,).
+        Function of a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a
+        number or an array of shape (m,).
     above, below : str
-        What it means where the data are higher, or lower, than the model's tables.
+        Meaning of numbers that are higher, or lower, in the data than in the model's tables.
     labels : sequence, optional
         Names of the m numbers.
     """
 
     name: str
     of: str
-    function: Callable[[Any], Any]
+    function: Callable[[Table], ArrayLike]
     above: str = ""
     below: str = ""
-    labels: Sequence[Any] | None = None
+    labels: Sequence | None = None
 
     def __call__(self, table: Table) -> np.ndarray:
         """Return the values for a table, shape (m,), float64."""
@@ -221,7 +223,7 @@ def chosen_statistics(
     return chosen
 
 
-def _of_function(function: Callable[[Table], Any], table: Table) -> Statistic:
+def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statistic:
     """The statistic of a user's function; what its numbers are for follows from how many."""
     size, (n, d) = np.size(function(table)), table.shape
     kinds = {1: "table", d: "feature", n: "sample"}

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        Those of the process unless given.
+        Arguments of the command; those of the process unless given.
 
     Returns
     -------

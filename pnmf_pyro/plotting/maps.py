@@ -128,7 +128,7 @@ def plot_spatial(
 ) -> np.ndarray:
     """Map any values, one panel for each column.
 
-    Axes are equal, spots as wide as the spacing of the places, and large sections are drawn as
+    Axes are equal, discs as wide as the spacing of the places, and large sections are drawn as
     images of means. Several sections stand side by side in each panel.
 
     Parameters

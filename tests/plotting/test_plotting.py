@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from pnmf_pyro import PNMF, plotting
-from pnmf_pyro.plotting.tissue import round_length, side_by_side, spot_width
+from pnmf_pyro.plotting.tissue import round_length, side_by_side, disc_width
 from tests.support.data import tissue
 from tests.support.models import forms_of
 from tests.support.settings import NATURAL, STEPS
@@ -245,12 +245,12 @@ def test_sections_of_a_fit_are_named():
     )
 
 
-def test_spot_widths():
-    assert spot_width([lattice(5)]) == 100
-    assert spot_width([np.zeros((1, 2))]) == 1
+def test_disc_widths():
+    assert disc_width([lattice(5)]) == 100
+    assert disc_width([np.zeros((1, 2))]) == 1
     random = np.random.default_rng(0).uniform(size=(10_000, 2))
     # third nearest in a Poisson process of rate 10,000: between 0.8 and 1.1 of 1/100
-    assert 0.008 < spot_width([random]) < 0.011
+    assert 0.008 < disc_width([random]) < 0.011
 
 
 @pytest.mark.parametrize(
