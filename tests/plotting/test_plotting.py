@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from pnmf_pyro import PNMF, plotting
-from pnmf_pyro.plotting.tissue import round_length, side_by_side, disc_width
+from pnmf_pyro.plotting.tissue import disc_width, round_length, side_by_side
 from tests.support.data import tissue
 from tests.support.models import forms_of
 from tests.support.settings import NATURAL, STEPS
