@@ -4,6 +4,8 @@ import configparser
 import shutil
 from pathlib import Path
 
+import pnmf_pyro
+
 _setup = configparser.ConfigParser()
 _setup.read(Path(__file__).parent.parent / "setup.cfg")
 
@@ -16,7 +18,7 @@ for _notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
 project = "pnmf_pyro"
 author = _setup["metadata"]["author"]
 copyright = f"2026, {author}"
-release = version = _setup["metadata"]["version"]
+release = version = pnmf_pyro.__version__
 
 extensions = [
     "sphinx.ext.autodoc",

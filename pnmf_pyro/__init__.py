@@ -1,24 +1,13 @@
-"""Probabilistic non-negative matrix factorisation of counts, as a Pyro program."""
+"""Probabilistic non-negative matrix factorisation of counts, as a Pyro program.
 
-from importlib.metadata import version
+Names and rooms are imported when they are first asked for, since scikit-learn, scipy and torch take
+seconds.
+"""
 
-from pnmf_pyro import plotting, transforms
-from pnmf_pyro.analysis import interpretation
-from pnmf_pyro.analysis.interpretation import (
-    contributions,
-    feature_scores,
-    spatial_scores,
-    top_features,
-)
-from pnmf_pyro.analysis.matching import match_factors
-from pnmf_pyro.analysis.predictive_checks import posterior_predictive_check, prior_predictive_check
-from pnmf_pyro.analysis.selection import select_n_components
-from pnmf_pyro.estimator.fit_model import fit_model
-from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.recipe import fit
-from pnmf_pyro.models.deviance import deviance
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("pnmf-pyro")
+__version__ = "0.1.0"
 
 __all__ = [
     "PNMF",
@@ -38,3 +27,65 @@ __all__ = [
     "top_features",
     "transforms",
 ]
+
+if TYPE_CHECKING:
+    from pnmf_pyro import plotting, transforms
+    from pnmf_pyro.analysis import interpretation
+    from pnmf_pyro.analysis.interpretation import (
+        contributions,
+        feature_scores,
+        spatial_scores,
+        top_features,
+    )
+    from pnmf_pyro.analysis.matching import match_factors
+    from pnmf_pyro.analysis.predictive_checks import (
+        posterior_predictive_check,
+        prior_predictive_check,
+    )
+    from pnmf_pyro.analysis.selection import select_n_components
+    from pnmf_pyro.estimator.fit_model import fit_model
+    from pnmf_pyro.estimator.pnmf import PNMF
+    from pnmf_pyro.estimator.recipe import fit
+    from pnmf_pyro.models.deviance import deviance
+
+_HOMES = {
+    "PNMF": "estimator.pnmf",
+    "contributions": "analysis.interpretation",
+    "deviance": "models.deviance",
+    "feature_scores": "analysis.interpretation",
+    "fit": "estimator.recipe",
+    "fit_model": "estimator.fit_model",
+    "match_factors": "analysis.matching",
+    "posterior_predictive_check": "analysis.predictive_checks",
+    "prior_predictive_check": "analysis.predictive_checks",
+    "select_n_components": "analysis.selection",
+    "spatial_scores": "analysis.interpretation",
+    "top_features": "analysis.interpretation",
+}
+_ROOMS = {
+    "interpretation": "analysis.interpretation",
+    **{
+        room: room
+        for room in (
+            *("analysis", "command_line", "custom_modules", "data", "estimator", "gp"),
+            *("initialization", "models", "plotting", "priors", "training", "transforms"),
+        )
+    },
+}
+
+
+def _named(name: str) -> Any:
+    """Import what a name of the package stands for (PEP 562)."""
+    if name in _HOMES:
+        return getattr(import_module(f"pnmf_pyro.{_HOMES[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"pnmf_pyro.{_ROOMS[name]}")
+    raise AttributeError(f"module 'pnmf_pyro' has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # which would take any name for known
+    __getattr__ = _named
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sklearn.cluster import KMeans
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
@@ -186,6 +185,8 @@ def _floored(totals: np.ndarray) -> np.ndarray:
 
 
 def _k_means(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+    from sklearn.cluster import KMeans  # slow to import, and seldom needed
+
     clusters = KMeans(L, n_init=1, random_state=random).fit(X)
     exp_F = np.full((X.shape[0], L), 1 / L, dtype=X.dtype)
     exp_F[np.arange(X.shape[0]), clusters.labels_] += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import NotFittedError
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
@@ -20,11 +20,11 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior, Prior
 from pnmf_pyro.priors.base import Field
 from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
 from pnmf_pyro.training.given_one_side import (
     check_fixed,
     least_squares_loadings,
@@ -33,20 +33,20 @@ from pnmf_pyro.training.given_one_side import (
 )
 from pnmf_pyro.training.loop import progress_bar, train
 from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
-from pnmf_pyro.training.streaming import by_samples, marginals
-
-Array = np.ndarray | Tensor
 
 
 def log_factors(
-    model: Any, coordinates: Any = None, groups: Any = None, return_tensor: bool = False
+    model: Fitted,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    return_tensor: bool = False,
 ) -> Array:
     """Return the log-factors: the mean mu of q(F) = N(mu, sigma^2).
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted.
+    model : PNMF, ModelFit or PoissonFactorization
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
     coordinates, groups : array-like, optional
         Other places than those of the fit, for spatial models.
     return_tensor : bool
@@ -66,72 +66,53 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return marginals(_field(model, coordinates, groups), lambda q: q.loc, return_tensor)
+    return _means(_field(model, coordinates, groups), return_tensor)
 
 
 def factor_uncertainty(
-    model: Any,
+    model: Fitted,
     return_variance: bool = False,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
 ) -> Array:
     """Return the uncertainty of the log-factors: sigma, or sigma^2, of q(F) = N(mu, sigma^2).
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted.
     return_variance : bool
         Return variances rather than standard deviations.
-    coordinates, groups : array-like, optional
-        Other places than those of the fit, for spatial models.
-    return_tensor : bool
-        Return a tensor rather than an array.
-
-    Returns
-    -------
-    ndarray or Tensor of shape (n_samples, n_components)
+    model, coordinates, groups, return_tensor
+        As for :func:`log_factors`, whose shape the result has.
     """
-    field = _field(model, coordinates, groups)
-    return marginals(field, lambda q: q.variance if return_variance else q.scale, return_tensor)
+    return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
 
 
 def get_factors(
-    model: Any,
+    model: Fitted,
     use_mgf: bool = True,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
 ) -> Array:
     """Return the factors E exp F = exp(mu + sigma^2 / 2), or exp(mu).
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted.
     use_mgf : bool
         Return the expectation; if false, exp(mu).
-    coordinates, groups : array-like, optional
-        Other places than those of the fit, for spatial models.
-    return_tensor : bool
-        Return a tensor rather than an array.
-
-    Returns
-    -------
-    ndarray or Tensor of shape (n_samples, n_components)
+    model, coordinates, groups, return_tensor
+        As for :func:`log_factors`, whose shape the result has.
     """
-    half = 0.5 if use_mgf else 0.0
-    field = _field(model, coordinates, groups)
-    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
+    return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
 
 
 def factor_samples(
-    model: Any,
+    model: Fitted,
     n_samples: int = 100,
     return_exp: bool = False,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     return_tensor: bool = False,
     *,
     random_state: RandomState = None,
@@ -140,18 +121,14 @@ def factor_samples(
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted.
     n_samples : int
         Number of draws.
     return_exp : bool
         Return exp F rather than F.
-    coordinates, groups : array-like, optional
-        Other places than those of the fit, for spatial models.
-    return_tensor : bool
-        Return a tensor rather than an array.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different ones at each call.
+    model, coordinates, groups, return_tensor
+        As for :func:`log_factors`.
 
     Returns
     -------
@@ -165,29 +142,24 @@ def factor_samples(
         return by_samples(field, drawn, return_tensor, (n_samples,))
 
 
-def get_loadings(model: Any, return_tensor: bool = False) -> Array:
-    """Return the loadings W, non-negative.
+def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
+    """Return the loadings W, non-negative, of shape (n_features, n_components).
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Need not be fitted in the second case.
-    return_tensor : bool
-        Return a tensor rather than an array.
-
-    Returns
-    -------
-    ndarray or Tensor of shape (n_features, n_components)
+    model, return_tensor
+        As for :func:`log_factors`; a PoissonFactorization need not be trained.
     """
     return _output(fitted_module(model).W.data, return_tensor)
 
 
-def get_prior(model: Any) -> Prior:
+def get_prior(model: Fitted) -> Prior:
     """Return the prior, which holds the variational distribution.
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
+    model
+        As for :func:`log_factors`.
 
     Returns
     -------
@@ -198,53 +170,25 @@ def get_prior(model: Any) -> Prior:
 
 
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
-    """Return the mean of q(F), shape (n_samples, n_components).
-
-    Parameters
-    ----------
-    prior : Prior
-    return_tensor : bool
-        Return a tensor rather than an array.
-    """
-    return marginals(check_prior(prior), lambda q: q.loc, return_tensor)
+    """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
+    return _means(check_prior(prior), return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
-    """Return E exp F = exp(mu + sigma^2 / 2) or exp(mu), shape (n_samples, n_components).
-
-    Parameters
-    ----------
-    prior : Prior
-    use_mgf : bool
-        Return the expectation; if false, exp(mu).
-    return_tensor : bool
-        Return a tensor rather than an array.
-    """
-    half = 0.5 if use_mgf else 0.0
-    return marginals(check_prior(prior), lambda q: (q.loc + half * q.variance).exp(), return_tensor)
+    """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
+    return _factors(check_prior(prior), use_mgf, return_tensor)
 
 
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
-    """Return the standard deviation or variance of q(F), shape (n_samples, n_components).
-
-    Parameters
-    ----------
-    prior : Prior
-    return_variance : bool
-        Return variances rather than standard deviations.
-    return_tensor : bool
-        Return a tensor rather than an array.
-    """
-    return marginals(
-        check_prior(prior), lambda q: q.variance if return_variance else q.scale, return_tensor
-    )
+    """Return the uncertainty of the q(F) that a prior holds, see :func:`factor_uncertainty`."""
+    return _spreads(check_prior(prior), return_variance, return_tensor)
 
 
 def transform_F(
     X: Any,
-    W: Any,
+    W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
     E: int = 3,
@@ -255,7 +199,7 @@ def transform_F(
     device: str = "auto",
     return_prior: bool = False,
     *,
-    size_factors: Any = None,
+    size_factors: ArrayLike | None = None,
     scale_pf: float = 1.0,
     random_state: RandomState = 0,
 ) -> Array | GaussianPrior:
@@ -267,29 +211,34 @@ def transform_F(
     Parameters
     ----------
     X : array-like or sparse matrix of shape (n_samples, n_features)
+        Counts.
     W : array-like of shape (n_features, n_components)
         Loadings, fixed.
     n_components : int, optional
-        Checked against W where given.
+        Number of components, checked against W where given.
     mode : {'simple', 'expanded', 'lower-bound'}
         Form of the ELBO.
     E : int
-        Draws at each step.
+        Number of draws at each step.
     max_iter : int
-        Number of steps at most.
+        Largest number of steps.
     tol : float
         Relative rise of the smoothed ELBO below which to stop.
     learning_rate : float
+        Learning rate of Adam.
     verbose : bool
-        Show a progress bar.
+        Whether a progress bar is shown.
     device : {'cpu', 'cuda', 'mps', 'auto'}
+        Device to compute on; `auto` takes CUDA where there is one.
     return_prior : bool
         Return the prior with the fitted q rather than the factors.
     size_factors : array-like of shape (n_samples,), optional
+        Positive factors on the rates of the samples; 1 unless given.
     scale_pf : float
         Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
         loadings of a model that was fitted with another than 1, or that learned it.
     random_state : int, RandomState, Generator or None
+        Seed of the draws; None for different ones at each call.
 
     Returns
     -------
@@ -319,8 +268,8 @@ def transform_F(
 
 def transform_W(
     X: Any,
-    F: Any,
-    W_init: Any = None,
+    F: ArrayLike,
+    W_init: ArrayLike | None = None,
     n_components: int | None = None,
     max_iter: int = 100,
     tol: float = 1e-4,
@@ -328,32 +277,35 @@ def transform_W(
     device: str = "auto",
     *,
     loss: str = "poisson",
-    size_factors: Any = None,
+    size_factors: ArrayLike | None = None,
 ) -> np.ndarray:
     """Find loadings for data, given factors in exp-space, by multiplicative updates.
 
     Parameters
     ----------
     X : array-like or sparse matrix of shape (n_samples, n_features)
+        Counts.
     F : array-like of shape (n_samples, n_components)
         Factors exp F, fixed.
     W_init : array-like of shape (n_features, n_components), optional
         Loadings to start from; each feature's mean spread over the components unless given. With
         F fixed the problem is convex, so the start decides only how long it takes.
     n_components : int, optional
-        Checked against F where given.
+        Number of components, checked against F where given.
     max_iter : int
-        Number of updates at most.
+        Largest number of updates.
     tol : float
         Relative change of a feature's loadings below which they are left alone.
     verbose : bool
-        Show a progress bar.
+        Whether a progress bar is shown.
     device : {'cpu', 'cuda', 'mps', 'auto'}
+        Device to compute on; `auto` takes CUDA where there is one.
     loss : {'poisson', 'frobenius'}
         `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
         for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
         W <- W (X^T F) / (W F^T F).
     size_factors : array-like of shape (n_samples,), optional
+        Positive factors on the rates of the samples; 1 unless given.
 
     Returns
     -------
@@ -375,37 +327,22 @@ def transform_W(
     return _output(W, False)  # type: ignore[return-value]
 
 
-def fitted_module(model: Any) -> PoissonFactorization:
-    """Return the Pyro model and guide of a fitted estimator, or those that are given."""
-    if isinstance(model, PoissonFactorization):
-        return model
-    if not hasattr(model, "fit"):
-        raise ValueError(
-            f"model must be a PNMF or a PoissonFactorization; got {type(model).__name__}. For a "
-            "prior use log_factors_from_prior and the functions beside it."
-        )
-    if not hasattr(model, "model_"):
-        raise NotFittedError(
-            f"This {type(model).__name__} is not fitted yet. Call fit before asking for factors."
-        )
-    return model.model_
-
-
-def _field(model: Any, coordinates: Any, groups: Any) -> Field:
+def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
     """q(F) of a fitted model, at its samples or at the places that are given."""
     prior = fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:
         raise ValueError("coordinates must be given beside groups; got None.")
-    n = len(coordinates)
-    if hasattr(model, "encode_places"):
-        return prior.at(model.encode_places(coordinates, groups, n))
+    n = np.shape(coordinates)[0]
+    encode = getattr(model, "encode_places", None)  # of an estimator, which names its groups
+    if encode is not None:
+        return prior.at(encode(coordinates, groups, n))
     codes = None if groups is None else torch.as_tensor(groups, dtype=torch.int64)
     return prior.at(Places(check_coordinates(coordinates, n), codes))
 
 
-def check_prior(prior: Any) -> Prior:
+def check_prior(prior: object) -> Prior:
     """Return `prior` if it is one; raise a ValueError otherwise."""
     if not isinstance(prior, Prior):
         raise ValueError(
@@ -413,6 +350,19 @@ def check_prior(prior: Any) -> Prior:
             "For that of a fitted model use get_prior(model)."
         )
     return prior
+
+
+def _means(field: Field, return_tensor: bool) -> Array:
+    return marginals(field, lambda q: q.loc, return_tensor)
+
+
+def _factors(field: Field, use_mgf: bool, return_tensor: bool) -> Array:
+    half = 0.5 if use_mgf else 0.0
+    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
+
+
+def _spreads(field: Field, variance: bool, return_tensor: bool) -> Array:
+    return marginals(field, lambda q: q.variance if variance else q.scale, return_tensor)
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:

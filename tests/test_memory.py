@@ -14,7 +14,7 @@ from pnmf_pyro import transforms as T
 from pnmf_pyro.data.counts import BLOCK_ENTRIES
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
-from pnmf_pyro.training.streaming import by_samples
+from pnmf_pyro.training.fitted import by_samples
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(

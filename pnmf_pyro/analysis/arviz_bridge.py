@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ import torch
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
 from pnmf_pyro.data.checks import check_count, check_counts
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.transforms import fitted_module, get_loadings
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.training.fitted import Fitted, fitted_module
+from pnmf_pyro.transforms import get_loadings
 
 # Replicated counts that an export may hold.
 MOST_COUNTS = 1 << 27
 
 
 def to_arviz(
-    model: Any,
+    model: Fitted,
     X: Any = None,
     samples: Sequence[int] | None = None,
     features: Sequence[int] | None = None,
@@ -35,14 +38,16 @@ def to_arviz(
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted.
+    model : PNMF, ModelFit or PoissonFactorization
+        Fit, see :func:`~pnmf_pyro.training.fitted.fitted_module`.
     X : array-like or sparse matrix of shape (N, D), optional
-        The data of the fit, to be stored beside the draws.
+        Counts of the fit, to be stored beside the draws.
     samples, features : sequence of int, optional
-        Which to export; all unless given.
+        Numbers of those to export; all unless given.
     n_draws : int
+        Number of draws.
     random_state : int, RandomState, Generator or None
+        Seed of the draws; None for different ones at each call.
 
     Returns
     -------
@@ -79,18 +84,18 @@ def to_arviz(
     }
     coords = _coordinates(model, module, rows, columns, n_draws)
     sets = {name: _dataset(xarray, variables, coords) for name, variables in groups.items()}
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.InferenceData(**sets)
-    return xarray.DataTree.from_dict(sets)
+    # By what the module holds: ArviZ 1.x answers to the old name as well, with a warning.
+    inference_data = vars(arviz).get("InferenceData")
+    return xarray.DataTree.from_dict(sets) if inference_data is None else inference_data(**sets)
 
 
-def _dataset(xarray: Any, variables: dict[str, Any], coords: dict[str, np.ndarray]) -> Any:
+def _dataset(xarray: ModuleType, variables: dict[str, Any], coords: dict[str, np.ndarray]) -> Any:
     used = {dim for dims, _ in variables.values() for dim in dims}
     return xarray.Dataset(variables, {dim: coords[dim] for dim in coords if dim in used})
 
 
 def _coordinates(
-    model: Any, module: Any, rows: np.ndarray, columns: np.ndarray, n_draws: int
+    model: Fitted, module: PoissonFactorization, rows: np.ndarray, columns: np.ndarray, n_draws: int
 ) -> dict[str, np.ndarray]:
     """Names along each dimension."""
     names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))[columns]
@@ -103,7 +108,9 @@ def _coordinates(
     }
 
 
-def _observed(module: Any, X: Any, rows: np.ndarray, columns: np.ndarray) -> tuple[Any, Any]:
+def _observed(
+    module: PoissonFactorization, X: Any, rows: np.ndarray, columns: np.ndarray
+) -> tuple[tuple[str, str], np.ndarray]:
     seen = check_counts(X).numpy()
     if seen.shape != (module.N, module.D):
         raise ValueError(f"X must have shape {(module.N, module.D)}; got {seen.shape}.")
@@ -112,7 +119,11 @@ def _observed(module: Any, X: Any, rows: np.ndarray, columns: np.ndarray) -> tup
 
 
 def _draws(
-    module: Any, rows: np.ndarray, columns: np.ndarray, n_draws: int, random_state: RandomState
+    module: PoissonFactorization,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    n_draws: int,
+    random_state: RandomState,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-factors (n_draws, n, L), and counts (n_draws, n, d) replicated from them."""
     device = module.W.device
@@ -127,7 +138,7 @@ def _draws(
     return np.concatenate(factors), np.concatenate(counts)
 
 
-def _numbers(name: str, chosen: Any, size: int) -> np.ndarray:
+def _numbers(name: str, chosen: Sequence[int] | None, size: int) -> np.ndarray:
     if chosen is None:
         return np.arange(size)
     numbers = np.atleast_1d(np.asarray(chosen))
@@ -137,7 +148,7 @@ def _numbers(name: str, chosen: Any, size: int) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-def _packages() -> tuple[Any, Any]:
+def _packages() -> tuple[ModuleType, ModuleType]:
     try:
         import arviz
         import xarray

@@ -8,22 +8,27 @@ of its terms, and so does not depend on how a fit divides a scale between factor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.statistics import neighbor_weights
+from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count, check_counts
 from pnmf_pyro.data.counts import BLOCK_ENTRIES
 from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
-from pnmf_pyro.estimator.results import Results, results_of
+from pnmf_pyro.estimator.results import Fit, Results, results_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RANKINGS = ("weight", "specificity")
 
 
-def contributions(fit: Any, per: str = "sample", *, key: str = "pnmf") -> np.ndarray:
+def contributions(fit: Fit, per: str = "sample", *, key: str = "pnmf") -> np.ndarray:
     r"""Return the expected counts that each component contributes to each sample or feature.
 
     .. math:: \mathrm{sample}: \; s_i f_{il} \sum_j W_{jl} \qquad
@@ -34,8 +39,10 @@ def contributions(fit: Any, per: str = "sample", *, key: str = "pnmf") -> np.nda
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
     per : {'sample', 'feature'}
+        Unit whose contributions are returned.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -50,7 +57,7 @@ def contributions(fit: Any, per: str = "sample", *, key: str = "pnmf") -> np.nda
     return factors * loadings.sum(0) if per == "sample" else loadings * factors.sum(0)
 
 
-def feature_scores(fit: Any, by: str = "weight", *, key: str = "pnmf") -> Any:
+def feature_scores(fit: Fit, by: str = "weight", *, key: str = "pnmf") -> DataFrame | np.ndarray:
     r"""Return a score of each feature in each component, for rankings and gene-set tests.
 
     `weight` is the share of a component's expected counts that fall to a feature,
@@ -66,8 +73,10 @@ def feature_scores(fit: Any, by: str = "weight", *, key: str = "pnmf") -> Any:
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
     by : {'weight', 'specificity'}
+        Score to return.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -81,19 +90,22 @@ def feature_scores(fit: Any, by: str = "weight", *, key: str = "pnmf") -> Any:
     found = results_of(fit, key)
     scores = _scores(found)[by]
     columns = {f"pnmf{number}": score for number, score in enumerate(scores.T)}
-    return _table({"feature": found.feature_names, **columns}, index="feature")
+    return as_table({"feature": found.feature_names, **columns}, index="feature")
 
 
-def top_features(fit: Any, n: int = 10, by: str = "weight", *, key: str = "pnmf") -> Any:
+def top_features(
+    fit: Fit, n: int = 10, by: str = "weight", *, key: str = "pnmf"
+) -> DataFrame | np.ndarray:
     """Return the first n features of each component.
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
     n : int
-        All features where there are fewer.
+        Number of features of each component; all where there are fewer.
     by : {'weight', 'specificity'}
-        What to rank by, see :func:`feature_scores`.
+        Score to rank by, see :func:`feature_scores`.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -113,7 +125,7 @@ def top_features(fit: Any, n: int = 10, by: str = "weight", *, key: str = "pnmf"
     values = {name: score[ranked, component] for name, score in scores.items()}
     rank = np.tile(np.arange(1, n + 1), found.n_components)
     names = {"component": component, "rank": rank, "feature": found.feature_names[ranked]}
-    return _table({**names, **values})
+    return as_table({**names, **values})
 
 
 def _scores(found: Results) -> dict[str, np.ndarray]:
@@ -129,21 +141,21 @@ def _scores(found: Results) -> dict[str, np.ndarray]:
     }
 
 
-def _positive(totals: Any) -> Any:
+def _positive(totals: np.ndarray | float) -> np.ndarray:
     """Totals to divide by: 1 in place of 0."""
     return np.where(totals > 0, totals, 1.0)
 
 
 def spatial_scores(
-    fit: Any,
+    fit: Fit,
     X: Any = None,
     of: str = "components",
     *,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     n_neighbors: int = 6,
     key: str = "pnmf",
-) -> Any:
+) -> DataFrame | np.ndarray:
     r"""Return which share of the variance of components or features is smooth in space.
 
     A linear function of a sample's counts, :math:`z_i = \sum_j A_j X_{ij} / s_i`, varies because
@@ -167,16 +179,18 @@ def spatial_scores(
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
     X : array-like or sparse matrix of shape (n_samples, n_features), optional
         Counts of the fit; those of the AnnData object unless given.
     of : {'components', 'features'}
+        Unit that is scored.
     coordinates : array-like of shape (n_samples, p), optional
-        Those of the fit unless given; needed where it knew no space.
+        Places of the samples; those of the fit unless given, needed where it knew no space.
     groups : array-like of shape (n_samples,), optional
-        Samples of different groups are no neighbours. Those of the fit unless given.
+        Groups of the samples, across which there are no neighbours; those of the fit unless given.
     n_neighbors : int
-        K.
+        K, the number of nearest neighbours of a sample.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -213,11 +227,11 @@ def spatial_scores(
     score, smooth, variance = np.concatenate(parts, 1)
     if of == "components":
         score[contributions(found).sum(0) < 1] = np.nan
-    return _table({**names, "score": score, "smooth": smooth, "variance": variance})
+    return as_table({**names, "score": score, "smooth": smooth, "variance": variance})
 
 
 def _neighbourhood(
-    found: Results, coordinates: Any, groups: Any, n_neighbors: int
+    found: Results, coordinates: ArrayLike | None, groups: ArrayLike | None, n_neighbors: int
 ) -> tuple[np.ndarray, sp.csr_array]:
     """Codes of the groups, and the matrix that averages over nearest neighbours in the group."""
     N = len(found.size_factors)
@@ -269,14 +283,3 @@ def _group_means(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
     sizes = np.bincount(codes)
     members = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
     return ((members @ z) / sizes[:, None])[codes]
-
-
-def _table(columns: dict[str, np.ndarray], index: str | None = None) -> Any:
-    """A DataFrame of the columns, or a structured array where there is no pandas."""
-    try:
-        import pandas as pd
-    except ImportError:
-        kinds = [(name, column.dtype) for name, column in columns.items()]
-        return np.array(list(zip(*columns.values(), strict=True)), dtype=kinds)
-    frame = pd.DataFrame(columns)
-    return frame if index is None else frame.set_index(index)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 
 from pnmf_pyro.data.checks import check_array
-from pnmf_pyro.transforms import get_loadings
+from pnmf_pyro.estimator.results import Fit, is_fit, results_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FactorMatch:
         return float(np.nanmean(self.similarities))
 
 
-def match_factors(a: Any, b: Any) -> FactorMatch:
+def match_factors(a: Fit | ArrayLike, b: Fit | ArrayLike, *, key: str = "pnmf") -> FactorMatch:
     r"""Match the components of two fits one to one, by the cosine between their loadings.
 
     .. math:: \cos_{lm} = \frac{\sum_j W^a_{jl} W^b_{jm}}{|W^a_{.l}| \, |W^b_{.m}|}
@@ -48,8 +48,11 @@ def match_factors(a: Any, b: Any) -> FactorMatch:
 
     Parameters
     ----------
-    a, b : PNMF, PoissonFactorization or array of shape (n_features, n_components)
-        Fitted models or loadings. Any columns can be matched, such as factors of the same samples.
+    a, b : PNMF, AnnData, ModelFit, PoissonFactorization or array-like
+        Fits, see :func:`~pnmf_pyro.estimator.results.results_of`, or loadings of shape
+        (n_features, n_components). Any columns can be matched, such as factors of the same samples.
+    key : str
+        `key_added` of the fits, for AnnData.
 
     Returns
     -------
@@ -58,7 +61,7 @@ def match_factors(a: Any, b: Any) -> FactorMatch:
     Raises
     ------
     ValueError
-        If the numbers of features differ, or what is given is neither model nor finite array.
+        If the numbers of features differ, or what is given is neither fit nor finite array.
 
     Examples
     --------
@@ -71,7 +74,7 @@ def match_factors(a: Any, b: Any) -> FactorMatch:
     >>> round(match.similarity, 6)
     1.0
     """
-    first, second = _unit_columns("a", a), _unit_columns("b", b)
+    first, second = _unit_columns("a", a, key), _unit_columns("b", b, key)
     if len(first) != len(second):
         raise ValueError(
             f"a and b must be about the same features; a has {len(first)} and b has {len(second)}. "
@@ -86,13 +89,13 @@ def match_factors(a: Any, b: Any) -> FactorMatch:
     return FactorMatch(permutation, similarities, cosine)
 
 
-def _unit_columns(name: str, fit: Any) -> np.ndarray:
+def _unit_columns(name: str, given: Fit | ArrayLike, key: str) -> np.ndarray:
     """Loadings with columns of length one, or zero."""
-    loadings = get_loadings(fit) if hasattr(fit, "guide") or hasattr(fit, "fit") else fit
+    loadings = results_of(given, key).loadings if is_fit(given) else given
     values = check_array(name, loadings).astype(np.float64)
     if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
         raise ValueError(
-            f"{name} must be a fitted model or a finite array of shape (n_features, n_components); "
+            f"{name} must be a fit or a finite array of shape (n_features, n_components); "
             f"got shape {values.shape}."
         )
     length = np.linalg.norm(values, axis=0)

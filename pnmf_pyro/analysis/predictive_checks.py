@@ -1,9 +1,9 @@
 r"""Posterior and prior predictive checks: whether the model makes tables like the data.
 
-For a statistic T the check compares T(X) with its values for tables that the model makes
-(:mod:`~pnmf_pyro.replicates`). Where T has a number for each feature or sample, one p-value for
-all of them comes from the mean of their squared z-scores. Data and replicated tables are treated
-alike: with t_k the values for table k, k = 0 being the data,
+For a statistic T the check compares T(X) with its values for tables that the model makes, see
+:mod:`~pnmf_pyro.analysis.replicates`. Where T has a number for each feature or sample, one p-value
+for all of them comes from the mean of their squared z-scores. Data and replicated tables are
+treated alike: with t_k the values for table k, k = 0 being the data,
 
 .. math:: z_{kj} = \frac{t_{kj} - \bar t_j}{\mathrm{sd}(t_j)}, \qquad
     S_k = \frac{1}{m} \sum_j z_{kj}^2, \qquad
@@ -26,22 +26,27 @@ only where it is large, with far too many components for few samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 
-from pnmf_pyro.analysis.frames import as_frame
 from pnmf_pyro.analysis.replicates import replicated_counts
-from pnmf_pyro.analysis.statistics import NAMES, Statistic, named_statistics
+from pnmf_pyro.analysis.statistics import Statistic, Table, chosen_statistics
+from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_count, check_counts
 from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.loop import progress_bar
-from pnmf_pyro.transforms import fitted_module
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # p-value below which a statistic is reported as misfit.
 FLAGGED = 0.01
@@ -57,13 +62,17 @@ class StatisticCheck:
     Attributes
     ----------
     statistic : Statistic
+        Statistic that was compared.
     labels : sequence of length m
+        Names of its numbers.
     observed : ndarray of shape (m,)
+        Values for the data.
     replicated : ndarray of shape (n_draws, m), float32
+        Values for the replicated tables.
     """
 
     statistic: Statistic
-    labels: Sequence[Any]
+    labels: Sequence
     observed: np.ndarray
     replicated: np.ndarray
 
@@ -139,9 +148,11 @@ class PredictiveCheck:
     Attributes
     ----------
     results : list of StatisticCheck
+        Result for each statistic.
     n_draws : int
         Number of replicated tables.
     kind : {'posterior', 'prior'}
+        Distribution of the replicated tables.
     """
 
     results: list[StatisticCheck]
@@ -160,7 +171,7 @@ class PredictiveCheck:
             raise KeyError(f"there is no statistic {name!r} in this check, which has {known}")
         return found[0]
 
-    def table(self, of: str | None = None) -> Any:
+    def table(self, of: str | None = None) -> DataFrame | np.ndarray:
         """Return a table of the results.
 
         Parameters
@@ -171,7 +182,7 @@ class PredictiveCheck:
 
         Returns
         -------
-        pandas.DataFrame, or a dict of columns where pandas is not installed
+        DataFrame, or a structured array where pandas is not installed
 
         Raises
         ------
@@ -180,7 +191,7 @@ class PredictiveCheck:
         """
         if of is None:
             rows = [one.row for one in self.results]
-            return as_frame({name: [row[name] for row in rows] for name in rows[0]})
+            return as_table({name: [row[name] for row in rows] for name in rows[0]})
         chosen = [one for one in self.results if one.statistic.of == of]
         if not chosen:
             known = sorted({one.statistic.of for one in self.results})
@@ -191,7 +202,7 @@ class PredictiveCheck:
             columns[name] = one.observed
             columns[f"{name}_replicated"] = one.replicated.mean(0, dtype=np.float64)
             columns[f"{name}_p_value"] = one.p_values
-        return as_frame(columns)
+        return as_table(columns)
 
     @property
     def flagged(self) -> list[StatisticCheck]:
@@ -218,10 +229,10 @@ class PredictiveCheck:
 
 
 def posterior_predictive_check(
-    model: Any,
+    model: Fitted,
     X: Any,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     statistics: Sequence[str | Statistic | Callable] | None = None,
     n_draws: int = 200,
     *,
@@ -232,24 +243,27 @@ def posterior_predictive_check(
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted to X.
+    model : PNMF, ModelFit or PoissonFactorization
+        Fit of X, see :func:`~pnmf_pyro.training.fitted.fitted_module`.
     X : array-like or sparse matrix of shape (N, D)
-        The data of the fit.
+        Counts of the fit.
     coordinates : array-like of shape (N, p), optional
-        Where the samples are, for Moran's I; a spatial model knows.
+        Places of the samples, for Moran's I; those of a spatial model unless given.
     groups : array-like of shape (N,), optional
-        Slices or batches, across which there are no neighbours; a multi-group model knows them.
+        Slices or batches, across which there are no neighbours; those of a multi-group model unless
+        given.
     statistics : sequence, optional
         Names among 'total', 'variance_to_mean', 'zero_fraction', 'maximum' (each of samples and of
         features), 'correlation' (of pairs among the 50 most abundant features) and 'moran';
         functions of a table, an ndarray or csr_array of shape (N, D) like X, to a number or an
-        array; or a :class:`~pnmf_pyro.analysis.statistics.Statistic`. All the names that apply unless given.
+        array; or a :class:`~pnmf_pyro.analysis.statistics.Statistic`. All the names that apply
+        unless given.
     n_draws : int
         Number of replicated tables. The smallest p-value is 1 / (n_draws + 1).
     random_state : int, RandomState, Generator or None
+        Seed of the replicated tables; None for different ones at each call.
     verbose : bool or int
-        Show a progress bar.
+        Whether a progress bar is shown.
 
     Returns
     -------
@@ -276,15 +290,14 @@ def posterior_predictive_check(
     True
     """
     table, chosen = _prepare(model, X, (coordinates, groups), statistics)
-    tables = replicated_counts(model, n_draws, sparse=sp.issparse(table), random_state=random_state)
-    return _compare(table, chosen, tables, n_draws, "posterior", int(verbose))
+    return _compare(model, table, chosen, n_draws, "posterior", random_state, int(verbose))
 
 
 def prior_predictive_check(
-    model: Any,
+    model: Fitted,
     X: Any,
-    coordinates: Any = None,
-    groups: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     statistics: Sequence[str | Statistic | Callable] | None = None,
     n_draws: int = 200,
     *,
@@ -299,8 +312,8 @@ def prior_predictive_check(
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        A fitted estimator, or a model that need not be.
+    model : PNMF, ModelFit or PoissonFactorization
+        As for :func:`posterior_predictive_check`; a PoissonFactorization need not be trained.
     X, coordinates, groups, statistics, n_draws, random_state, verbose
         As for :func:`posterior_predictive_check`.
 
@@ -309,15 +322,12 @@ def prior_predictive_check(
     PredictiveCheck
     """
     table, chosen = _prepare(model, X, (coordinates, groups), statistics)
-    tables = replicated_counts(
-        model, n_draws, prior=True, sparse=sp.issparse(table), random_state=random_state
-    )
-    return _compare(table, chosen, tables, n_draws, "prior", int(verbose))
+    return _compare(model, table, chosen, n_draws, "prior", random_state, int(verbose))
 
 
 def _prepare(
-    model: Any, X: Any, where: tuple[Any, Any], statistics: Any
-) -> tuple[Any, list[tuple[Statistic, Sequence[Any]]]]:
+    model: Fitted, X: Any, where: tuple[ArrayLike | None, ArrayLike | None], statistics: Any
+) -> tuple[Table, list[tuple[Statistic, Sequence[Any]]]]:
     """The data as a table, and the statistics with the labels of their numbers."""
     module = fitted_module(model)
     counts = check_counts(X).numpy()
@@ -331,46 +341,13 @@ def _prepare(
         "sample": list(getattr(X, "index", range(module.N))),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
-    places = _places(module, *where)
-    if statistics is None:
-        statistics = [name for name in NAMES if name != "moran" or places is not None]
-    chosen = [
-        one
-        for wanted in _checked(statistics)
-        for one in (
-            named_statistics(wanted, table, places, names["feature"])
-            if isinstance(wanted, str)
-            else [wanted if isinstance(wanted, Statistic) else _of_function(wanted, table)]
-        )
-    ]
+    chosen = chosen_statistics(statistics, table, _places(module, *where), names["feature"])
     return table, [(one, one.labels or names.get(one.of, [])) for one in chosen]
 
 
-def _checked(statistics: Any) -> Sequence[Any]:
-    if isinstance(statistics, (str, Statistic)) or callable(statistics):
-        statistics = [statistics]
-    wanted = list(statistics)
-    for one in wanted:
-        if one not in NAMES and not callable(one):
-            raise ValueError(
-                f"statistics must be among {', '.join(map(repr, NAMES))}, or functions of a table; "
-                f"got {one!r}."
-            )
-    if not wanted:
-        raise ValueError("statistics must name at least one; got none. Leave it out for all.")
-    return wanted
-
-
-def _of_function(function: Callable[[Any], Any], table: Any) -> Statistic:
-    """The statistic of a user's function; what its numbers are for follows from how many."""
-    size, (n, d) = np.size(function(table)), table.shape
-    kinds = {1: "table", d: "feature", n: "sample"}
-    ambiguous = n == d and size == n
-    of = "value" if ambiguous else kinds.get(size, "value")
-    return Statistic(getattr(function, "__name__", "statistic"), of, function)
-
-
-def _places(module: Any, coordinates: Any, groups: Any) -> Places | None:
+def _places(
+    module: PoissonFactorization, coordinates: ArrayLike | None, groups: ArrayLike | None
+) -> Places | None:
     """Where the samples are: as is said, or as a spatial prior knows."""
     if coordinates is None and groups is None:
         return getattr(module.prior, "places", None)
@@ -379,15 +356,18 @@ def _places(module: Any, coordinates: Any, groups: Any) -> Places | None:
 
 
 def _compare(
-    table: Any,
+    model: Fitted,
+    table: Table,
     statistics: Sequence[tuple[Statistic, Sequence[Any]]],
-    replicates: Iterable[Any],
     n_draws: int,
     kind: str,
+    random_state: RandomState,
     verbose: int,
 ) -> PredictiveCheck:
     """Work out the statistics of a table and of its replicates, in one pass over these."""
     check_count("n_draws", n_draws)
+    form = {"prior": kind == "prior", "sparse": sp.issparse(table)}
+    replicates = replicated_counts(model, n_draws, random_state=random_state, **form)
     observed = [one(table) for one, _ in statistics]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
     with progress_bar(n_draws, verbose, f"{kind} predictive") as progress:

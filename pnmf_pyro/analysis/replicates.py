@@ -23,7 +23,8 @@ from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.transforms import fitted_module
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.training.fitted import Fitted, fitted_module
 
 Program = Callable[[Batch], Any]
 
@@ -38,7 +39,7 @@ ALL = Batch()
 
 
 def replicated_counts(
-    model: Any,
+    model: Fitted,
     n_draws: int,
     *,
     prior: bool = False,
@@ -48,20 +49,20 @@ def replicated_counts(
     """Draw tables of counts from the posterior predictive, or the prior predictive, distribution.
 
     Each table is made from one draw of the latent variables and the fitted loadings. Any model with
-    a site "X" for the counts will do, whatever its likelihood.
+    a sample statement "X" for the counts will do, whatever its likelihood.
 
     Parameters
     ----------
-    model : PNMF or PoissonFactorization
-        Fitted, unless `prior`.
+    model : PNMF, ModelFit or PoissonFactorization
+        Fit, see :func:`~pnmf_pyro.training.fitted.fitted_module`.
     n_draws : int
         Number of tables.
     prior : bool
-        Draw the latent variables from the model's prior rather than from its guide.
+        Whether the latent variables come from the model's prior rather than from its guide.
     sparse : bool
-        Make sparse tables.
+        Whether the tables are sparse.
     random_state : int, RandomState, Generator or None
-        Seed; None for different tables at each call.
+        Seed of the draws; None for different tables at each call.
 
     Yields
     ------
@@ -98,9 +99,9 @@ class Latents:
     Attributes
     ----------
     values : dict of Tensor
-        By site, the draws leading.
+        Draws by the name of their sample statement, with the draws as first dimension.
     dims : dict of int
-        The dimension of samples, for the sites that have one.
+        Dimension of samples, by name, of those that have one.
     """
 
     values: dict[str, Tensor]
@@ -129,7 +130,7 @@ def draw_latents(program: Program, n_draws: int) -> Latents:
     return Latents(drawn, dims)
 
 
-def draw_counts(module: Any, latents: Latents, samples: Tensor) -> Tensor:
+def draw_counts(module: PoissonFactorization, latents: Latents, samples: Tensor) -> Tensor:
     """Draw counts of some samples given each draw of the latent variables, (n_draws, n, D)."""
     predictive = Predictive(
         module.model, posterior_samples=latents.of(samples), return_sites=("X",)

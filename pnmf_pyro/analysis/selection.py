@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from joblib import Parallel, delayed
+from numpy.typing import ArrayLike
 
-from pnmf_pyro.analysis.frames import as_frame
 from pnmf_pyro.analysis.matching import match_factors
+from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import _numeric_matrix, check_count, check_counts, check_size_factors
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import RandomState, check_random_state
@@ -22,6 +22,9 @@ from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.training.loop import progress_bar
 from pnmf_pyro.transforms import get_factors, get_loadings
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Steps without noise: they settle soon, and only predictions are compared.
 FAST: dict[str, Any] = {"mode": "lower-bound"}
@@ -96,23 +99,26 @@ class ComponentSelection:
             return "more"
         return "fewer" if 1 < self.chosen == first < last else None
 
-    def table(self) -> Any:
+    @property
+    def columns(self) -> dict[str, list | np.ndarray]:
+        """Columns of :meth:`table` by name, with a row for each number of components."""
+        return {
+            "n_components": list(self.n_components),
+            "deviance": self.mean_deviance,
+            "excess": self.excess,
+            "standard_error": self.standard_error,
+            "stability": self.stability.mean(1),
+            "chosen": [number == self.chosen for number in self.n_components],
+        }
+
+    def table(self) -> DataFrame | np.ndarray:
         """Return a row for each number of components.
 
         Returns
         -------
-        pandas.DataFrame, or a dict of columns where pandas is not installed
+        DataFrame, or a structured array where pandas is not installed
         """
-        return as_frame(
-            {
-                "n_components": list(self.n_components),
-                "deviance": self.mean_deviance,
-                "excess": self.excess,
-                "standard_error": self.standard_error,
-                "stability": self.stability.mean(1),
-                "chosen": [number == self.chosen for number in self.n_components],
-            }
-        )
+        return as_table(self.columns)
 
     def summary(self) -> str:
         """Say in words what was found, and what it does and does not tell."""
@@ -132,9 +138,9 @@ def select_n_components(
     X: Any,
     n_components: Iterable[int] = range(2, 13),
     *,
-    coordinates: Any = None,
-    groups: Any = None,
-    size_factors: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    size_factors: ArrayLike | None = None,
     n_seeds: int = 5,
     train_fraction: float = 0.5,
     n_jobs: int | None = None,
@@ -157,17 +163,18 @@ def select_n_components(
     n_components : iterable of int
         Numbers to try.
     coordinates, groups, size_factors : array-like, optional
-        As for :func:`~pnmf_pyro.fit`.
+        Places, groups and size factors of the samples, as for :func:`~pnmf_pyro.fit`.
     n_seeds : int
         Number of thinnings, at least 2; each has a seed of its own for the fits as well.
     train_fraction : float in (0, 1)
         Share of the counts to fit to.
     n_jobs : int, optional
-        Fits at the same time, each in a process of its own; -1 for as many as there are cores, 1
-        unless given.
+        Number of fits at the same time, each in a process of its own; -1 for as many as there are
+        cores, 1 unless given.
     random_state : int, RandomState, Generator or None
+        Seed of the thinnings and the fits; None for different ones at each call.
     verbose : bool or int
-        Show a progress bar.
+        Whether a progress bar is shown.
     **parameters
         Parameters of :class:`~pnmf_pyro.PNMF`, in place of those of :func:`~pnmf_pyro.fit` with
         mode="lower-bound".
@@ -244,6 +251,8 @@ class _Trial:
 def _run(
     trial: _Trial, tasks: Sequence[tuple[int, int]], n_jobs: int | None, verbose: int
 ) -> list[tuple[float, np.ndarray]]:
+    from joblib import Parallel, delayed
+
     parallel = Parallel(n_jobs=n_jobs, return_as="generator")
     with progress_bar(len(tasks), verbose, "fits") as progress:
         found = []
@@ -285,9 +294,11 @@ def thin_counts(
     Parameters
     ----------
     X : ndarray or sparse matrix of shape (n, d)
-        Whole numbers.
+        Counts, whole numbers.
     fraction : float in (0, 1)
+        Expected share of the counts in the first table.
     random : RandomState
+        Source of the draws.
 
     Returns
     -------

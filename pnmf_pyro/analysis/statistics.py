@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 from sklearn.neighbors import kneighbors_graph
 
 from pnmf_pyro.data.places import Places
@@ -30,23 +31,24 @@ class Statistic:
     Parameters
     ----------
     name : str
+        Name of the statistic.
     of : str
-        What there is a number for: "sample", "feature", "pair of features" or any other word.
+        Unit that has a number: "sample", "feature", "pair of features" or any other word.
     function : callable
-        From a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a number or
-        an array of shape (m,).
+        Function of a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a
+        number or an array of shape (m,).
     above, below : str
-        What it means where the data are higher, or lower, than the model's tables.
+        Meaning of numbers that are higher, or lower, in the data than in the model's tables.
     labels : sequence, optional
         Names of the m numbers.
     """
 
     name: str
     of: str
-    function: Callable[[Any], Any]
+    function: Callable[[Table], ArrayLike]
     above: str = ""
     below: str = ""
-    labels: Sequence[Any] | None = None
+    labels: Sequence | None = None
 
     def __call__(self, table: Table) -> np.ndarray:
         """Return the values for a table, shape (m,), float64."""
@@ -183,6 +185,52 @@ _ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
 }
 
 NAMES = (*_ON_AXES, "correlation", "moran")
+
+
+def chosen_statistics(
+    wanted: Any, table: Table, places: Places | None, feature_names: Sequence[Any]
+) -> list[Statistic]:
+    """Return the statistics that a user asks for.
+
+    Parameters
+    ----------
+    wanted : str, Statistic, callable, sequence of these, or None
+        Names of `NAMES`, statistics, and functions of a table; all the names that apply if None.
+    table, places, feature_names
+        As for :func:`named_statistics`.
+
+    Raises
+    ------
+    ValueError
+        For anything else, and for none at all.
+    """
+    if wanted is None:
+        wanted = [name for name in NAMES if name != "moran" or places is not None]
+    elif isinstance(wanted, str) or callable(wanted):
+        wanted = [wanted]
+    chosen: list[Statistic] = []
+    for one in wanted:
+        if one in NAMES:
+            chosen += named_statistics(one, table, places, feature_names)
+        elif callable(one):
+            chosen.append(one if isinstance(one, Statistic) else _of_function(one, table))
+        else:
+            raise ValueError(
+                f"statistics must be among {', '.join(map(repr, NAMES))}, or functions of a table; "
+                f"got {one!r}."
+            )
+    if not chosen:
+        raise ValueError("statistics must name at least one; got none. Leave it out for all.")
+    return chosen
+
+
+def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statistic:
+    """The statistic of a user's function; what its numbers are for follows from how many."""
+    size, (n, d) = np.size(function(table)), table.shape
+    kinds = {1: "table", d: "feature", n: "sample"}
+    ambiguous = n == d and size == n
+    of = "value" if ambiguous else kinds.get(size, "value")
+    return Statistic(getattr(function, "__name__", "statistic"), of, function)
 
 
 def named_statistics(

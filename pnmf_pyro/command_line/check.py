@@ -24,9 +24,8 @@ from pnmf_pyro.command_line.options import (
     read_table,
     say,
 )
-from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import check_report, check_words
-from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.estimator.pnmf import PNMF
 
 
@@ -51,7 +50,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=".npz by fit --save-model or PNMF.save")
     add_counts(parser)
-    parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    parser.add_argument("--out", "-o", help="write a report, .html")
     parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
     add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
     add_common(parser)
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> Exit:
             f"1 / (n + 1) and p < {FLAGGED} is flagged; got {options.draws}."
         )
     if options.out:
-        check_output_path("--out", options.out, FORMATS)
+        check_report_path("--out", options.out)
     model, table = read_model(options.model), read_table(options)
     _check_features(model, table)
     coords, groups = (None, None) if model.spatial else places(options, table)

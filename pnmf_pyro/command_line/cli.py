@@ -7,10 +7,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from pnmf_pyro.command_line import check, demo, fit, plot, select
-from pnmf_pyro.command_line.options import COMMON_CODES, Exit, epilog
+from pnmf_pyro.command_line.options import COMMON_CODES, Exit, epilog, show_warning
 
 COMMANDS = (fit, check, select, plot, demo)
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        Those of the process unless given.
+        Arguments of the command; those of the process unless given.
 
     Returns
     -------
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning  # at once: a fit may take hours
             return options.run(options)
     except THEIRS as error:
         sys.stderr.write(f"pnmf-pyro: {error}\n")
@@ -58,10 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python itself would end with 1, which here is an answer.
         traceback.print_exc()
         return Exit.FAULT
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -85,7 +85,7 @@ def _held_out_deviance(test: np.ndarray, mean: np.ndarray) -> float:
 
 def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path) -> Path:
     figure = plotting.new_figure((9, 3.6))
-    images, trace = figure.subfigures(1, 2, width_ratios=(1.6, 1))
+    images, trace = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.6, 1))[0]
     rows = -(-len(components) // 5)
     plotting.plot_component_images(components, (8, 8), images.subplots(rows, 5, squeeze=False))
     plotting.plot_elbo(history, trace.subplots())

@@ -7,7 +7,7 @@ import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.io
@@ -19,6 +19,9 @@ from pnmf_pyro.estimator.archive import write_archive
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import counts_of
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 
 @dataclass
 class CountTable:
@@ -27,15 +30,17 @@ class CountTable:
     Parameters
     ----------
     X : ndarray or sparse matrix of shape (n_samples, n_features)
+        Counts.
     sample_names, feature_names : list of str, optional
+        Names of the samples and features.
     annotation : AnnData, optional
-        What an .h5ad file says of its samples and features, without the counts.
+        Annotation of the samples and features in an .h5ad file, without the counts.
     """
 
     X: Any
     sample_names: list[str] | None = None
     feature_names: list[str] | None = None
-    annotation: Any = None
+    annotation: AnnData | None = None
 
     @property
     def T(self) -> CountTable:
@@ -50,12 +55,13 @@ def read_counts(path: str | Path, layer: str | None = None, transpose: bool = Fa
     Parameters
     ----------
     path : path
-        .h5ad (AnnData), .npz (scipy sparse), .mtx (Matrix Market), .csv or .tsv; the last three
-        may be compressed (.gz). Tables of text may have a first row and a first column of names.
+        File to read: .h5ad (AnnData), .npz (scipy sparse), .mtx (Matrix Market), .csv or .tsv; the
+        last three may be compressed (.gz). Tables of text may have a first row and a first column
+        of names.
     layer : str, optional
         Layer of an .h5ad file to take in place of X.
     transpose : bool
-        The file holds features by samples.
+        Whether the file holds features by samples.
 
     Raises
     ------
@@ -87,7 +93,7 @@ def _read_h5ad(path: Path, layer: str | None) -> CountTable:
     return CountTable(X, list(adata.obs_names), list(adata.var_names), annotation)
 
 
-def _open_h5ad(path: Path) -> Any:
+def _open_h5ad(path: Path) -> AnnData:
     try:
         return import_anndata().read_h5ad(path)
     except (OSError, KeyError) as error:
@@ -138,17 +144,18 @@ READERS: dict[str, Callable[..., CountTable]] = {
 }
 
 
-def write_results(path: str | Path, model: Any, table: CountTable) -> None:
+def write_results(path: str | Path, model: PNMF, table: CountTable) -> None:
     """Write factors, their uncertainty, loadings, settings and history of a fit.
 
     Parameters
     ----------
     path : path
-        .h5ad or .npz. The first keeps the annotation of samples and features, but not the counts.
+        File to write, .h5ad or .npz. The first keeps the annotation of samples and features, but
+        not the counts.
     model : PNMF
-        Fitted.
+        Fitted estimator.
     table : CountTable
-        What the model was fitted to.
+        Table that the model was fitted to.
     """
     check_results_path(path)
     if Path(path).suffix == ".npz":
@@ -165,13 +172,13 @@ def write_results(path: str | Path, model: Any, table: CountTable) -> None:
     adata.write_h5ad(path)
 
 
-def read_fit(path: str | Path) -> Any:
+def read_fit(path: str | Path) -> PNMF | AnnData:
     """Read an AnnData object with results, or a saved model.
 
     Parameters
     ----------
     path : path
-        .h5ad, or .npz as written by :meth:`PNMF.save`.
+        File to read: .h5ad, or .npz as written by :meth:`PNMF.save`.
 
     Raises
     ------
@@ -188,7 +195,7 @@ def read_model(path: str | Path) -> PNMF:
     Parameters
     ----------
     path : path
-        .npz as written by :meth:`PNMF.save`.
+        File to read, .npz as written by :meth:`PNMF.save`.
 
     Raises
     ------

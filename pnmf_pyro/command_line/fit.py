@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from pnmf_pyro.command_line.files import check_results_path, write_results
+from pnmf_pyro.command_line.files import CountTable, check_results_path, write_results
 from pnmf_pyro.command_line.options import (
     Exit,
     add_command,
@@ -22,8 +20,9 @@ from pnmf_pyro.command_line.options import (
     read_table,
     say,
     settings,
+    show_warning,
 )
-from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
@@ -59,7 +58,7 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
-    parser.add_argument("--report", help="write what plot draws as well: .html or .png")
+    parser.add_argument("--report", help="write the report that plot draws as well, .html")
     add_settings(parser)
 
 
@@ -70,8 +69,7 @@ def run(options: argparse.Namespace) -> Exit:
     coords, groups = places(options, table)
     chosen = {"n_components": options.components, **settings(options, table)}
     started = time.perf_counter()
-    with _listening_for(ConvergenceWarning) as heard:
-        model = fit(table.X, coords, groups, **chosen)
+    model, settled = _fit(table, coords, groups, chosen)
     seconds = time.perf_counter() - started
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
@@ -92,7 +90,7 @@ def run(options: argparse.Namespace) -> Exit:
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {', '.join(written)}",
     )
-    return Exit.LOOK if heard else Exit.FINE
+    return Exit.FINE if settled else Exit.LOOK
 
 
 def _check_paths(options: argparse.Namespace) -> None:
@@ -101,23 +99,19 @@ def _check_paths(options: argparse.Namespace) -> None:
     if options.save_model:
         check_output_path("--save-model", options.save_model, (".npz",))
     if options.report:
-        check_output_path("--report", options.report, FORMATS)
+        check_report_path("--report", options.report)
 
 
-@contextmanager
-def _listening_for(wanted: type[Warning]) -> Iterator[list[Warning | str]]:
-    """Collect warnings of a kind, which are shown all the same."""
-    heard: list[Warning | str] = []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if issubclass(category, wanted):
-                heard.append(message)
-            show(message, category, *rest, **more)
-
-        warnings.showwarning = note
-        yield heard
+def _fit(table: CountTable, coords: Any, groups: Any, chosen: dict[str, Any]) -> tuple[PNMF, bool]:
+    """The fitted model, and whether it settled; its warnings are shown when it has ended."""
+    heard: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            model = fit(table.X, coords, groups, **chosen)
+    finally:
+        for one in heard:
+            show_warning(one.message)
+    return model, not any(issubclass(one.category, ConvergenceWarning) for one in heard)
 
 
 def _deviance_explained(model: PNMF, X: Any, size_factors: np.ndarray | None) -> float:

@@ -48,18 +48,20 @@ def add_command(
 
     Parameters
     ----------
-    commands : what `ArgumentParser.add_subparsers` returned
+    commands : object that `ArgumentParser.add_subparsers` returned
+        List of commands that receives it.
     name : str
+        Name of the command.
     run : callable
-        From the options to an exit code.
+        Function of the options that does the work and returns an exit code.
     help, description : str
-        In a list of commands, and in full.
+        Description in the list of commands, and in full.
     examples : sequence of str
         Lines to type.
     fine : str
-        When the exit code is 0.
+        Meaning of exit code 0.
     look : str, optional
-        When the exit code is 1; never, unless given.
+        Meaning of exit code 1; the command never returns it unless given.
     """
     codes = {Exit.FINE: fine} | ({Exit.LOOK: look} if look else {})
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -173,6 +175,11 @@ def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
         "verbose": not options.quiet,
         **dict(options.set),
     }
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Write a warning to standard error; the form of :func:`warnings.showwarning`."""
+    sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
 
 
 def say(options: argparse.Namespace, text: str) -> None:

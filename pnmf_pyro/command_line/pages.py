@@ -1,4 +1,4 @@
-"""One page of text, tables and pictures, written as PNG or HTML."""
+"""One page of text, tables and pictures, written as one file of HTML."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pnmf_pyro.data.checks import check_output_path
-from pnmf_pyro.plotting.figures import new_figure, pyplot
+from pnmf_pyro.plotting.figures import pyplot
 
-FORMATS = (".png", ".html")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Dots per inch of a picture.
 DPI = 110
 
-# Characters in a line of text, and points of its letters in a picture.
-LINE, POINTS = 100, 10
+# Characters in a line of text on a terminal.
+LINE = 100
 
 STYLE = """
 body{font-family:sans-serif;line-height:1.5;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
@@ -42,6 +45,7 @@ class Block(ABC):
     Attributes
     ----------
     heading : str
+        Heading of the part.
     """
 
     heading: str
@@ -50,43 +54,23 @@ class Block(ABC):
     def html(self) -> str:
         """Return it as HTML, without the heading."""
 
-    @abstractmethod
-    def image(self) -> np.ndarray:
-        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-
-
-class Words(Block):
-    """A block of lines; as a string it is these lines."""
-
-    @property
-    @abstractmethod
-    def lines(self) -> list[str]:
-        """Lines in letters of one width."""
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-    def image(self) -> np.ndarray:
-        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-        return _image_of_lines(self.heading, self.lines)
-
 
 @dataclass(frozen=True)
-class Text(Words):
-    """Paragraphs.
+class Text(Block):
+    """Paragraphs; as a string, lines for a terminal.
 
     Parameters
     ----------
     heading, text : str
+        Heading, and paragraphs with a line break between them.
     """
 
     heading: str
     text: str
 
-    @property
-    def lines(self) -> list[str]:
-        """Lines in letters of one width."""
-        return [part for line in self.text.splitlines() for part in textwrap.wrap(line, LINE)]
+    def __str__(self) -> str:
+        wrapped = (textwrap.wrap(line, LINE) for line in self.text.splitlines())
+        return "\n".join(part for parts in wrapped for part in parts)
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
@@ -94,17 +78,19 @@ class Text(Words):
 
 
 @dataclass(frozen=True)
-class Table(Words):
-    """Columns of equal length by name, of numbers or strings.
+class Table(Block):
+    """Columns of equal length by name, of numbers or strings; as a string, lines of one width.
 
     Parameters
     ----------
     heading : str
+        Heading of the table.
     columns : mapping of str to sequence
+        Columns by name.
     """
 
     heading: str
-    columns: Mapping[str, Any]
+    columns: Mapping[str, Sequence | np.ndarray]
 
     @cached_property
     def _cells(self) -> list[list[str]]:
@@ -118,13 +104,11 @@ class Table(Words):
             not any(isinstance(value, str) for value in values) for values in self.columns.values()
         ]
 
-    @property
-    def lines(self) -> list[str]:
-        """Lines in letters of one width."""
+    def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self._cells, strict=True)]
         signs = [">" if number else "<" for number in self._is_number]
         form = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
-        return [form.format(*row).rstrip() for row in self._cells]
+        return "\n".join(form.format(*row).rstrip() for row in self._cells)
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
@@ -148,30 +132,28 @@ class Picture(Block):
     Parameters
     ----------
     heading : str
+        Heading of the figure.
     draw : callable
-        Returns matplotlib Axes, or an array of them, of a figure of their own.
+        Function that returns matplotlib Axes, or an array of them, of a figure of their own.
     """
 
     heading: str
-    draw: Callable[[], Any]
-
-    @cached_property
-    def _png(self) -> bytes:
-        figure = np.atleast_1d(np.asarray(self.draw(), dtype=object))[0].figure
-        try:
-            return _png(figure)
-        finally:
-            pyplot().close(figure)
+    draw: Callable[[], Axes | np.ndarray]
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
-        data = base64.b64encode(self._png).decode()
+        data = base64.b64encode(self._png()).decode()
         alt = html.escape(self.heading, quote=True)
         return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
-    def image(self) -> np.ndarray:
-        """Return it as a picture with its heading, (height, width, 3), from 0 to 1."""
-        return _stacked([_image_of_lines(self.heading, []), _pixels(self._png)])
+    def _png(self) -> bytes:
+        figure = np.ravel(np.asarray(self.draw(), dtype=object))[0].figure
+        file = io.BytesIO()
+        try:
+            figure.savefig(file, format="png", dpi=DPI)
+        finally:
+            pyplot().close(figure)
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -181,7 +163,9 @@ class Page:
     Parameters
     ----------
     title : str
+        Title of the page.
     blocks : sequence of Block
+        What stands below it, in this order.
     """
 
     title: str
@@ -193,18 +177,14 @@ class Page:
         Parameters
         ----------
         path : path
-            Ending in .png, one long picture, or .html, one file with the pictures in it.
+            File to write, ending in .html. It holds the pictures.
 
         Raises
         ------
         ValueError
             For another ending, and for a folder that is not there.
         """
-        path = check_output_path("path", path, FORMATS)
-        if path.suffix == ".html":
-            path.write_text(self.html(), encoding="utf-8")
-        else:
-            pyplot().imsave(path, self.image())
+        check_report_path("path", path).write_text(self.html(), encoding="utf-8")
 
     def html(self) -> str:
         """Return the page as one HTML file."""
@@ -221,44 +201,25 @@ class Page:
         body = f"<h1>{title}</h1>\n{blocks}"
         return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
 
-    def image(self) -> np.ndarray:
-        """Return the page as one picture, (height, width, 3), from 0 to 1."""
-        title = _image_of_lines(self.title, [], size=16)
-        return _stacked([title, *(block.image() for block in self.blocks)])
 
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A cell to be read."""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else ""
     return f"{value + 0.0:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def _image_of_lines(heading: str, lines: Sequence[str], size: float = 12) -> np.ndarray:
-    """A bold heading of `size` points, and lines below it; as large as these are."""
-    figure = new_figure((1, 1))
-    figure.set_layout_engine("none")
-    figure.text(0, 1, heading, va="bottom", size=size, weight="bold")
-    text = "\n".join(lines)
-    figure.text(0, 0.93, text, va="top", size=POINTS, family="monospace", linespacing=1.25)
-    return _pixels(_png(figure, bbox_inches="tight", pad_inches=0.12))
+def check_report_path(name: str, path: str | Path) -> Path:
+    """Return a path to write a page to.
 
-
-def _png(figure: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, **options)
-    return buffer.getvalue()
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    return pyplot().imread(io.BytesIO(png))[..., :3]
-
-
-def _stacked(images: Sequence[np.ndarray]) -> np.ndarray:
-    """One picture below the other, on white."""
-    page = np.ones((sum(len(image) for image in images), max(i.shape[1] for i in images), 3))
-    top = 0
-    for image in images:
-        page[top : top + len(image), : image.shape[1]] = image
-        top += len(image)
-    return page
+    Raises
+    ------
+    ValueError
+        For another ending than .html, and for a folder that is not there.
+    """
+    if Path(path).suffix != ".html":
+        raise ValueError(
+            f"{name} must end in .html, a page for a browser; got {Path(path).name}. "
+            "pnmf_pyro.plotting draws single plots, for files of any kind."
+        )
+    return check_output_path(name, path, (".html",))

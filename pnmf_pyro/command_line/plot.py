@@ -8,9 +8,8 @@ from typing import Any
 
 from pnmf_pyro.command_line.files import read_fit
 from pnmf_pyro.command_line.options import Exit, add_command
-from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
-from pnmf_pyro.data.checks import check_output_path
 
 
 def add(commands: Any) -> None:
@@ -21,21 +20,22 @@ def add(commands: Any) -> None:
         run,
         help="draw a report on a fit",
         description="Draw maps, top features, loadings and the course of a fit that is in an .h5ad "
-        "file, as fit writes it, or in a model saved by fit --save-model or PNMF.save.",
+        "file, as fit writes it, or in a model saved by fit --save-model or PNMF.save. The report "
+        "is one file of HTML; pnmf_pyro.plotting draws single plots.",
         examples=(
             "pnmf-pyro plot factors.h5ad --out report.html --unit um",
-            "pnmf-pyro plot model.npz --out report.png",
+            "pnmf-pyro plot model.npz --out report.html",
         ),
     )
     parser.add_argument("fit", metavar="FIT", help=".h5ad with results, or .npz with a saved model")
-    parser.add_argument("--out", "-o", required=True, help="where to write it: .html or .png")
+    parser.add_argument("--out", "-o", required=True, help="where to write it, .html")
     parser.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
     parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
 
 
 def run(options: argparse.Namespace) -> Exit:
     """Draw and write."""
-    check_output_path("--out", options.out, FORMATS)
+    check_report_path("--out", options.out)
     fit_report(read_fit(options.fit), key=options.key, unit=options.unit).write(options.out)
     sys.stdout.write(f"wrote {options.out}\n")
     return Exit.FINE

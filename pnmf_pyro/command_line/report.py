@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -11,22 +10,23 @@ from pnmf_pyro import plotting
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck, StatisticCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
-from pnmf_pyro.estimator.results import results_of
+from pnmf_pyro.estimator.results import Fit, results_of
 
 # Features, samples or pairs that are named for each statistic that a model misses.
 NAMED = 8
 
 
-def fit_report(fit: Any, *, key: str = "pnmf", unit: str = "") -> Page:
-    """Return a page on a fit: maps where there are places, top features, loadings and ELBO.
+def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
+    """Return a page on a fit: top features, loadings, maps and ELBO where it has them.
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to describe, see :func:`~pnmf_pyro.estimator.results.results_of`.
     key : str
         `key_added` of the fit, for AnnData.
     unit : str
-        Of the coordinates, for scale bars.
+        Unit of the coordinates, for scale bars.
 
     Raises
     ------
@@ -61,8 +61,9 @@ def fit_report(fit: Any, *, key: str = "pnmf", unit: str = "") -> Page:
         Picture("Features by specificity", top_features),
         Picture("Loadings", partial(plotting.plot_loadings, found)),
         Picture("Correlation of factors", partial(plotting.plot_factor_correlation, found)),
-        Picture("ELBO", partial(plotting.plot_elbo, found)),
     ]
+    if found.elbo_history is not None:
+        blocks.append(Picture("ELBO", partial(plotting.plot_elbo, found)))
     return Page("Poisson factorisation", blocks)
 
 
@@ -72,6 +73,7 @@ def check_report(check: PredictiveCheck) -> Page:
     Parameters
     ----------
     check : PredictiveCheck
+        Check to describe.
     """
     return Page(
         f"{check.kind.capitalize()} predictive check",
@@ -125,7 +127,7 @@ def _farthest(one: StatisticCheck) -> Table:
     )
 
 
-def _name(label: Any) -> str:
+def _name(label: object) -> str:
     """A label, or those of a pair."""
     return " – ".join(map(str, label)) if isinstance(label, tuple) else str(label)
 
@@ -136,6 +138,7 @@ def selection_report(selection: ComponentSelection) -> Page:
     Parameters
     ----------
     selection : ComponentSelection
+        Choice to describe.
     """
     table, summary = selection_words(selection)
     curves = Picture("Curves", partial(plotting.plot_selection, selection))
@@ -144,6 +147,5 @@ def selection_report(selection: ComponentSelection) -> Page:
 
 def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
     """Return the table of a choice and what it tells in words."""
-    table = selection.table()
-    columns = {name.replace("_", " "): list(table[name]) for name in table}
+    columns = {name.replace("_", " "): list(values) for name, values in selection.columns.items()}
     return Table("Numbers tried", columns), Text("What the curves tell", selection.summary())

@@ -17,9 +17,8 @@ from pnmf_pyro.command_line.options import (
     say,
     settings,
 )
-from pnmf_pyro.command_line.pages import FORMATS
+from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import selection_report, selection_words
-from pnmf_pyro.data.checks import check_output_path
 
 
 def add(commands: Any) -> None:
@@ -53,14 +52,14 @@ def add(commands: Any) -> None:
         "--thinnings", type=int, default=5, help="random halves, at least 2 (default: 5)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="fits at the same time (default: 1)")
-    parser.add_argument("--out", "-o", help="write a report: .html or .png")
+    parser.add_argument("--out", "-o", help="write a report, .html")
     add_settings(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:
     """Compare, say what was found, and write it."""
     if options.out:
-        check_output_path("--out", options.out, FORMATS)
+        check_report_path("--out", options.out)
     table = read_table(options)
     coordinates, groups = places(options, table)
     chosen = {"n_components": options.range, **settings(options, table)}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, fields
-from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
+from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.results import SPATIAL_KEY, ModelResults, counts_of
+from pnmf_pyro.estimator.results import SPATIAL_KEY, Fit, counts_of, plain, results_of
+from pnmf_pyro.training.fitted import Fitted, fitted_module
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -38,14 +42,14 @@ class AnnDataKeys:
     layer : str, optional
         Layer of the counts; X unless given.
     spatial_key : str or None
-        Of the coordinates, in obsm; None for a fit without space. The conventional name need not
-        be there, any other must.
+        Name of the coordinates in obsm; None for a fit without space. The conventional name need
+        not be there, any other must.
     batch_key : str, optional
         Column of obs with the group of each sample.
     key_added : str
-        Of the results.
+        Name of the results.
     copy : bool
-        Write to a copy.
+        Whether results are written to a copy.
     """
 
     layer: str | None = None
@@ -63,12 +67,13 @@ class AnnDataKeys:
                 "groups= for arrays."
             )
 
-    def read(self, adata: Any, spatial: bool | None = None) -> tuple[Any, Any, Any]:
+    def read(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any, Any]:
         """Return the counts, coordinates and groups of an AnnData object.
 
         Parameters
         ----------
         adata : AnnData
+            Object with the counts.
         spatial : bool, optional
             Whether the fit is to be spatial; if the coordinates are there, unless given.
 
@@ -92,12 +97,12 @@ class AnnDataKeys:
         """
         return self._counts(adata), *self.places(adata, spatial)
 
-    def places(self, adata: Any, spatial: bool | None = None) -> tuple[Any, Any]:
+    def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)
 
-    def _counts(self, adata: Any) -> Any:
+    def _counts(self, adata: AnnData) -> Any:
         if adata.isbacked and adata.is_view and not self.copy:
             raise ValueError(
                 "adata is a view of a file, to which results cannot be written. Use copy=True, or "
@@ -111,7 +116,7 @@ class AnnDataKeys:
             )
         return X
 
-    def _coordinates(self, adata: Any, required: bool) -> np.ndarray | None:
+    def _coordinates(self, adata: AnnData, required: bool) -> np.ndarray | None:
         if self.spatial_key is None:
             return None
         if self.spatial_key in adata.obsm:
@@ -124,7 +129,7 @@ class AnnDataKeys:
         logger.info("adata.obsm has no %r: the fit knows no space", self.spatial_key)
         return None
 
-    def _groups(self, adata: Any, coordinates: np.ndarray | None) -> np.ndarray | None:
+    def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
             if coordinates is not None:
                 _warn_several_sections(adata)
@@ -141,7 +146,7 @@ class AnnDataKeys:
             )
         return adata.obs[self.batch_key].to_numpy()
 
-    def write(self, adata: Any, model: Any) -> Any:
+    def write(self, adata: AnnData, model: Any) -> AnnData:
         """Write a fit, and return the object written to."""
         if self.copy:
             adata = adata.to_memory() if adata.isbacked else adata.copy()
@@ -158,7 +163,7 @@ def _is_whole(X: Any) -> bool:
     return bool((entries == np.round(entries)).all())
 
 
-def _warn_several_sections(adata: Any) -> None:
+def _warn_several_sections(adata: AnnData) -> None:
     sections = adata.uns.get("spatial")
     if isinstance(sections, dict) and len(sections) > 1:
         warn(
@@ -167,67 +172,69 @@ def _warn_several_sections(adata: Any) -> None:
         )
 
 
-def results(model: Any) -> dict[str, np.ndarray]:
+def results(fit: Fit) -> dict[str, np.ndarray]:
     """Return what a fit found, as arrays.
 
     Parameters
     ----------
-    model : PNMF
-        Fitted.
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        What :func:`~pnmf_pyro.estimator.results.results_of` takes.
 
     Returns
     -------
     dict
         `factors`, E exp F, and `factors_sd`, the standard deviation of exp F under q, of shape
         (n_samples, n_components); `log_factors_sd`, that of F; `loadings`, of shape
-        (n_features, n_components); `elbo_history`, of shape (n_iter,).
+        (n_features, n_components); `elbo_history`, of shape (n_iter,), where it is known.
     """
-    found = ModelResults(model)
+    found = results_of(fit)
     names = ("factors", "factors_sd", "log_factors_sd", "loadings", "elbo_history")
-    return {name: getattr(found, name) for name in names}
+    arrays = {name: getattr(found, name) for name in names}
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
-def settings(model: Any) -> dict[str, Any]:
+def settings(fit: Fitted) -> dict[str, Any]:
     """Return parameters and outcome of a fit as plain values that JSON and HDF5 can hold.
 
     Values that are None, which HDF5 cannot hold, are left out.
 
+    Parameters
+    ----------
+    fit : PNMF, ModelFit or PoissonFactorization
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
+
     Returns
     -------
     dict
-        `parameters`, `elbo`, `n_iter`, `version`; `seed`, where it is a number; of a spatial model
-        `hyperparameters`, such as the lengthscale of each component.
+        `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo` and
+        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`, such as
+        the lengthscale of each component.
     """
-    parameters = {
-        name: _plain(value)
-        for name, value in model.get_params(deep=False).items()
-        if value is not None
-    }
-    found = {
-        "parameters": parameters,
-        "elbo": float(model.elbo_),
-        "n_iter": int(model.n_iter_),
-        "version": version("pnmf-pyro"),
-    }
-    if isinstance(parameters.get("random_state"), int):
-        found["seed"] = parameters["random_state"]
-    if model.spatial:
-        prior = model.model_.prior
+    found: dict[str, Any] = {"version": __version__}
+    get_params = getattr(fit, "get_params", None)
+    if get_params is not None:
+        stored = {name: _stored(value) for name, value in get_params(deep=False).items()}
+        found["parameters"] = {name: value for name, value in stored.items() if value is not None}
+        if isinstance(stored["random_state"], int):
+            found["seed"] = stored["random_state"]
+    history = results_of(fit).elbo_history
+    elbo = getattr(fit, "elbo_", getattr(fit, "elbo", None))
+    if history is not None and elbo is not None:
+        found |= {"elbo": float(elbo), "n_iter": len(history)}
+    prior: Any = fitted_module(fit).prior
+    if hasattr(prior, "kernel"):
         learned = {**prior.kernel.hyperparameters, "mean": prior.mean}
         found["kernel"] = prior.kernel.name
-        found["hyperparameters"] = {name: value.tolist() for name, value in learned.items()}
+        found["hyperparameters"] = {name: plain(value) for name, value in learned.items()}
     return found
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    return value if isinstance(value, (bool, int, float, str, list)) else str(value)
+def _stored(value: object) -> Any:
+    """A parameter as HDF5 can hold it: text in place of a list with None in it."""
+    return str(value) if isinstance(value, (list, tuple)) and None in value else plain(value)
 
 
-def add_results(adata: Any, model: Any, key: str = "pnmf") -> None:
+def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
     """Write a fit into an AnnData object, in place.
 
     Parameters
@@ -236,17 +243,20 @@ def add_results(adata: Any, model: Any, key: str = "pnmf") -> None:
         Receives obsm["X_{key}"], obsm["X_{key}_sd"], obsm["X_{key}_log_sd"],
         varm["{KEY}_loadings"], uns[key], with settings and ELBO history, and, where the fit had
         size factors, obs["{key}_size_factors"]. A view becomes an object of its own.
-    model : PNMF
-        Fitted to these samples and features.
+    fit : PNMF, ModelFit or PoissonFactorization
+        Fit of these samples and features.
     key : str
+        Name of the results.
     """
-    arrays = results(model)
+    arrays = results(fit)
     with warnings.catch_warnings():  # that a view becomes an object of its own
         warnings.simplefilter("ignore", import_anndata().ImplicitModificationWarning)
         adata.obsm[f"X_{key}"] = arrays["factors"]
         adata.obsm[f"X_{key}_sd"] = arrays["factors_sd"]
         adata.obsm[f"X_{key}_log_sd"] = arrays["log_factors_sd"]
         adata.varm[f"{key.upper()}_loadings"] = arrays["loadings"]
-        adata.uns[key] = {**settings(model), "elbo_history": arrays["elbo_history"]}
-        if model.model_.size_factors is not None:
-            adata.obs[f"{key}_size_factors"] = ModelResults(model).size_factors
+        adata.uns[key] = settings(fit)
+        if "elbo_history" in arrays:
+            adata.uns[key]["elbo_history"] = arrays["elbo_history"]
+        if fitted_module(fit).size_factors is not None:
+            adata.obs[f"{key}_size_factors"] = results_of(fit).size_factors

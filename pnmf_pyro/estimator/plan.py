@@ -161,8 +161,8 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     for one in check_kernels(kernels):
         if isinstance(one, Kernel):
             logger.info(
-                "kernel %s: a function of coordinates divided by the lengthscale, times sigma^2; its "
-                "own hyperparameters stay as they are given",
+                "kernel %s: a function of coordinates divided by the lengthscale, times sigma^2; "
+                "hyperparameters of its own stay as they are given",
                 type(one).__name__,
             )
     return kernel

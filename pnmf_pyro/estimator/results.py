@@ -1,6 +1,6 @@
-"""What a fit found, in one form whether a fitted model or an AnnData object holds it.
+"""What a fit found, in one form whichever object holds it.
 
-Tables, scores and plots read a fit through this interface and never ask where it came from.
+Tables, scores and plots read a fit through :func:`results_of` and never ask where it came from.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.utils.validation import check_is_fitted
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.training.fitted import Fitted, fitted_module, module_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from typing_extensions import TypeIs
 
 # Where AnnData objects have their coordinates by convention.
 SPATIAL_KEY = "spatial"
@@ -33,22 +37,23 @@ class Results(ABC):
         Standard deviation of F under q: the relative uncertainty of a factor, where it is small.
     loadings : ndarray of shape (n_features, n_components)
         W.
-    elbo_history : ndarray of shape (n_iter,)
-        In nats.
+    elbo_history : ndarray of shape (n_iter,), or None
+        ELBO at each step, in nats; None for a model that was handed over without its history.
     feature_names : ndarray of str, shape (n_features,)
-        "0", "1", ... where the data had no names.
+        Names of the features; "0", "1", ... where the data had none.
     size_factors : ndarray of shape (n_samples,)
-        1 where the fit had none.
+        Size factors; 1 where the fit had none.
     coordinates : ndarray of shape (n_samples, p), or None
-        Of a spatial fit; of any fit in an AnnData object that has them in obsm["spatial"].
+        Places of the samples of a spatial fit; of any fit in an AnnData object that has them in
+        obsm["spatial"].
     groups : ndarray of shape (n_samples,), or None
-        Of a multi-group fit.
+        Groups of the samples of a multi-group fit: their names, or codes where there are none.
     """
 
     factors: np.ndarray
     log_factors_sd: np.ndarray
     loadings: np.ndarray
-    elbo_history: np.ndarray
+    elbo_history: np.ndarray | None
     feature_names: np.ndarray
     size_factors: np.ndarray
     coordinates: np.ndarray | None
@@ -64,15 +69,17 @@ class Results(ABC):
         """Standard deviation of a log-normal: mean * sqrt(exp(sigma^2) - 1)."""
         return self.factors * np.sqrt(np.expm1(np.square(self.log_factors_sd)))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, int | str]:
         """Return what there is to say in numbers, by name."""
-        return {
+        found: dict[str, int | str] = {
             "samples": len(self.factors),
             "features": len(self.loadings),
             "components": self.n_components,
-            "steps": len(self.elbo_history),
-            "ELBO at the last step (nats)": f"{self.elbo_history[-1]:.6g}",
         }
+        if self.elbo_history is not None:
+            found["steps"] = len(self.elbo_history)
+            found["ELBO at the last step (nats)"] = f"{self.elbo_history[-1]:.6g}"
+        return found
 
     @abstractmethod
     def counts(self, X: Any = None) -> Any:
@@ -86,47 +93,49 @@ class Results(ABC):
 
 
 class ModelResults(Results):
-    """Results of a fitted model.
+    """Results that are read off a model.
 
     Parameters
     ----------
-    model : PNMF
+    fit : PNMF, ModelFit or PoissonFactorization
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
     """
 
-    def __init__(self, model: Any):
-        check_is_fitted(model)
-        self.model = model
-        self.elbo_history = np.asarray(model.history_, dtype=np.float64)
-        self.loadings = np.asarray(get_loadings(model))
-        names = getattr(model, "feature_names_in_", range(len(self.loadings)))
+    def __init__(self, fit: Fitted):
+        self.module = fitted_module(fit, "fit")
+        self.loadings = np.asarray(get_loadings(self.module))
+        history = getattr(fit, "history_", getattr(fit, "history", None))
+        self.elbo_history = None if history is None else np.asarray(history, dtype=np.float64)
+        names = getattr(fit, "feature_names_in_", range(len(self.loadings)))
         self.feature_names = np.asarray([str(name) for name in names])
+        self.places = getattr(self.module.prior, "places", None)
+        self.group_names = getattr(fit, "groups_", None)
 
     @cached_property
-    def factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102
-        return np.asarray(get_factors(self.model))
+    def factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102 - the interface says it
+        return np.asarray(get_factors(self.module))
 
     @cached_property
     def log_factors_sd(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102
-        return np.asarray(factor_uncertainty(self.model))
+        return np.asarray(factor_uncertainty(self.module))
 
     @property
     def size_factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102
-        s = self.model.model_.size_factors
-        return np.ones(self.model.model_.N) if s is None else s.cpu().numpy().astype(np.float64)
+        s = self.module.size_factors
+        return np.ones(self.module.N) if s is None else s.cpu().numpy().astype(np.float64)
 
     @property
     def coordinates(self) -> np.ndarray | None:  # type: ignore[override]  # noqa: D102
-        if not self.model.spatial:
-            return None
-        return self.model.model_.prior.places.coordinates.cpu().numpy()
+        return None if self.places is None else self.places.coordinates.cpu().numpy()
 
     @property
     def groups(self) -> np.ndarray | None:  # type: ignore[override]  # noqa: D102
-        if self.model.groups_ is None:
+        if self.places is None or self.places.groups is None:
             return None
-        return np.asarray(self.model.groups_)[self.model.model_.prior.places.groups.cpu().numpy()]
+        codes = self.places.groups.cpu().numpy()
+        return codes if self.group_names is None else np.asarray(self.group_names)[codes]
 
-    def counts(self, X: Any = None) -> Any:  # noqa: D102 - the interface says it
+    def counts(self, X: Any = None) -> Any:  # noqa: D102
         if X is None:
             raise ValueError("X must be given with a model, which does not keep it; got None.")
         return X
@@ -138,11 +147,12 @@ class AnnDataResults(Results):
     Parameters
     ----------
     adata : AnnData
+        Object that holds the results.
     key : str
         `key_added` of the fit.
     """
 
-    def __init__(self, adata: Any, key: str):
+    def __init__(self, adata: AnnData, key: str):
         if key not in adata.uns or f"X_{key}" not in adata.obsm:
             fits = [name for name in adata.uns if f"X_{name}" in adata.obsm]
             raise ValueError(
@@ -153,14 +163,15 @@ class AnnDataResults(Results):
         self.factors = np.asarray(adata.obsm[f"X_{key}"])
         self.log_factors_sd = np.asarray(adata.obsm[f"X_{key}_log_sd"])
         self.loadings = np.asarray(adata.varm[f"{key.upper()}_loadings"])
-        self.elbo_history = np.asarray(self.settings["elbo_history"])
+        history = self.settings.get("elbo_history")
+        self.elbo_history = None if history is None else np.asarray(history)
         self.feature_names = np.asarray(adata.var_names, dtype=str)
         stored = adata.obs.get(f"{key}_size_factors")
         self.size_factors = np.ones(adata.n_obs) if stored is None else stored.to_numpy()
         self.coordinates = _column(adata.obsm, self.settings.get("spatial_key", SPATIAL_KEY))
         self.groups = _column(adata.obs, self.settings.get("batch_key"))
 
-    def counts(self, X: Any = None) -> Any:  # noqa: D102 - the interface says it
+    def counts(self, X: Any = None) -> Any:  # noqa: D102
         return counts_of(self.adata, self.settings.get("layer")) if X is None else X
 
 
@@ -168,39 +179,62 @@ def _column(table: Any, name: str | None) -> np.ndarray | None:
     return np.asarray(table[name]) if name is not None and name in table else None
 
 
-def is_anndata(X: Any) -> bool:
-    """Say whether X is an AnnData object, without importing anndata."""
-    anndata = sys.modules.get("anndata")
-    return anndata is not None and isinstance(X, anndata.AnnData)
+Fit = Union[Results, Fitted, "AnnData"]
 
 
-def results_of(fit: Any, key: str = "pnmf") -> Results:
-    """Read a fit.
+def results_of(fit: Fit, key: str = "pnmf") -> Results:
+    """Return what a fit found; the one rule for what a fit is.
 
     Parameters
     ----------
-    fit : PNMF, AnnData or Results
-        Fitted, or written to by :func:`pnmf_pyro.fit`.
+    fit : PNMF, AnnData, ModelFit, PoissonFactorization or Results
+        A fitted estimator, an AnnData object that :func:`pnmf_pyro.fit` has written to, what
+        :func:`pnmf_pyro.fit_model` returned, or a model trained in any way.
     key : str
         `key_added` of the fit, for AnnData.
 
     Raises
     ------
     ValueError
-        For an AnnData object without such a fit.
-    TypeError
-        For anything else.
+        For an AnnData object without such a fit, and for anything else.
+    NotFittedError
+        For an estimator that is not fitted.
     """
+    if not is_fit(fit):
+        raise ValueError(
+            "fit must be a fitted PNMF, an AnnData object that pnmf_pyro.fit has written to, what "
+            f"fit_model returned, or a PoissonFactorization; got {type(fit).__name__}."
+        )
     if isinstance(fit, Results):
         return fit
-    if is_anndata(fit):
-        return AnnDataResults(fit, key)
-    if hasattr(fit, "get_params") and hasattr(fit, "n_components"):
-        return ModelResults(fit)
-    raise TypeError(
-        "fit must be a fitted PNMF or an AnnData object that pnmf_pyro.fit has written to; got "
-        f"{type(fit).__name__}."
-    )
+    return AnnDataResults(fit, key) if is_anndata(fit) else ModelResults(fit)
+
+
+def is_fit(thing: object) -> TypeIs[Fit]:
+    """Say whether something is a fit, or an estimator that is not fitted yet."""
+    known = isinstance(thing, Results) or is_anndata(thing) or hasattr(thing, "get_params")
+    return known or module_of(thing) is not None
+
+
+def is_anndata(thing: object) -> TypeIs[AnnData]:
+    """Say whether something is an AnnData object, without importing anndata."""
+    anndata = sys.modules.get("anndata")
+    return anndata is not None and isinstance(thing, anndata.AnnData)
+
+
+def plain(value: object) -> Any:
+    """Return a value as numbers, text and lists of these, which files hold.
+
+    Arrays become lists. None stands for what has no such form, such as a generator of random
+    numbers that a seed came from.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "__array__"):  # a table of pandas
+        return np.asarray(value).tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def counts_of(adata: Any, layer: str | None = None) -> Any:

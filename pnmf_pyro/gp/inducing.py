@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.neighbors import KNeighborsClassifier
 
 from pnmf_pyro.data.checks import check_choice
 from pnmf_pyro.data.places import Places
@@ -59,6 +57,8 @@ def inducing_points(
 def _centres(points: np.ndarray, n: int, random: np.random.RandomState) -> np.ndarray:
     if n >= len(points):
         return points
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and seldom needed
+
     clusters = MiniBatchKMeans(n, n_init=1, random_state=random, batch_size=max(1024, 2 * n))
     return clusters.fit(points).cluster_centers_
 
@@ -93,6 +93,8 @@ def _within_groups(
 def _derived(
     points: np.ndarray, groups: np.ndarray, n: int, random: np.random.RandomState
 ) -> Places:
+    from sklearn.neighbors import KNeighborsClassifier
+
     centres = _centres(points, n, random)
     voters = KNeighborsClassifier(min(VOTERS, len(points)), weights="distance")
     codes = voters.fit(points, groups).predict(centres)

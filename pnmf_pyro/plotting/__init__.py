@@ -1,15 +1,14 @@
-"""Pictures of a fit: a fitted model or an AnnData object in, matplotlib Axes out.
+"""Pictures of a fit: whatever holds a fit in, matplotlib Axes out.
 
-No function shows or saves a figure, and none changes matplotlib's settings. Colour maps are
-perceptually uniform and safe for the colour-blind.
+A fit is a fitted estimator, an AnnData object with results, what `fit_model` returned, or a model
+trained in any way. No function shows or saves a figure, and none changes matplotlib's settings.
+Colour maps are perceptually uniform and safe for the colour-blind. The room imports from `analysis`
+and the rooms above that. Begin with :mod:`~pnmf_pyro.plotting.maps`.
 """
 
+from pnmf_pyro.analysis.lengthscales import lengthscale_profile
 from pnmf_pyro.plotting.checks import plot_predictive_check, plot_selection
-from pnmf_pyro.plotting.diagnostics import (
-    lengthscale_profile,
-    plot_elbo,
-    plot_lengthscale_profile,
-)
+from pnmf_pyro.plotting.diagnostics import plot_elbo, plot_lengthscale_profile
 from pnmf_pyro.plotting.features import (
     plot_component_images,
     plot_factor_correlation,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pnmf_pyro.analysis.predictive_checks import FLAGGED, PredictiveCheck, StatisticCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
-from pnmf_pyro.plotting.figures import panels, plain
+from pnmf_pyro.plotting.figures import AxesLike, panels, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SEEN, USUAL, ODD = "#222222", "#7a9cc6", "#d1495b"
 
@@ -16,7 +19,7 @@ SEEN, USUAL, ODD = "#222222", "#7a9cc6", "#d1495b"
 RASTERIZED = 1000
 
 
-def plot_predictive_check(check: PredictiveCheck, axes: Any = None) -> np.ndarray:
+def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.ndarray:
     """Draw a panel for each statistic of a check.
 
     Where a statistic has a number for each feature or sample, its observed value stands over the
@@ -27,8 +30,9 @@ def plot_predictive_check(check: PredictiveCheck, axes: Any = None) -> np.ndarra
     Parameters
     ----------
     check : PredictiveCheck
+        Check to draw.
     axes : array of matplotlib Axes, optional
-        One for each statistic; a new figure with up to four in a row unless given.
+        Axes to draw in, one for each statistic; those of a new figure unless given.
 
     Returns
     -------
@@ -46,7 +50,7 @@ def plot_predictive_check(check: PredictiveCheck, axes: Any = None) -> np.ndarra
     return axes
 
 
-def _scatter(ax: Any, one: StatisticCheck) -> None:
+def _scatter(ax: Axes, one: StatisticCheck) -> None:
     expected, odd = one.replicated.mean(0), one.p_values < 0.05
     many = len(expected) > RASTERIZED
     for chosen, colour in ((~odd, USUAL), (odd, ODD)):
@@ -68,21 +72,22 @@ def _scatter(ax: Any, one: StatisticCheck) -> None:
     ax.set_ylabel("observed", fontsize=8)
 
 
-def _histogram(ax: Any, one: StatisticCheck) -> None:
+def _histogram(ax: Axes, one: StatisticCheck) -> None:
     ax.hist(one.replicated[:, 0], bins="auto", color=USUAL)
     ax.axvline(one.observed[0], color=ODD if one.p_value < FLAGGED else SEEN, lw=1.5)
     ax.set_xlabel("replicated (bars), observed (line)", fontsize=8)
     ax.set_ylabel("tables", fontsize=8)
 
 
-def plot_selection(selection: ComponentSelection, axes: Any = None) -> np.ndarray:
+def plot_selection(selection: ComponentSelection, axes: AxesLike = None) -> np.ndarray:
     """Draw held-out deviance and stability against the number of components.
 
     Parameters
     ----------
     selection : ComponentSelection
+        Choice to draw.
     axes : array of two matplotlib Axes, optional
-        In a new figure unless given.
+        Axes to draw in; those of a new figure unless given.
 
     Returns
     -------

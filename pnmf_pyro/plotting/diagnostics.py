@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.utils.validation import check_is_fitted
+from numpy.typing import ArrayLike
 
-from pnmf_pyro.data.checks import check_array, check_counts
-from pnmf_pyro.data.places import extent, spacing
-from pnmf_pyro.data.random_state import check_random_state
-from pnmf_pyro.estimator.results import Results, is_anndata, results_of
+from pnmf_pyro.analysis.lengthscales import LengthscaleProfile
+from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.estimator.results import Fit, is_fit, results_of
 from pnmf_pyro.plotting.figures import BLUE, one_axes, plain
-from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 
-# Lengthscales of a profile that are tried without being asked for.
-PROFILED = 25
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def plot_elbo(history: Any, ax: Any = None, *, label: str | None = None, key: str = "pnmf") -> Any:
+def plot_elbo(
+    history: Fit | ArrayLike, ax: Axes | None = None, *, label: str | None = None, key: str = "pnmf"
+) -> Axes:
     """Plot the ELBO against the steps of a fit.
 
     The vertical axis shows the last nine tenths of the steps in full; the first, often far below,
@@ -26,18 +26,24 @@ def plot_elbo(history: Any, ax: Any = None, *, label: str | None = None, key: st
 
     Parameters
     ----------
-    history : sequence of float, PNMF or AnnData
-        ELBO values in nats, or a fit.
+    history : PNMF, AnnData, ModelFit or sequence of float
+        Fit, see :func:`~pnmf_pyro.estimator.results.results_of`, or values of the ELBO in nats. A
+        PoissonFactorization alone has no history.
     ax : matplotlib Axes, optional
-        Drawn in a new figure unless given.
+        Axes to draw in; those of a new figure unless given.
     label : str, optional
-        Of the line, for a legend.
+        Name of the line, for a legend.
     key : str
         `key_added` of the fit, for AnnData.
 
     Returns
     -------
     matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        For a fit without a history, and for what is neither fit nor numbers.
     """
     values = _elbo_values(history, key)
     ax = one_axes(ax, (5, 3.2))
@@ -50,13 +56,19 @@ def plot_elbo(history: Any, ax: Any = None, *, label: str | None = None, key: st
     return ax
 
 
-def _elbo_values(history: Any, key: str) -> np.ndarray:
-    if isinstance(history, Results) or is_anndata(history) or hasattr(history, "get_params"):
-        return results_of(history, key).elbo_history
-    return check_array("history", history).astype(np.float64)
+def _elbo_values(history: Fit | ArrayLike, key: str) -> np.ndarray:
+    if not is_fit(history):
+        return check_array("history", history).astype(np.float64)
+    values = results_of(history, key).elbo_history
+    if values is None:
+        raise ValueError(
+            f"history must be the ELBO at each step, or a fit that keeps it; a "
+            f"{type(history).__name__} does not. Pass what fit_model returned, or the values."
+        )
+    return values
 
 
-def plot_lengthscale_profile(model: Any, X: Any, lengthscales: Any = None, ax: Any = None) -> Any:
+def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None) -> Axes:
     """Plot how well samples are predicted without themselves, against the lengthscale.
 
     All components have the lengthscale of the horizontal axis, all else is as in the fit; marks
@@ -66,15 +78,10 @@ def plot_lengthscale_profile(model: Any, X: Any, lengthscales: Any = None, ax: A
 
     Parameters
     ----------
-    model : PNMF
-        Fitted, spatial.
-    X : array-like or sparse matrix of shape (n_samples, n_features)
-        Counts of the fit.
-    lengthscales : array-like of shape (n,), optional
-        In the unit of the coordinates; from half their spacing to their extent or the longest
-        learned unless given.
+    profile : LengthscaleProfile
+        What :func:`~pnmf_pyro.analysis.lengthscales.lengthscale_profile` returned.
     ax : matplotlib Axes, optional
-        Drawn in a new figure unless given.
+        Axes to draw in; those of a new figure unless given.
 
     Returns
     -------
@@ -83,16 +90,19 @@ def plot_lengthscale_profile(model: Any, X: Any, lengthscales: Any = None, ax: A
     Raises
     ------
     ValueError
-        For a model that is not spatial, and for X or lengthscales that do not fit.
+        For anything but a profile.
     """
-    tried, loss = lengthscale_profile(model, X, lengthscales)
+    if not isinstance(profile, LengthscaleProfile):
+        raise ValueError(
+            f"profile must be what lengthscale_profile returned; got {type(profile).__name__}. For "
+            "a fit, pass lengthscale_profile(fit, X)."
+        )
     ax = one_axes(ax, (5, 3.2))
-    excess = loss - loss.min()
-    ax.plot(tried, excess, color=BLUE, lw=1.5, marker="o", ms=3)
-    learned = model.model_.prior.kernel.lengthscale.detach().cpu().numpy()
+    excess = profile.loss - profile.loss.min()
+    ax.plot(profile.lengthscales, excess, color=BLUE, lw=1.5, marker="o", ms=3)
     ax.plot(
-        learned,
-        np.full(len(learned), 0.03),
+        profile.learned,
+        np.full(len(profile.learned), 0.03),
         "|",
         color="black",
         ms=12,
@@ -107,40 +117,3 @@ def plot_lengthscale_profile(model: Any, X: Any, lengthscales: Any = None, ax: A
     ax.legend(frameon=False, fontsize=8)
     plain(ax)
     return ax
-
-
-def lengthscale_profile(
-    model: Any, X: Any, lengthscales: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return lengthscales and the criterion there, which :func:`plot_lengthscale_profile` shows.
-
-    Parameters
-    ----------
-    model, X, lengthscales
-        As there.
-
-    Returns
-    -------
-    lengthscales, loss : ndarray of shape (n,)
-        The loss in nats per sample, to be low.
-    """
-    check_is_fitted(model)
-    if not model.spatial:
-        raise ValueError("model must be spatial to have lengthscales; this one knows no space.")
-    module = model.model_
-    counts = check_counts(X)
-    if counts.shape != (module.N, module.D):
-        raise ValueError(
-            f"X must be the counts of the fit, of shape {(module.N, module.D)}; got {counts.shape}."
-        )
-    if lengthscales is None:
-        places = module.prior.places
-        longest = max(extent(places), float(module.prior.kernel.lengthscale.max()))
-        lengthscales = np.geomspace(spacing(places) / 2, longest, PROFILED)
-    tried = np.atleast_1d(check_array("lengthscales", lengthscales).astype(np.float64))
-    if tried.ndim != 1 or not (np.isfinite(tried) & (tried > 0)).all():
-        raise ValueError(f"lengthscales must be positive finite numbers; got {lengthscales!r}.")
-    counts = counts.to(module.W.device).to(module.W.dtype)
-    random = check_random_state(model.random_state)
-    search = HyperparameterSearch(module, counts, (), model.criterion, random)
-    return tried, search.profile(module, tried)

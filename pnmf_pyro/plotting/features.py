@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.interpretation import contributions, feature_scores, top_features
 from pnmf_pyro.data.checks import check_count
-from pnmf_pyro.estimator.results import chosen_components, results_of
-from pnmf_pyro.plotting.figures import BLUE, one_axes, panels, plain
+from pnmf_pyro.estimator.results import Fit, Results, chosen_components, is_fit, results_of
+from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
@@ -20,28 +24,29 @@ WRITTEN_OUT = 10
 
 
 def plot_top_features(
-    fit: Any,
+    fit: Fit,
     n: int = 10,
     by: str = "weight",
     *,
     components: Sequence[int] | int | None = None,
-    axes: Any = None,
+    axes: AxesLike = None,
     key: str = "pnmf",
 ) -> np.ndarray:
     """Show the first features of each component as bars.
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
     n : int
-        Features of a component.
+        Number of features of each component.
     by : {'weight', 'specificity'}
-        What they are ranked by and what the bars show, see
+        Score that ranks them and that the bars show, see
         :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
     components : sequence of int, optional
-        Which, counted from 0; all unless given.
+        Numbers of the components to draw, counted from 0; all unless given.
     axes : array of matplotlib Axes, optional
-        One for each component; a new figure unless given.
+        Axes to draw in, one for each component; those of a new figure unless given.
     key : str
         `key_added` of the fit, for AnnData.
 
@@ -66,14 +71,14 @@ def plot_top_features(
 
 
 def plot_loadings(
-    fit: Any,
+    fit: Fit,
     n: int | None = None,
     by: str = "specificity",
-    ax: Any = None,
+    ax: Axes | None = None,
     *,
     cmap: str = "viridis",
     key: str = "pnmf",
-) -> Any:
+) -> Axes:
     """Show as a heat map how components share the counts of their first features.
 
     A row is a feature, and sums to 1 over components: the part of its expected counts that comes
@@ -81,13 +86,14 @@ def plot_loadings(
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
     n : int, optional
-        Features of each component; as many as can be read unless given, from 2 to 8.
+        Number of features of each component; as many as can be read unless given, from 2 to 8.
     by : {'weight', 'specificity'}
-        What they are ranked by, see :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
+        Score that ranks them, see :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
     ax : matplotlib Axes, optional
-        Drawn in a new figure unless given.
+        Axes to draw in; those of a new figure unless given.
     cmap : str
         Colour map.
     key : str
@@ -115,7 +121,7 @@ def plot_loadings(
     return ax
 
 
-def first_features(found: Any, n: int, by: str) -> np.ndarray:
+def first_features(found: Results, n: int, by: str) -> np.ndarray:
     """Return numbers of the first n features of each component, without repetition."""
     scores = np.asarray([feature_scores(found, by)[f"pnmf{l}"] for l in range(found.n_components)])
     ranked = np.argsort(-scores, axis=1, kind="stable")[:, :n].ravel()
@@ -124,15 +130,16 @@ def first_features(found: Any, n: int, by: str) -> np.ndarray:
 
 
 def plot_factor_correlation(
-    fit: Any, ax: Any = None, *, cmap: str = "RdBu_r", key: str = "pnmf"
-) -> Any:
+    fit: Fit, ax: Axes | None = None, *, cmap: str = "RdBu_r", key: str = "pnmf"
+) -> Axes:
     """Show how the logarithms of the factors correlate over samples (Pearson).
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
     ax : matplotlib Axes, optional
-        Drawn in a new figure unless given.
+        Axes to draw in; those of a new figure unless given.
     cmap : str
         Diverging colour map.
     key : str
@@ -164,7 +171,12 @@ def plot_factor_correlation(
 
 
 def plot_component_images(
-    components: Any, shape: tuple[int, int], axes: Any = None, *, cmap: str = "viridis"
+    components: Fit | ArrayLike,
+    shape: tuple[int, int],
+    axes: AxesLike = None,
+    *,
+    cmap: str = "viridis",
+    key: str = "pnmf",
 ) -> np.ndarray:
     """Show each component's loadings as an image, for features that are pixels.
 
@@ -172,20 +184,24 @@ def plot_component_images(
 
     Parameters
     ----------
-    components : ndarray of shape (n_components, n_features), or PNMF
-        Non-negative loadings, or a fitted estimator.
+    components : array-like of shape (n_components, n_features), or fit
+        Non-negative loadings, or a fit that has them, see
+        :func:`~pnmf_pyro.estimator.results.results_of`.
     shape : tuple of int
         Height and width; their product is n_features.
     axes : array of matplotlib Axes, optional
-        One for each component; a new figure with five to a row unless given.
+        Axes to draw in, one for each component; those of a new figure unless given.
     cmap : str
         Colour map.
+    key : str
+        `key_added` of the fit, for AnnData.
 
     Returns
     -------
     ndarray of matplotlib Axes
     """
-    images = np.asarray(getattr(components, "components_", components))
+    loadings = results_of(components, key).loadings.T if is_fit(components) else components
+    images = np.asarray(loadings)
     if images.ndim != 2 or images.shape[1] != shape[0] * shape[1]:
         raise ValueError(
             f"components must have shape (n_components, {shape[0] * shape[1]}) for images of "

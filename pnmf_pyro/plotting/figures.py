@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AxesLike = Union["Axes", Sequence["Axes"], np.ndarray, None]
 
 # One colour of viridis, for bars and lines.
 BLUE = "#31688e"
@@ -13,7 +21,7 @@ BLUE = "#31688e"
 WIDEST = 12.0
 
 
-def pyplot() -> Any:
+def pyplot() -> ModuleType:
     """Import pyplot, or say how to install matplotlib."""
     try:
         import matplotlib.pyplot as plt
@@ -24,7 +32,7 @@ def pyplot() -> Any:
     return plt
 
 
-def new_figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Figure:
     """Return a figure of `size` inches that no window manager knows of, for saving to a file."""
     pyplot()
     from matplotlib.figure import Figure
@@ -32,24 +40,25 @@ def new_figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def one_axes(ax: Any, size: tuple[float, float]) -> Any:
+def one_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Return `ax`, or the axes of a new figure of `size` inches if it is None."""
     return pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def panels(n: int, size: tuple[float, float], columns: int, axes: Any = None) -> np.ndarray:
+def panels(n: int, size: tuple[float, float], columns: int, axes: AxesLike = None) -> np.ndarray:
     """Return axes of n panels, in rows of a new figure unless they are given.
 
     Parameters
     ----------
     n : int
+        Number of panels.
     size : tuple of float
         Width and height of a panel in inches; all are smaller where a row would be wider than a
         page.
     columns : int
-        Panels in a row, at most.
+        Largest number of panels in a row.
     axes : array of matplotlib Axes, optional
-        At least n; those that are left over are hidden.
+        At least n axes to draw in; those that are left over are hidden.
 
     Returns
     -------
@@ -74,6 +83,6 @@ def panels(n: int, size: tuple[float, float], columns: int, axes: Any = None) ->
     return flat[:n]
 
 
-def plain(ax: Any) -> None:
+def plain(ax: Axes) -> None:
     """Take away the frame's upper and right side."""
     ax.spines[["top", "right"]].set_visible(False)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
+    Fit,
     Results,
     chosen_components,
     counts_of,
     is_anndata,
+    is_fit,
     results_of,
 )
-from pnmf_pyro.plotting.figures import panels
+from pnmf_pyro.plotting.figures import AxesLike, panels
 from pnmf_pyro.plotting.tissue import MapStyle, Tissue
+
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
 
 # Share of the values that has its own colour; the highest, if far above, all have the last one.
 SHOWN = 0.995
 
 
 def plot_factors(
-    fit: Any,
+    fit: Fit,
     components: Sequence[int] | int | None = None,
     *,
-    coordinates: Any = None,
-    groups: Any = None,
-    axes: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    axes: AxesLike = None,
     key: str = "pnmf",
     **style: Any,
 ) -> np.ndarray:
@@ -37,15 +43,17 @@ def plot_factors(
 
     Parameters
     ----------
-    fit : PNMF or AnnData
+    fit : PNMF, AnnData, ModelFit or PoissonFactorization
+        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
     components : sequence of int, optional
-        Which, counted from 0; all unless given.
+        Numbers of the components to draw, counted from 0; all unless given.
     coordinates : array-like of shape (n_samples, 2), optional
-        Those of the fit unless given; needed where it knew no space.
+        Places of the samples; those of the fit unless given, needed where it knew no space.
     groups : array-like of shape (n_samples,) or str, optional
-        Sections, drawn side by side; of AnnData, a column of obs. Those of the fit unless given.
+        Section of each sample, or for AnnData a column of obs; those of the fit unless given. They
+        are drawn side by side.
     axes : array of matplotlib Axes, optional
-        One for each panel; a new figure unless given.
+        Axes to draw in, one for each panel; those of a new figure unless given.
     key : str
         `key_added` of the fit, for AnnData.
     **style
@@ -62,12 +70,12 @@ def plot_factors(
 
 
 def plot_uncertainty(
-    fit: Any,
+    fit: Fit,
     components: Sequence[int] | int | None = None,
     *,
-    coordinates: Any = None,
-    groups: Any = None,
-    axes: Any = None,
+    coordinates: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    axes: AxesLike = None,
     key: str = "pnmf",
     **style: Any,
 ) -> np.ndarray:
@@ -89,7 +97,11 @@ def plot_uncertainty(
 
 
 def _component_maps(
-    fit: Any, components: Any, coordinates: Any, groups: Any, key: str
+    fit: Fit,
+    components: Sequence[int] | int | None,
+    coordinates: ArrayLike | None,
+    groups: ArrayLike | None,
+    key: str,
 ) -> tuple[Results, list[int], dict[str, Any]]:
     """Results, which components, and what their maps have in common."""
     found = results_of(fit, key)
@@ -106,31 +118,31 @@ def _component_maps(
 
 
 def plot_spatial(
-    places: Any,
-    values: Any,
-    groups: Any = None,
+    places: Fit | ArrayLike,
+    values: np.ndarray | Sequence[float] | Sequence[Sequence[float]] | Sequence[str] | str,
+    groups: ArrayLike | None = None,
     *,
     titles: Sequence[str] | None = None,
-    axes: Any = None,
+    axes: AxesLike = None,
     **style: Any,
 ) -> np.ndarray:
     """Map any values, one panel for each column.
 
-    Axes are equal, spots as wide as the spacing of the places, and large sections are drawn as
+    Axes are equal, discs as wide as the spacing of the places, and large sections are drawn as
     images of means. Several sections stand side by side in each panel.
 
     Parameters
     ----------
-    places : array-like of shape (n_samples, 2), PNMF or AnnData
+    places : array-like of shape (n_samples, 2), AnnData, PNMF, ModelFit or PoissonFactorization
         Coordinates, or what holds them.
     values : array-like of shape (n_samples,) or (n_samples, n_panels), str or sequence of str
-        Numbers; of AnnData, also names of columns of obs and of features.
+        Numbers to map; for AnnData, also names of columns of obs and of features.
     groups : array-like of shape (n_samples,) or str, optional
-        Section of each sample; of AnnData, also a column of obs.
+        Section of each sample; for AnnData, also a column of obs.
     titles : sequence of str, optional
-        Of the panels.
+        Titles of the panels.
     axes : array of matplotlib Axes, optional
-        One for each panel; a new figure unless given.
+        Axes to draw in, one for each panel; those of a new figure unless given.
     **style
         See :class:`MapStyle`.
 
@@ -168,15 +180,15 @@ def plot_spatial(
     return axes
 
 
-def _coordinates(places: Any) -> Any:
+def _coordinates(places: Fit | ArrayLike) -> ArrayLike:
     if is_anndata(places):
         if SPATIAL_KEY not in places.obsm:
             raise ValueError(
                 f"places has no obsm[{SPATIAL_KEY!r}]; pass its coordinates in place of it."
             )
         return places.obsm[SPATIAL_KEY]
-    if hasattr(places, "components_"):
-        return results_of(places).coordinates
+    if is_fit(places):
+        places = results_of(places).coordinates
     if places is None:
         raise ValueError(
             "coordinates must be given, of shape (n_samples, 2): the fit knows no space; got None."
@@ -184,13 +196,13 @@ def _coordinates(places: Any) -> Any:
     return places
 
 
-def _labels(places: Any, groups: Any) -> Any:
+def _labels(places: Fit | ArrayLike, groups: ArrayLike | None) -> ArrayLike | None:
     if isinstance(groups, str):
         return np.asarray(_named(places, "groups", groups, features=False))
     return groups
 
 
-def _named_values(places: Any, name: str) -> np.ndarray:
+def _named_values(places: Fit | ArrayLike, name: str) -> np.ndarray:
     """Numbers of a column of obs, or counts of a feature."""
     values = _named(places, "values", name)
     return check_array(
@@ -198,7 +210,7 @@ def _named_values(places: Any, name: str) -> np.ndarray:
     ).ravel()
 
 
-def _named(places: Any, what: str, name: str, features: bool = True) -> Any:
+def _named(places: Fit | ArrayLike, what: str, name: str, features: bool = True) -> Any:
     """A column of obs, or of X."""
     if not is_anndata(places):
         raise ValueError(f"{what}={name!r} names a column of an AnnData object; got no AnnData.")
@@ -221,14 +233,16 @@ def _scales(values: np.ndarray, look: MapStyle) -> list[tuple[float, float]]:
     return scales
 
 
-def _colour_bars(axes: np.ndarray, shown: list[Any], look: MapStyle) -> None:
+def _colour_bars(axes: np.ndarray, shown: Sequence[ScalarMappable], look: MapStyle) -> None:
     """One bar beside each panel, or one for all."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     pairs: Any = [(shown[-1], list(axes))] if look.shared_scale else zip(shown, axes, strict=True)
     for one, beside in pairs:
         described = shown if look.shared_scale else [one]
-        above = any(np.nanmax(part.get_array()) > part.get_clim()[1] for part in described)
+        above = any(
+            np.nanmax(np.asarray(part.get_array())) > part.get_clim()[1] for part in described
+        )
         bar = axes[0].figure.colorbar(
             one,
             ax=beside,

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
 
-# Samples up to which each is drawn as a spot. Of more, the mean in each pixel of an image is shown:
-# spots would be smaller than a pixel of the screen.
-SPOTS = 20_000
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
+    from matplotlib.image import AxesImage
 
-# Samples up to which spots are drawn apart; of more, they cover the gaps of a square lattice.
+# Samples up to which each is drawn as a disc. Of more, the mean in each pixel of an image is shown:
+# discs would be smaller than a pixel of the screen.
+DISCS = 20_000
+
+# Samples up to which discs are drawn apart; of more, they cover the gaps of a square lattice.
 APART, COVERING = 1000, 2**0.5
 
 # Side of a pixel, and space between sections: in spacings, and as a share of a section's side.
@@ -39,22 +45,22 @@ class MapStyle:
     cmap : str
         Colour map.
     shared_scale : bool
-        One colour scale for all panels, rather than one for each.
+        Whether all panels share one colour scale.
     lowest : float, optional
         Value of the first colour; the lowest one unless given.
     unit : str
-        Of lengths, such as "µm", for the scale bar.
+        Unit of lengths, such as "µm", for the scale bar.
     unit_length : float
         Length of one unit of the coordinates, in `unit`.
     scale_bar : bool
-        Draw one below the first panel.
+        Whether a scale bar stands below the first panel.
     y_down : bool
-        The second coordinate points down, as in images.
+        Whether the second coordinate points down, as in images.
     spot_size : float, optional
-        Diameter of a spot, in distances between neighbours: 1 unless given, and for more than
+        Diameter of a disc, in distances between neighbours: 1 unless given, and for more than
         1,000 samples so wide that no gaps show.
     columns : int, optional
-        Panels in a row.
+        Number of panels in a row; as many as suit their shape unless given.
     """
 
     cmap: str = "viridis"
@@ -78,7 +84,7 @@ class MapStyle:
 class Tissue:
     """One section, or several side by side, on which values can be drawn."""
 
-    def __init__(self, coordinates: Any, labels: Any, n: int, look: MapStyle):
+    def __init__(self, coordinates: ArrayLike, labels: ArrayLike | None, n: int, look: MapStyle):
         points = check_coordinates(coordinates, n, 2).numpy()
         self.look = look
         self.names: list[str] = []
@@ -89,10 +95,10 @@ class Tissue:
             codes = groups.encode(labels, n).numpy()
         sections = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
         parts = [points[members] for members in sections]
-        self.spot = spot_width(parts)
-        self.width = max(float(np.ptp(part[:, 0])) for part in parts) or self.spot
-        self.points, self.tops = side_by_side(points, sections, self.spot, look.y_down)
-        low, high = self.points.min(0) - self.spot, self.points.max(0) + self.spot
+        self.disc = disc_width(parts)
+        self.width = max(float(np.ptp(part[:, 0])) for part in parts) or self.disc
+        self.points, self.tops = side_by_side(points, sections, self.disc, look.y_down)
+        low, high = self.points.min(0) - self.disc, self.points.max(0) + self.disc
         self.size = high - low
         self.bar = BAR * self.size[1] if look.scale_bar else 0.0
         name = NAME * self.size[1] if self.names else 0.0
@@ -109,20 +115,22 @@ class Tissue:
         height = 2.3 if n_panels <= 6 else 1.7
         return (height * aspect + 0.7, height + 0.3), columns
 
-    def draw(self, ax: Any, values: np.ndarray, limits: tuple[float, float]) -> Any:
+    def draw(
+        self, ax: Axes, values: np.ndarray, limits: tuple[float, float]
+    ) -> EllipseCollection | AxesImage:
         """Draw one panel, and return what a colour bar describes."""
-        kind = self._spots if len(values) <= SPOTS else self._image
+        kind = self._discs if len(values) <= DISCS else self._image
         shown = kind(ax, values)
         shown.set(cmap=self.look.cmap, clim=limits, rasterized=True)
         ax.set(aspect="equal", xlim=self.limits[0], ylim=self.limits[1])
         ax.set_axis_off()
         return shown
 
-    def _spots(self, ax: Any, values: np.ndarray) -> Any:
+    def _discs(self, ax: Axes, values: np.ndarray) -> EllipseCollection:
         from matplotlib.collections import EllipseCollection
 
-        width = self.spot * (self.look.spot_size or (1.0 if len(values) <= APART else COVERING))
-        spots = EllipseCollection(
+        width = self.disc * (self.look.spot_size or (1.0 if len(values) <= APART else COVERING))
+        discs = EllipseCollection(
             width,
             width,
             0,
@@ -132,10 +140,11 @@ class Tissue:
             array=values,
             linewidth=0,
         )
-        return ax.add_collection(spots)
+        ax.add_collection(discs)
+        return discs
 
-    def _image(self, ax: Any, values: np.ndarray) -> Any:
-        low, side = self.points.min(0) - self.spot, PIXEL * self.spot
+    def _image(self, ax: Axes, values: np.ndarray) -> AxesImage:
+        low, side = self.points.min(0) - self.disc, PIXEL * self.disc
         cells = ((self.points - low) / side).astype(np.int64)
         shape = cells.max(0) + 2
         flat = np.ravel_multi_index(tuple(cells.T), tuple(shape))
@@ -146,9 +155,9 @@ class Tissue:
         extent = (left, right, bottom, top)
         return ax.imshow(mean.reshape(shape).T, origin="lower", extent=extent)
 
-    def annotate(self, ax: Any) -> None:
+    def annotate(self, ax: Axes) -> None:
         """Write the names of the sections, and draw the scale bar."""
-        edge = -self.spot / 2 if self.look.y_down else self.spot / 2
+        edge = -self.disc / 2 if self.look.y_down else self.disc / 2
         for name, (x, y) in zip(self.names, self.tops, strict=False):
             ax.annotate(
                 name,
@@ -163,7 +172,7 @@ class Tissue:
         if not self.look.scale_bar:
             return
         length = round_length(0.4 * self.width * self.look.unit_length)
-        left, below = self.limits[0][0] + self.spot, self.limits[1][0]
+        left, below = self.limits[0][0] + self.disc, self.limits[1][0]
         y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
         ax.plot(
             [left, left + length / self.look.unit_length], [y, y], "k-", lw=2, solid_capstyle="butt"
@@ -174,7 +183,7 @@ class Tissue:
         )
 
 
-def spot_width(sections: Sequence[np.ndarray]) -> float:
+def disc_width(sections: Sequence[np.ndarray]) -> float:
     """Median distance to the third nearest place: of a lattice the spacing, of others about it."""
     gaps = []
     for points in sections:
@@ -188,7 +197,7 @@ def spot_width(sections: Sequence[np.ndarray]) -> float:
 def side_by_side(
     points: np.ndarray,
     sections: Sequence[np.ndarray],
-    spot: float = 0.0,
+    disc: float = 0.0,
     y_down: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move sections into cells of a grid, in rows from the top, without changing their scale.
@@ -198,7 +207,7 @@ def side_by_side(
     points : ndarray of shape (n, 2)
     sections : sequence of ndarray
         Numbers of the points of each.
-    spot : float
+    disc : float
         Room between sections, beside a share of their size.
     y_down : bool
         Rows from the top go up in the second coordinate.
@@ -214,7 +223,7 @@ def side_by_side(
     columns = len(sections)
     if columns > ONE_ROW:
         columns = int(np.ceil(np.sqrt(columns)))
-    cell = size.max(0) * (1 + 2 * GAP, 1 + 4 * GAP) + spot
+    cell = size.max(0) * (1 + 2 * GAP, 1 + 4 * GAP) + disc
     row, column = np.divmod(np.arange(len(sections)), columns)
     corner = np.stack([column, row if y_down else -row], 1) * cell + (cell - size) / 2
     moved = points.astype(np.float64)

@@ -10,7 +10,6 @@ import torch
 
 from pnmf_pyro import PNMF, posterior_predictive_check, prior_predictive_check
 from pnmf_pyro.analysis import statistics as S
-from pnmf_pyro.analysis.frames import as_frame
 from pnmf_pyro.analysis.predictive_checks import StatisticCheck
 from pnmf_pyro.analysis.statistics import Statistic
 from pnmf_pyro.data.places import Places
@@ -337,9 +336,15 @@ def test_prior_predictive_check(misfit):
     )
 
 
-def test_without_pandas(monkeypatch):
+def test_tables_without_pandas(misfit, monkeypatch):
+    _, _, result = misfit
+    frames = {of: result.table(of) for of in (None, "feature", "pair of features")}
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    assert as_frame({"a": [1]}) == {"a": [1]}
+    for of, frame in frames.items():
+        table = result.table(of)
+        assert table.dtype.names == tuple(frame.columns)
+        for name in frame:
+            assert list(table[name]) == list(frame[name])
 
 
 @pytest.mark.parametrize(

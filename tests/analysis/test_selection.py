@@ -61,9 +61,9 @@ def test_matching_of_fits(fitted, counts):
 def test_what_cannot_be_matched(fitted):
     with pytest.raises(ValueError, match="a and b must be about the same features"):
         match_factors(fitted, np.ones((3, 3)))
-    with pytest.raises(ValueError, match="a must be a fitted model or a finite array"):
+    with pytest.raises(ValueError, match="a must be a fit or a finite array"):
         match_factors(np.ones(3), fitted)
-    with pytest.raises(ValueError, match="b must be a fitted model or a finite array"):
+    with pytest.raises(ValueError, match="b must be a fit or a finite array"):
         match_factors(fitted, np.full((25, 3), np.nan))
     with pytest.raises(NotFittedError):
         match_factors(PNMF(2), fitted)

@@ -181,23 +181,17 @@ def test_missing_extras_say_what_to_install(files, monkeypatch):
         read_counts(files["h5ad"])
 
 
-@pytest.mark.parametrize("kind", ["png", "html"])
-def test_plot_writes_a_report(kind, files, tmp_path, capsys):
-    out, report = tmp_path / "factors.h5ad", tmp_path / f"report.{kind}"
+def test_plot_writes_a_report(files, tmp_path, capsys):
+    out, report = tmp_path / "factors.h5ad", tmp_path / "report.html"
     assert fit(files["h5ad"], "--out", out) == 0
     adata = anndata.read_h5ad(out)
     adata.obsm["spatial"] = np.random.default_rng(0).uniform(size=(80, 2))
     adata.write_h5ad(out)
     assert main(["plot", str(out), "-o", str(report), "--unit", "mm"]) == 0
     assert f"wrote {report}" in capsys.readouterr().out
-    if kind == "png":
-        pixels = plt.imread(report)
-        assert pixels.shape[0] > 2 * pixels.shape[1] > 400
-        assert 0.01 < (pixels[..., :3].min(2) < 0.9).mean() < 0.5
-    else:
-        text = report.read_text()
-        assert text.count("data:image/png;base64,") == 6
-        assert "<td>80</td>" in text
+    text = report.read_text()
+    assert text.count("data:image/png;base64,") == 6
+    assert "<td>80</td>" in text
     assert not plt.get_fignums()
 
 
@@ -210,12 +204,12 @@ def test_plot_takes_saved_models_without_places(fitted, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent.npz", "-o", "{}/a.png"], "there is no absent.npz"),
-        (["{csv}", "-o", "{}/a.png"], "FIT must end in .h5ad or .npz"),
-        (["{h5ad}", "-o", "{}/a.png"], "the fits in it are []"),
-        (["{npz}", "-o", "{}/a.png"], "not a model saved by pnmf_pyro"),
-        (["{h5ad}", "-o", "{}/a.pdf"], "must end in .png or .html"),
-        (["{h5ad}", "-o", "{}/absent/a.png"], "there is no"),
+        (["absent.npz", "-o", "{}/a.html"], "there is no absent.npz"),
+        (["{csv}", "-o", "{}/a.html"], "FIT must end in .h5ad or .npz"),
+        (["{h5ad}", "-o", "{}/a.html"], "the fits in it are []"),
+        (["{npz}", "-o", "{}/a.html"], "not a model saved by pnmf_pyro"),
+        (["{h5ad}", "-o", "{}/a.png"], "--out must end in .html"),
+        (["{h5ad}", "-o", "{}/absent/a.html"], "there is no"),
     ],
 )
 def test_errors_of_plot_are_one_line(arguments, message, files, tmp_path, capsys):

@@ -93,10 +93,10 @@ def test_check_writes_a_page(folder, tmp_path, capsys):
     assert re.search(r"<td>species\d+</td>", text)
     assert "<h2>variance to mean of each feature</h2>" in text
     assert re.search(r"<td>species\d+ – species\d+</td>", text)
-    fine = tmp_path / "fine.png"
+    fine = tmp_path / "fine.html"
     arguments = (folder / "poisson.npz", folder / "poisson.csv", "--draws", 100)
     assert run("check", *arguments, "-o", fine, "--quiet") == 0
-    assert plt.imread(fine).shape[0] > 800
+    assert "no proof" in fine.read_text()
     assert not plt.get_fignums()
 
 
@@ -125,8 +125,8 @@ def test_check_looks_at_places_where_there_are_any(folder, tmp_path, capsys):
         (["poisson.npz", "renamed.csv"], "25 of 25 differ, the first is 'b0' where the fit has"),
         (["poisson.npz", "poisson.csv", "--transpose"], "of shape (90, 25); got (25, 90)"),
         (["poisson.npz", "poisson.csv", "--draws", "99"], "--draws must be at least 100"),
-        (["poisson.npz", "poisson.csv", "-o", "a.pdf"], "must end in .png or .html"),
-        (["poisson.npz", "poisson.csv", "-o", "absent/a.png"], "--out must be in an existing"),
+        (["poisson.npz", "poisson.csv", "-o", "a.png"], "--out must end in .html"),
+        (["poisson.npz", "poisson.csv", "-o", "absent/a.html"], "--out must be in an existing"),
         (["poisson.npz", "poisson.csv", "--batch-key", "lab"], "are for .h5ad files"),
         (["poisson.npz", "places.h5ad", "--spatial-key", "um"], "which has ['spatial']"),
     ],
@@ -168,12 +168,12 @@ def test_select_says_what_python_says(folder, tmp_path, capsys):
 
 
 def test_select_at_the_end_of_the_range(folder, tmp_path, capsys):
-    options = ("--thinnings", 2, "--out", tmp_path / "a.png")
+    options = ("--thinnings", 2, "--out", tmp_path / "a.html")
     assert run("select", folder / "poisson.csv", "--range", "1,2", *options) == 1
     assert "try more components" in words(capsys.readouterr().out)
     assert run("select", folder / "poisson.csv", "--range", "3:3", *options, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
-    assert plt.imread(tmp_path / "a.png").shape[0] > 400
+    assert "<img" in (tmp_path / "a.html").read_text()
 
 
 def test_select_fits_as_fit_does(folder, tables, capsys):
@@ -222,7 +222,7 @@ def test_ranges(text, numbers):
         (["poisson.csv", "--range", "2,91"], "must be numbers from 1 to 90"),
         (["poisson.csv", "--thinnings", "1"], "n_seeds must be at least 2"),
         (["poisson.csv", "--set", "n_components=3"], "n_components must be several"),
-        (["poisson.csv", "--out", "a.csv"], "--out must end in .png or .html"),
+        (["poisson.csv", "--out", "a.csv"], "--out must end in .html"),
     ],
 )
 def test_errors_of_select(arguments, message, folder, monkeypatch, capsys):

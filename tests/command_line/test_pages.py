@@ -1,10 +1,9 @@
-"""Pages of text, tables and pictures, as HTML and as one picture."""
+"""Pages of text, tables and pictures, as HTML and as lines for a terminal."""
 
 from functools import partial
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 
 from pnmf_pyro.command_line.pages import Page, Picture, Table, Text
@@ -77,31 +76,13 @@ def test_lines(page):
     assert max(map(len, lines)) <= 100
 
 
-def test_png_has_all_blocks_below_each_other(page, tmp_path):
-    page.write(tmp_path / "page.png")
-    pixels = plt.imread(tmp_path / "page.png")[..., :3]
-    parts = [block.image() for block in page.blocks]
-    title = len(pixels) - sum(map(len, parts))
-    assert 20 < title < 100
-    starts = title + np.cumsum([0, *map(len, parts)])
-    for start, part in zip(starts, parts, strict=False):
-        shown = pixels[start : start + len(part), : part.shape[1]]
-        np.testing.assert_allclose(shown, part, atol=1 / 255)
-        assert part.min() < 0.5
-    assert not plt.get_fignums()
-
-
-def test_nothing_is_cut_off():
-    """Ink ends before the picture does, however many or long the lines are."""
-    table = Table("Wide", {f"column {j}": ["x" * 20] * 60 for j in range(8)})
-    for block in (table, Text("Long", "word " * 2000), Text("Short", "word")):
-        image = block.image()
-        assert image[-4:].min() > 0.9
-        assert image[:, -4:].min() > 0.9
-        assert image[:4].min() > 0.9
-
-
-@pytest.mark.parametrize(("name", "message"), [("a.pdf", "must end in"), ("no/a.png", "there is")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.png", r"path must end in .html.* got a.png. pnmf_pyro.plotting draws single plots"),
+        ("no/a.html", "there is"),
+    ],
+)
 def test_paths(name, message, page, tmp_path):
     with pytest.raises(ValueError, match=message):
         page.write(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from pnmf_pyro import PNMF, fit
 from pnmf_pyro.data.checks import check_counts, check_size_factors, library_size_factors, warn_empty
 from pnmf_pyro.data.counts import as_counts
-from tests.support.data import with_entry
+from tests.support.data import simulate, with_entry
 
 REFUSED = {
     "negative": (lambda: with_entry(-2.5), r"Negative values in data passed to X: .*-2\.5"),
@@ -99,6 +101,15 @@ def test_all_zero_table_is_warned_of_and_accepted(make):
     with pytest.warns(UserWarning, match="no counts at all") as seen:
         warn_empty(check_counts(make(np.zeros((2, 3)))))
     assert len(seen) == 2
+
+
+def test_warnings_name_the_line_outside_the_package():
+    """However deep in it they arise: at once, in the estimator, in a fit in one call."""
+    X = simulate(0, 40, 12, 2)[0] + 0.5
+    for call in (check_counts, PNMF(2, tol=1.0, random_state=0).fit, lambda X: fit(X, tol=0.5)):
+        with pytest.warns(UserWarning, match="X is not made of counts") as seen:
+            call(X)
+        assert {Path(one.filename) for one in seen} == {Path(__file__)}
 
 
 # --- size factors

@@ -226,7 +226,7 @@ def test_results_that_are_not_there(spatial):
     adata, _ = spatial
     with pytest.raises(ValueError, match=r"the fits in it are \['pnmf'\]"):
         results_of(adata, "other")
-    with pytest.raises(TypeError, match="got ndarray"):
+    with pytest.raises(ValueError, match=r"fit must be a fitted PNMF, an AnnData .* got ndarray"):
         results_of(np.ones((2, 2)))
 
 

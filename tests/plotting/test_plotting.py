@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import pnmf_pyro
 from pnmf_pyro import PNMF, plotting
-from pnmf_pyro.plotting.tissue import round_length, side_by_side, spot_width
+from pnmf_pyro.plotting.tissue import disc_width, round_length, side_by_side
 from tests.support.data import tissue
+from tests.support.models import forms_of
 from tests.support.settings import NATURAL, STEPS
 
 matplotlib = pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -245,12 +245,12 @@ def test_sections_of_a_fit_are_named():
     )
 
 
-def test_spot_widths():
-    assert spot_width([lattice(5)]) == 100
-    assert spot_width([np.zeros((1, 2))]) == 1
+def test_disc_widths():
+    assert disc_width([lattice(5)]) == 100
+    assert disc_width([np.zeros((1, 2))]) == 1
     random = np.random.default_rng(0).uniform(size=(10_000, 2))
     # third nearest in a Poisson process of rate 10,000: between 0.8 and 1.1 of 1/100
-    assert 0.008 < spot_width([random]) < 0.011
+    assert 0.008 < disc_width([random]) < 0.011
 
 
 @pytest.mark.parametrize(
@@ -294,26 +294,40 @@ def spatial():
     return PNMF(2, **STEPS).fit(X, coordinates=x), X, x
 
 
-def test_a_model_is_drawn_as_its_anndata_object(spatial):
-    model, X, x = spatial
-    adata = anndata.AnnData(X.astype(np.float32), obsm={"spatial": x})
-    pnmf_pyro.estimator.anndata_bridge.add_results(adata, model)
-    for plot in (plotting.plot_factors, plotting.plot_uncertainty):
-        one, other = plot(model), plot(adata)
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_array_equal(
-                a.collections[0].get_array(), b.collections[0].get_array()
-            )
-            np.testing.assert_array_equal(
-                a.collections[0].get_offsets(), b.collections[0].get_offsets()
-            )
-    assert plotting.plot_spatial(model, np.ones(60)).shape == (1,)
-    one, other = plotting.plot_elbo(model), plotting.plot_elbo(adata)
-    np.testing.assert_array_equal(one.lines[0].get_ydata(), other.lines[0].get_ydata())
-    one, other = plotting.plot_top_features(model, 3), plotting.plot_top_features(adata, 3)
-    assert [bar.get_width() for bar in one[0].patches] == [
-        bar.get_width() for bar in other[0].patches
-    ]
+PLOTS = {
+    "factors": plotting.plot_factors,
+    "uncertainty": plotting.plot_uncertainty,
+    "spatial": lambda fit: plotting.plot_spatial(fit, np.arange(60.0)),
+    "top features": lambda fit: plotting.plot_top_features(fit, 3),
+    "loadings": plotting.plot_loadings,
+    "correlation": plotting.plot_factor_correlation,
+    "images": lambda fit: plotting.plot_component_images(fit, (4, 5)),
+    "elbo": plotting.plot_elbo,
+}
+
+
+def drawn(axes):
+    """Numbers that a plot shows."""
+    shown = []
+    for ax in np.ravel(axes):
+        shown += [c.get_array() for c in ax.collections] + [i.get_array() for i in ax.images]
+        shown += [c.get_offsets() for c in ax.collections] + [i.get_xydata() for i in ax.lines]
+        shown += [[bar.get_width() for bar in ax.patches]]
+    return shown
+
+
+@pytest.mark.parametrize("form", ["module", "trained", "anndata"])
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_form_of_a_fit_is_drawn_alike(name, form, spatial):
+    forms = forms_of(*spatial)
+    if (name, form) == ("elbo", "module"):
+        with pytest.raises(ValueError, match="a PoissonFactorization does not"):
+            plotting.plot_elbo(forms[form])
+        return
+    expected, found = (drawn(PLOTS[name](forms[one])) for one in ("estimator", form))
+    assert any(map(len, expected))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_axes_may_be_given(spatial):
@@ -329,21 +343,18 @@ def test_axes_may_be_given(spatial):
         plotting.plot_factors(model, axes=axes[0])
 
 
-def test_the_profile_is_low_where_prediction_is_good(spatial):
+def test_a_profile_of_lengthscales(spatial):
     model, X, _ = spatial
-    tried, loss = plotting.lengthscale_profile(model, X)
-    assert tried.shape == loss.shape == (25,)
-    assert (np.diff(tried) > 0).all()
-    own = float(model.model_.prior.kernel.lengthscale)
-    at_own = plotting.lengthscale_profile(model, X, [own])[1]
-    assert at_own < plotting.lengthscale_profile(model, X, [own / 50])[1]
-    before = {k: v.clone() for k, v in model.model_.state_dict().items()}
-    ax = plotting.plot_lengthscale_profile(model, X)
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), loss - loss.min())
-    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [own])
+    profile = plotting.lengthscale_profile(model, X)
+    ax = plotting.plot_lengthscale_profile(profile)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), profile.lengthscales)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), profile.loss - profile.loss.min())
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), profile.learned)
     assert ax.get_xscale() == "log"
-    for name, value in model.model_.state_dict().items():
-        assert (value == before[name]).all()
+    with pytest.raises(
+        ValueError, match=r"got PNMF. For a fit, pass lengthscale_profile\(fit, X\)"
+    ):
+        plotting.plot_lengthscale_profile(model)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +373,6 @@ def test_the_profile_is_low_where_prediction_is_good(spatial):
         (lambda m, X, x: plotting.plot_spatial(x, X[None]), "values must be of shape"),
         (lambda m, X, x: plotting.plot_spatial(results(), "absent"), "is not in adata.obs or"),
         (lambda m, X, x: plotting.plot_spatial(anndata.AnnData(X), np.ones(60)), "no obsm"),
-        (lambda m, X, x: plotting.plot_lengthscale_profile(m, X[:, :5]), r"shape \(60, 20\)"),
-        (lambda m, X, x: plotting.plot_lengthscale_profile(m, X, [0.0]), "lengthscales"),
         (lambda m, X, x: plotting.plot_top_features(m, by="rank"), "by must be one of"),
         (lambda m, X, x: plotting.plot_component_images(np.ones((2, 9)), (4, 2)), "4 x 2"),
     ],
@@ -377,8 +386,6 @@ def test_models_without_space(counts):
     model = PNMF(2, random_state=0, max_iter=5, **NATURAL).fit(counts)
     with pytest.raises(ValueError, match="coordinates must be given"):
         plotting.plot_factors(model)
-    with pytest.raises(ValueError, match="knows no space"):
-        plotting.plot_lengthscale_profile(model, counts)
     assert len(plotting.plot_factors(model, coordinates=lattice(9)[:80])) == 2
     with pytest.raises(TypeError, match="colour"):
         plotting.plot_factors(model, coordinates=lattice(9)[:80], colour="red")

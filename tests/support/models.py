@@ -8,12 +8,14 @@ The seeds are fixed, so that a test that passes keeps passing.
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.estimator.anndata_bridge import add_results
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
@@ -160,3 +162,25 @@ def assert_all_close(actual, expected, dtype: torch.dtype = torch.float64) -> No
 def assert_within_error(estimate: float, exact: float, error: float) -> None:
     assert error > 0
     assert abs(estimate - exact) < SIGMAS * error, (estimate, exact, (estimate - exact) / error)
+
+
+# --- fits
+
+
+class Trained:
+    """What training returned, as `fit_model` does: a model and the ELBO at each step."""
+
+    def __init__(self, model, history):
+        self.model, self.history = model, history
+
+
+def forms_of(estimator, X, x) -> dict:
+    """A spatial fit in each of the forms that hold one."""
+    adata = anndata.AnnData(X.astype(np.float32), obsm={"spatial": x})
+    add_results(adata, estimator)
+    return {
+        "estimator": estimator,
+        "module": estimator.model_,
+        "trained": Trained(estimator.model_, estimator.history_),
+        "anndata": adata,
+    }

@@ -1,0 +1,102 @@
+"""How well samples are predicted without themselves, against the lengthscale of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pnmf_pyro.data.checks import check_array, check_counts
+from pnmf_pyro.data.places import Places, extent, spacing
+from pnmf_pyro.data.random_state import check_random_state
+from pnmf_pyro.training.fitted import Fitted, fitted_module
+from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
+
+# Lengthscales that are tried without being asked for.
+PROFILED = 25
+
+
+@dataclass(frozen=True)
+class LengthscaleProfile:
+    """A criterion at several lengthscales, each taken for all components at once.
+
+    Attributes
+    ----------
+    lengthscales : ndarray of shape (n,)
+        Lengthscales that were tried, in the unit of the coordinates.
+    loss : ndarray of shape (n,)
+        Criterion of the fit there, in nats per sample; low is good.
+    learned : ndarray of shape (n_components,) or (1,)
+        Lengthscales of the fit, one that all components share or one for each.
+    """
+
+    lengthscales: np.ndarray
+    loss: np.ndarray
+    learned: np.ndarray
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Unpack into lengthscales and loss."""
+        return iter((self.lengthscales, self.loss))
+
+
+def lengthscale_profile(
+    fit: Fitted, X: Any, lengthscales: ArrayLike | None = None
+) -> LengthscaleProfile:
+    """Predict samples without themselves, with all components at one lengthscale or another.
+
+    All else is as in the fit.
+
+    Parameters
+    ----------
+    fit : PNMF, ModelFit or PoissonFactorization
+        Spatial fit. Its `criterion` judges predictions, leave-one-out unless it has one.
+    X : array-like or sparse matrix of shape (n_samples, n_features)
+        Counts of the fit.
+    lengthscales : array-like of shape (n,), optional
+        Lengthscales to try, in the unit of the coordinates; from half their spacing to their
+        extent or the longest learned unless given.
+
+    Returns
+    -------
+    LengthscaleProfile
+        It unpacks into lengthscales and loss.
+
+    Raises
+    ------
+    ValueError
+        For a model that is not spatial, and for X or lengthscales that do not fit.
+    """
+    module = fitted_module(fit, "fit")
+    prior: Any = module.prior
+    if not hasattr(prior, "kernel"):
+        raise ValueError("fit must be spatial to have lengthscales; this one knows no space.")
+    counts = check_counts(X)
+    if counts.shape != (module.N, module.D):
+        raise ValueError(
+            f"X must be the counts of the fit, of shape {(module.N, module.D)}; got {counts.shape}."
+        )
+    learned = prior.kernel.lengthscale.detach().cpu().numpy()
+    tried = _between(prior.places, learned) if lengthscales is None else _checked(lengthscales)
+    search = HyperparameterSearch(
+        module,
+        counts.to(module.W.device).to(module.W.dtype),
+        (),
+        getattr(fit, "criterion", CRITERIA[0]),
+        check_random_state(getattr(fit, "random_state", 0)),
+    )
+    return LengthscaleProfile(tried, search.profile(module, tried), learned)
+
+
+def _between(places: Places, learned: np.ndarray) -> np.ndarray:
+    """Lengthscales from what is too short to what is too long, equally apart in logarithms."""
+    return np.geomspace(spacing(places) / 2, max(extent(places), learned.max()), PROFILED)
+
+
+def _checked(lengthscales: ArrayLike) -> np.ndarray:
+    tried = np.atleast_1d(check_array("lengthscales", lengthscales).astype(np.float64))
+    if tried.ndim != 1 or not (np.isfinite(tried) & (tried > 0)).all():
+        raise ValueError(f"lengthscales must be positive finite numbers; got {lengthscales!r}.")
+    return tried

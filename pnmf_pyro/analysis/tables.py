@@ -1,0 +1,50 @@
+"""Tables of results: pandas data frames, where pandas is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Columns = Mapping[str, Sequence | np.ndarray]
+
+
+def as_table(columns: Columns, index: str | None = None) -> DataFrame | np.ndarray:
+    """Return columns of equal length as a table.
+
+    Parameters
+    ----------
+    columns : mapping of str to array-like
+        Columns by name; entries may be tuples.
+    index : str, optional
+        Column of names that becomes the index of a data frame.
+
+    Returns
+    -------
+    DataFrame, or a structured array where pandas is not installed
+        Columns are read by name from both.
+    """
+    try:
+        import pandas as pd
+    except ImportError:
+        return _structured({name: _vector(values) for name, values in columns.items()})
+    frame = pd.DataFrame(columns)
+    return frame if index is None else frame.set_index(index)
+
+
+def _structured(columns: dict[str, np.ndarray]) -> np.ndarray:
+    kinds = [(name, column.dtype) for name, column in columns.items()]
+    table = np.empty(min(map(len, columns.values())), dtype=kinds)
+    for name, column in columns.items():
+        table[name] = column
+    return table
+
+
+def _vector(values: Sequence | np.ndarray) -> np.ndarray:
+    """Values as a vector; tuples stay what they are."""
+    found = np.asarray(values)
+    return found if found.ndim == 1 else np.fromiter(values, dtype=object, count=len(values))
