@@ -88,7 +88,7 @@ def test_mean_and_draws_of_leading_dimensions(leading_case):
 
 def test_gradients_of_leading_dimensions(leading_case):
     """Against torch's own Poisson, whose rates are dense."""
-    F, W, s, leading = leading_case
+    F, W, s, _ = leading_case
     X = double(np.random.default_rng(1).poisson(2.0, (n, d)))
     found = [double(F).requires_grad_(), double(W).requires_grad_()]
     own = [part.detach().clone().requires_grad_() for part in found]
