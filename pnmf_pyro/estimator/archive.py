@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pnmf_pyro.data.places import GroupCodes, Places
-from pnmf_pyro.estimator.parameters import Fitted
+from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.estimator.plan import History, spatial_prior
 from pnmf_pyro.estimator.stages import (
     STAGES,
@@ -33,7 +33,7 @@ from pnmf_pyro.estimator.stages import (
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import SVGP, GaussianPrior
 
-Model = TypeVar("Model", bound=Fitted)
+Model = TypeVar("Model", bound=FittedEstimator)
 
 FORMAT = "pnmf_pyro"
 FORMAT_VERSION = 2
@@ -145,7 +145,7 @@ NAMES = {
 }
 
 
-def write_model(path: str | os.PathLike, model: Fitted) -> None:
+def write_model(path: str | os.PathLike, model: FittedEstimator) -> None:
     """Write a fitted estimator to one file.
 
     Parameters
@@ -153,7 +153,7 @@ def write_model(path: str | os.PathLike, model: Fitted) -> None:
     path : path
         Path of the file.
     model : PNMF
-        Fitted.
+        FittedEstimator.
 
     Raises
     ------
@@ -176,7 +176,7 @@ def write_model(path: str | os.PathLike, model: Fitted) -> None:
     write_archive(path, header, arrays)
 
 
-def plain_parameters(model: Fitted) -> dict[str, Any]:
+def plain_parameters(model: FittedEstimator) -> dict[str, Any]:
     """Return the parameters of an estimator as values that JSON can hold.
 
     Raises
@@ -257,7 +257,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.nd
 
 
 def _prior(
-    model: Fitted, state: dict[str, torch.Tensor], y: torch.Tensor
+    model: FittedEstimator, state: dict[str, torch.Tensor], y: torch.Tensor
 ) -> GaussianPrior | SVGP | Any:
     """Make the prior that the arrays of a file belong to."""
     if "prior.place_coordinates" not in state:

@@ -25,7 +25,7 @@ from pnmf_pyro.data.places import (
     check_extent,
     warn_lengthscale,
 )
-from pnmf_pyro.estimator.parameters import Fitted, Settings
+from pnmf_pyro.estimator.parameters import FittedEstimator, Settings
 
 
 @dataclass
@@ -139,7 +139,7 @@ def check_table(settings: Settings, X: Any, reset: bool) -> Counts:
 
 
 def check_new(
-    model: Fitted, X: Any, size_factors: Any
+    model: FittedEstimator, X: Any, size_factors: Any
 ) -> tuple[Counts, torch.Tensor, torch.Tensor | None]:
     """Check new samples; return counts, the loadings (D, L) of the fit, and size factors."""
     counts = check_table(model, X, reset=False)
@@ -147,13 +147,13 @@ def check_new(
     return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
 
-def encode_places(model: Fitted, coordinates: Any, groups: Any, n_samples: int) -> Places:
+def encode_places(model: FittedEstimator, coordinates: Any, groups: Any, n_samples: int) -> Places:
     """Check new places against those of the fit, and give their groups the codes of it.
 
     Parameters
     ----------
     model : PNMF
-        Fitted.
+        FittedEstimator.
     coordinates : array-like of shape (n_samples, p)
     groups : array-like of shape (n_samples,), optional
     n_samples : int

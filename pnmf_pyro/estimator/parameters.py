@@ -87,7 +87,7 @@ class Settings(Protocol):
     likelihood: Likelihood | None
 
 
-class Fitted(Settings, Protocol):
+class FittedEstimator(Settings, Protocol):
     """A fitted :class:`~pnmf_pyro.PNMF`."""
 
     components_: np.ndarray

@@ -9,7 +9,7 @@ import torch
 
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.estimator.inputs import check_new, encode_places, refuse_places
-from pnmf_pyro.estimator.parameters import Fitted
+from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.models import PoissonFactors
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.training.given_one_side import factors_given_loadings, held_out_bound
@@ -17,7 +17,7 @@ from pnmf_pyro.transforms import get_factors
 
 
 def new_factors(
-    model: Fitted, X: Any, coordinates: Any, groups: Any, size_factors: Any
+    model: FittedEstimator, X: Any, coordinates: Any, groups: Any, size_factors: Any
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
     if model.model_.prior.places is None:
@@ -33,7 +33,7 @@ def new_factors(
     return np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
 
 
-def expected_counts(model: Fitted, transformed: Any, totals: Any) -> np.ndarray:
+def expected_counts(model: FittedEstimator, transformed: Any, totals: Any) -> np.ndarray:
     """Return expected counts for factors, see :meth:`PNMF.inverse_transform`."""
     factors = check_array("transformed", transformed)
     if factors.ndim != 2 or factors.shape[1] != model.n_components_:
@@ -54,7 +54,7 @@ def expected_counts(model: Fitted, transformed: Any, totals: Any) -> np.ndarray:
 
 
 def mean_log_likelihood(
-    model: Fitted, X: Any, coordinates: Any, groups: Any, size_factors: Any
+    model: FittedEstimator, X: Any, coordinates: Any, groups: Any, size_factors: Any
 ) -> float:
     """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
     if model.likelihood is not None:
