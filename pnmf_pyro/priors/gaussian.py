@@ -208,14 +208,17 @@ class GaussianPrior(Prior):
         the step would raise a mean by delta > 0, it rises by log(1 + delta), which with the
         variance fixed never passes the optimum. A variance rises by `LARGEST_RISE` at most.
         """
-        mean, now = take(self.mean, index), -2 * take(self.theta2, index)
-        least = (now.reciprocal() + self.LARGEST_RISE).reciprocal()
-        prior = self.scale_pf.square().reciprocal().to(shift)
-        told = now - prior if precision is None else precision
-        bounded = torch.maximum(prior + told, least)
-        change = (shift - (prior + told) * mean) / bounded
-        mean = mean + torch.where(change > 0, change.log1p(), change)
-        self.posterior_from_sites(bounded - prior, bounded * mean, index)
+        theta1, theta2 = take(self.theta1, index), take(self.theta2, index)
+        variance = -0.5 / theta2
+        mean = theta1 * variance
+        wanted = -2 * theta2
+        if precision is not None:
+            wanted = precision + self.scale_pf.square().reciprocal().to(precision)
+        bounded = torch.maximum(wanted, variance.add_(self.LARGEST_RISE).reciprocal_())
+        change = torch.addcmul(shift, wanted, mean, value=-1).div_(bounded)
+        mean += torch.where(change > 0, change.log1p(), change)
+        put(self.theta1, mean.mul_(bounded), index)
+        put(self.theta2, bounded.mul_(-0.5), index)
 
     def natural_parameters(self) -> list[nn.Parameter]:
         """Return theta1 and theta2 as parameters, for a natural-gradient optimiser of one's own.

@@ -163,9 +163,9 @@ class LCGP(Prior):
 
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw F from q, shape (L, n)."""
+        q = self.marginal(batch.samples)
         with self.local_plates(batch, samples):
-            q = self.watch(self.marginal(batch.samples))
-            return pyro.sample("F", q, infer={"marginal": q})
+            return pyro.sample("F", q, infer={"marginal": self.watch(q)})
 
     def marginal(self, index: Tensor | None = None) -> LocalPosterior:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""

@@ -95,9 +95,11 @@ class SiteSteps(Step):
         weight = self.kl_weight
         if prior.divergence_by_samples:
             weight = weight * self.batch.prior_scale
-        target = curvature / weight if whole else h
-        b = b.lerp(slope / weight + target * mean, self.lr)
-        prior.towards_sites(h.lerp(target, self.lr) if whole else None, b, index)
+        target = curvature.div_(weight) if whole else h
+        shift = slope.div_(weight).addcmul_(target, mean)
+        if self.lr < 1:
+            target, shift = h.lerp(target, self.lr), b.lerp(shift, self.lr)
+        prior.towards_sites(target if whole else None, shift, index)
 
     def close(self) -> None:
         """Let the guide go on without gradients."""
@@ -109,4 +111,5 @@ class SiteSteps(Step):
         if q is None or q.loc.grad is None or q.scale.grad is None:
             raise RuntimeError("SiteSteps.step needs the gradients of a loss at the guide's q(F)")
         share = q.loc.shape[1] / self.prior.N  # the loss is that of all samples, by the batch's
-        return -share * q.loc.grad, share * (q.scale.grad / q.scale.detach()).clamp_min(0)
+        curvature = (q.scale.grad / q.scale.detach()).clamp_min_(0)
+        return q.loc.grad.mul(-share), curvature.mul_(share)
