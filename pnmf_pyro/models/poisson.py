@@ -211,18 +211,18 @@ class PoissonFactors(TorchDistribution):
 
     def _tables(self, value: CountsLike) -> tuple[torch.Size, list[Counts]]:
         """Leading dimensions of a value, and its tables of shape (n, d) one after another."""
-        own, d = self._own_batch, self.event_shape[0]
-        shape, n = tuple(value.shape), own[-1]
+        batch, d = self.batch_shape, self.event_shape[0]
+        shape, n = tuple(value.shape), batch[-1]
         dense = isinstance(value, Tensor) and value.layout == torch.strided
         try:
-            n = torch.broadcast_shapes(shape[:-1], own)[-1] if dense else n
+            n = torch.broadcast_shapes(shape[:-1], batch)[-1] if dense else n
             fits = shape[-1:] == (d,) if dense else shape == (n, d)
         except RuntimeError:
             fits = False
         if not fits:
             raise ValueError(
-                f"value must broadcast with batch_shape + event_shape = {(*self.batch_shape, d)}, "
-                f"or have the shape {(own[-1], d)} where it is sparse; got {shape}."
+                f"value must broadcast with batch_shape + event_shape = {(*batch, d)}, "
+                f"or have the shape {(n, d)} where it is sparse; got {shape}."
             )
         if not isinstance(value, Tensor) or not dense or shape == (n, d):
             return torch.Size(), [self._counts(value)]

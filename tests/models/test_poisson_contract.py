@@ -163,6 +163,13 @@ def test_expanded_to_leading_dimensions():
     np.testing.assert_allclose(expanded.log_prob(X), expected, rtol=1e-10)
     with pytest.raises(ValueError, match="batch_shape must extend"):
         expanded.expand((1, n))
+    with pytest.raises(ValueError, match="value must broadcast"):
+        expanded.log_prob(torch.ones(2, 1, n, d))
+    one = likelihood(F[:, :1], W).expand((5, n))
+    np.testing.assert_allclose(
+        one.log_prob(X[0, 0, 0]),
+        np.tile(stats.poisson.logpmf(X[0, 0, 0], ref.rates(F[:, :1], W)).sum(-1), (5, 1)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +278,7 @@ def test_values_that_are_no_counts_are_refused(entry, layout):
         with pytest.raises(ValueError, match="value must hold counts"):
             observation.log_prob(counts_of(X, layout))
         with pytest.raises(ValueError, match="value must hold counts"):
-            observation.log_prob(double(X).expand(3, 1, n, d))
+            observation.log_prob(double(X).expand(2, 1, n, d))
         with pytest.raises(ValueError, match="value must hold counts"):
             observation.expected_log_prob(counts_of(X, layout), q)
     assert likelihood(F, W, validate_args=False).log_prob(counts_of(X, layout)).shape == (n,)
