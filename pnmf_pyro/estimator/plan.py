@@ -150,7 +150,7 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     if "lengthscale" in learned(settings):
         start = typical_lengthscale(places)
     kernel = SpatialKernel(
-        copy.deepcopy(kernels),
+        kernels,
         start,
         settings.sigma,
         settings.n_components if learned(settings) else 1,

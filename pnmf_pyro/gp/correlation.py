@@ -65,8 +65,8 @@ class Correlation(nn.Module):
         self.is_named = not isinstance(kernel, Kernel)
         self.name: str = type(kernel).__name__
         if not isinstance(kernel, Kernel):
-            self.name = check_choice("kernel", kernel, KERNELS)
-            kernel = KERNELS[kernel](input_dim=1)
+            self.name = kernel
+            kernel = KERNELS[check_choice("kernel", kernel, KERNELS)](input_dim=1)
         self.kernel = _with_numbers(kernel)
 
     def is_of_distance(self, dimensions: int) -> bool:
@@ -129,16 +129,15 @@ def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | 
     ValueError
         If there is none, or one of them is neither a known name nor a kernel of Pyro.
     """
-    found = [kernels] if isinstance(kernels, (str, Kernel)) else list(kernels)
-    if not found:
-        raise ValueError(
-            f"kernel must be one or several of {list(KERNELS)} and kernels of pyro.contrib.gp; got "
-            "none."
-        )
-    for kernel in found:
-        if not isinstance(kernel, Kernel):
-            check_choice("kernel", kernel, KERNELS)
-    return found
+    several = kernels if isinstance(kernels, list | tuple) else [kernels]
+    for kernel in several or [kernels]:
+        if not isinstance(kernel, Kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
+            names = ", ".join(map(repr, KERNELS))
+            raise ValueError(
+                f"kernel must be one of {names}, a kernel of pyro.contrib.gp, or a tuple of these; "
+                f"got {kernel!r}."
+            )
+    return cast(list[str | Kernel], list(several))
 
 
 def is_of_distance(kernel: Kernel, dimensions: int) -> bool:

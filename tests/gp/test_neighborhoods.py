@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.gp.kernels import MultiGroupKernel, SpatialKernel
+from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from tests.support import dense_fields
 from tests.support.vecchia import LENGTHSCALES, SCALES, VERY_CLOSE, dense_q, points_of, variational
@@ -104,7 +104,7 @@ def test_probabilistic_neighbours_are_drawn_by_the_seed():
 def test_neighbours_in_groups_follow_the_kernel():
     x, groups = torch.tensor(points_of(60)), torch.arange(60) % 2
     apart = np.array([[0.0, 1.0], [1.0, 0.0]])
-    kernel = MultiGroupKernel("Matern32", 0.3, group_diff_param=1e6, group_distances=apart)
+    kernel = SpatialKernel("Matern32", 0.3, group_diff_param=1e6, group_distances=apart)
     found = Neighborhoods(kernel, Places(x, groups), 1, 5)
     graph = found.factor.graph
     own = groups[graph.order].numpy()
