@@ -284,7 +284,7 @@ class NormalOverInducing(SiteNormal):
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of u."""
-        away = times(self.spread.tril, value - self._mean)
+        away = times(self.spread.tril.mT, value - self._mean)
         standard = Normal(0.0, 1.0).log_prob(away).sum((-2, -1))
         return standard + self.spread.log_det.sum() / 2
 
