@@ -20,6 +20,8 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps, Step
+from pnmf_pyro.training.loop import Steps
+from pnmf_pyro.training.schedules import Constant, GradientSteps
 from tests.support import dense as ref
 from tests.support.state import drawing
 
@@ -136,6 +138,11 @@ def take_step(
     step.step()
     step.close()
     return loss
+
+
+def by_adam(model: PoissonFactorization, lr: float = 0.01) -> Steps:
+    """Train all parameters by Adam."""
+    return [(GradientSteps(torch.optim.Adam(model.parameters(), lr)), Constant())]
 
 
 def blocks_of(batches: Batches, n: int, d: int) -> list[Batch]:

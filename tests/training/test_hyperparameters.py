@@ -6,12 +6,18 @@ import torch
 from scipy.stats import poisson
 
 from pnmf_pyro import PNMF
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import SVGP
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch, predict_without, sites
+from pnmf_pyro.training.loop import train
+from pnmf_pyro.training.schedules import Constant
 from pnmf_pyro.transforms import get_factors
 from tests.support import dense_fields
 from tests.support.data import tissue
@@ -74,11 +80,6 @@ def test_leave_one_out_is_near_a_refit_without_the_sample(data):
 
 
 def refit_given_loadings(X, x, W):
-    from pnmf_pyro.data.batches import Batches
-    from pnmf_pyro.data.random_state import torch_generator
-    from pnmf_pyro.models.elbo import FactorizationELBO
-    from pnmf_pyro.training.loop import train
-
     places = Places(torch.from_numpy(x))
     kernel = SpatialKernel("Matern32", 0.4, 1.0)
     prior = SVGP(kernel, places, places, 2, use_natural_gradients=True, dtype=torch.float64)
@@ -89,8 +90,8 @@ def refit_given_loadings(X, x, W):
     train(
         module,
         Batches(as_counts(X)),
-        FactorizationELBO("lower-bound"),
-        [prior.natural_optimizer()],
+        FactorizationELBO("lower-bound", newton=True),
+        [(SiteSteps(prior), Constant())],
         torch_generator(0),
         max_iter=60,
         monotone=True,
