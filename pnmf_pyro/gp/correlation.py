@@ -7,7 +7,7 @@ Any other kernel is evaluated on inputs through its own `forward`, one matrix af
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import pyro
@@ -129,11 +129,12 @@ def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | 
     ValueError
         If there is none, or one of them is neither a known name nor a kernel of Pyro.
     """
-    found = [kernels] if isinstance(kernels, (str, Kernel)) else list(kernels)
-    if not found:
+    several = isinstance(kernels, Iterable) and not isinstance(kernels, (str, Kernel))
+    found = list(kernels) if several else [kernels]
+    if not found or not isinstance(found[0], (str, Kernel)):
         raise ValueError(
             f"kernel must be one or several of {list(KERNELS)} and kernels of pyro.contrib.gp; got "
-            "none."
+            f"{kernels!r}."
         )
     for kernel in found:
         if not isinstance(kernel, Kernel):
