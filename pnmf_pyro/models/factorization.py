@@ -166,8 +166,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         training, self.training = self.training, False  # or Pyro warns of each frozen parameter
         pyro.module(self.name, self)
         self.training = training
-        trains_q = trains_q and self._may_warn and torch.is_grad_enabled()
-        if trains_q and self.prior.natural and not self.prior.attended:
+        told = training and self._may_warn and torch.is_grad_enabled()
+        if trains_q and told and self.prior.natural and not self.prior.attended:
             self._may_warn = False  # once is enough
             logger.warning(
                 "q(F) is held in sites, which natural-gradient steps move and Pyro's optimisers do "

@@ -30,7 +30,7 @@ from torch.distributions import constraints, register_kl
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.gp.cholesky import log_det
 from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
-from pnmf_pyro.priors.fields import OneShape
+from pnmf_pyro.priors.fields import Repeated
 
 
 class VecchiaNormal(TorchDistribution):
@@ -143,7 +143,7 @@ class VecchiaNormal(TorchDistribution):
         return torch.from_numpy(self.factor.variances).to(self.loc.device)
 
 
-class LocalPosterior(OneShape, Normal):
+class LocalPosterior(Repeated, Normal):
     r"""N(m, V V^T + diag(d)) at some places: a `Normal` of its marginals with a joint density.
 
     With S the covariance at the n places, `log_prob` gives
@@ -180,15 +180,15 @@ class LocalPosterior(OneShape, Normal):
         super().__init__(m.to(dtype), variance.sqrt().to(dtype), validate_args=False)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw jointly, of shape sample_shape + (L, n); differentiable in loc and scale."""
+        """Draw jointly, of shape sample_shape + batch shape; differentiable in loc and scale."""
         _, d, V = self._present
-        variance = self.scale.square()
-        noise = torch.randn(*sample_shape, len(V), V.shape[-1]).to(V)
+        variance, shape = self.scale.square(), torch.Size(sample_shape) + self.batch_shape
+        noise = torch.randn(*shape[:-1], V.shape[-1]).to(V)
         own = d.detach() + variance - variance.detach()  # d, as a function of the scale
         return draw_given(noise, self.loc, own, V).to(self.loc.dtype)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw jointly, of shape sample_shape + (L, n)."""
+        """Draw jointly, of shape sample_shape + batch shape."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -225,7 +225,7 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
 
     Returns
     -------
-    Tensor of shape (L, n), float64
+    Tensor of shape (L, n), float64, or of q's batch shape
         Terms of the places of q, which p must have as well. The sum over all N places is the
         divergence, and N / n times the sum over a uniform batch has it as its expectation.
         Differentiable in m, d and the mean of p.
@@ -242,7 +242,8 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
     d = take(diagonal, index).double()
     squares = residuals(p.factor, mean - p.loc[:, None].to(mean.device), index).square() + rough
     evenly = log_det(torch.linalg.cholesky(_capacitance(V, diagonal)))[:, None] / p.factor.N
-    return (precision * d + squares / variance - 1 + variance.log() - d.log() - evenly) / 2
+    terms = precision * d + squares / variance - 1 + variance.log() - d.log() - evenly
+    return (terms / 2).expand(q.batch_shape)
 
 
 def _capacitance(low_rank: Tensor, diagonal: Tensor) -> Tensor:
