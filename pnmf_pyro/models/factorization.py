@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -24,6 +25,8 @@ from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
 
+logger = logging.getLogger("pnmf_pyro")
+
 ALL = Batch()
 
 Likelihood = Callable[[PoissonFactors, Batch], Distribution]
@@ -36,7 +39,7 @@ def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(program)
     def run(self: PoissonFactorization, batch: Any = ALL) -> Tensor:
-        pyro.module(self.name, self)
+        self._register(trains_q=program.__name__ == "guide")
         return program(self, batch if isinstance(batch, Batch) else Batch(as_counts(batch)))
 
     return run
@@ -113,6 +116,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         super().__init__()
         self.name = f"factorization_{next(_numbers)}"
         self._statements: dict[str, dict] = {"params": {}, "constraints": {}}
+        self._may_warn = True
         self.observation = likelihood
         check_choice("loadings_mode", loadings_mode, POSITIVE_MODES)
         check_choice("mode", mode, MODES)
@@ -155,6 +159,20 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         self.name = f"factorization_{next(_numbers)}"
+        self._may_warn = True
+
+    def _register(self, trains_q: bool) -> None:
+        """Register the parameters in Pyro's store; say so where gradients leave q as it is."""
+        training, self.training = self.training, False  # or Pyro warns of each frozen parameter
+        pyro.module(self.name, self)
+        self.training = training
+        told = training and self._may_warn and torch.is_grad_enabled()
+        if trains_q and told and self.prior.natural and not self.prior.attended:
+            self._may_warn = False  # once is enough
+            logger.warning(
+                "q(F) is held in sites, which natural-gradient steps move and Pyro's optimisers do "
+                "not. For SVI make the prior with use_natural_gradients=False."
+            )
 
     @_registered
     def model(self, batch: Batch = ALL) -> Tensor:
@@ -203,12 +221,12 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         if inherit:
             outer = store.get_state()
             state = {kind: {**outer[kind], **state[kind]} for kind in state}  # type: ignore
-        training, self.training = self.training, False  # or Pyro warns of what is not trained
+        before, self._may_warn = self._may_warn, False
         try:
             with store.scope(state):  # type: ignore[arg-type]
                 yield
         finally:
-            self.training = training
+            self._may_warn = before
         if not inherit:
             mine = f"{self.name}$$$"
             self._statements = {

@@ -7,7 +7,9 @@ A = L_z^{-1} K_{zx}.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from pyro.distributions import Independent, Normal, TorchDistribution
@@ -16,20 +18,25 @@ from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.gp.cholesky import BLOCK
 
-
-class OneShape:
-    """A distribution that cannot be expanded to another batch shape."""
-
-    batch_shape: torch.Size
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> OneShape:
-        """Return self, for its own batch shape."""
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"a field of shape {tuple(self.batch_shape)} cannot be expanded.")
-        return self
+Field = TypeVar("Field", bound="Repeated")
 
 
-class FieldMarginals(OneShape, Normal):
+class Repeated:
+    """A distribution of a whole field, of which plates in front make independent repetitions.
+
+    `rsample` draws for each of the leading dimensions of the batch shape anew.
+    """
+
+    _batch_shape: torch.Size
+
+    def expand(self: Field, batch_shape: Sequence[int], _instance: object = None) -> Field:
+        """Return independent repetitions, with more dimensions in front of the batch shape."""
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+
+class FieldMarginals(Repeated, Normal):
     """Marginals of a field whose draws are joint.
 
     Parameters
@@ -46,9 +53,9 @@ class FieldMarginals(OneShape, Normal):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw jointly; differentiable in loc and scale as a draw from each marginal."""
-        shape = torch.Size(sample_shape)
+        shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            joint = self.draw(shape.numel()).reshape(*shape, *self.batch_shape)
+            joint = self.draw(shape[:-2].numel()).reshape(shape)
             standard = (joint.to(self.loc.dtype) - self.loc) / self.scale
         return self.loc + self.scale * standard
 
@@ -117,9 +124,19 @@ def _kl_given_inducing(q: FieldGivenInducing, p: FieldGivenInducing) -> Tensor:
 class WhitenedPrior(Independent):
     """N(0, I) over u, of event shape (L, M)."""
 
-    def __init__(self, L: int, M: int, device: torch.device | None = None):
-        zero = torch.zeros(L, M, dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        L: int,
+        M: int,
+        device: torch.device | None = None,
+        batch_shape: Sequence[int] = (),
+    ):
+        zero = torch.zeros(*batch_shape, L, M, dtype=torch.float64, device=device)
         super().__init__(Normal(zero, 1.0, validate_args=False), 2, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> WhitenedPrior:
+        """Return independent repetitions of u, of this batch shape."""
+        return WhitenedPrior(*self.event_shape, self.mean.device, batch_shape)
 
 
 def times(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Normal, TorchDistribution
 from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.distributions import constraints, register_kl
@@ -30,7 +30,7 @@ from torch.distributions import constraints, register_kl
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.gp.cholesky import log_det
 from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
-from pnmf_pyro.priors.fields import FieldMarginals
+from pnmf_pyro.priors.fields import Repeated
 
 
 class VecchiaNormal(TorchDistribution):
@@ -143,8 +143,15 @@ class VecchiaNormal(TorchDistribution):
         return torch.from_numpy(self.factor.variances).to(self.loc.device)
 
 
-class LocalPosterior(FieldMarginals):
-    """Marginals of N(m, V V^T + diag(d)) at some places.
+class LocalPosterior(Repeated, Normal):
+    r"""N(m, V V^T + diag(d)) at some places: a `Normal` of its marginals with a joint density.
+
+    With S the covariance at the n places, `log_prob` gives
+
+    .. math:: -\tfrac12 \left(\log 2 \pi d_i + r_i (S^{-1} r)_i
+        + \tfrac1n \log\det(I + V^T \mathrm{diag}(1 / d) V)\right), \qquad r = F - m,
+
+    at each place, whose sum is the log density of a component. Draws are joint as well.
 
     Parameters
     ----------
@@ -169,11 +176,30 @@ class LocalPosterior(FieldMarginals):
         self.moments, self.low_rank, self.index = (mean, diagonal), low_rank, index
         m, d, V = take(mean, index), take(diagonal, index), take(low_rank, index, dim=1)
         variance = d + V.double().square().sum(-1)
+        self._present = m, d, V
+        super().__init__(m.to(dtype), variance.sqrt().to(dtype), validate_args=False)
 
-        def draw(n: int) -> Tensor:
-            return draw_given(torch.randn(n, len(V), V.shape[-1]).to(V), m, d, V)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw jointly, of shape sample_shape + batch shape; differentiable in loc and scale."""
+        _, d, V = self._present
+        variance, shape = self.scale.square(), torch.Size(sample_shape) + self.batch_shape
+        noise = torch.randn(*shape[:-1], V.shape[-1]).to(V)
+        own = d.detach() + variance - variance.detach()  # d, as a function of the scale
+        return draw_given(noise, self.loc, own, V).to(self.loc.dtype)
 
-        super().__init__(m.to(dtype), variance.sqrt().to(dtype), draw)
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw jointly, of shape sample_shape + batch shape."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of each component, shared out over places, of shape (..., L, n)."""
+        m, d, V = (part.double() for part in self._present)
+        r, scaled = value - m, V / d[..., None]
+        tril = torch.linalg.cholesky(_capacitance(V, d))
+        known = torch.cholesky_solve(scaled.mT @ r[..., None], tril)
+        squares = r * (r / d - (scaled @ known)[..., 0])  # Woodbury
+        return -((2 * torch.pi * d).log() + squares + log_det(tril)[:, None] / d.shape[-1]) / 2
 
 
 def draw_given(noise: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor) -> Tensor:
@@ -181,15 +207,15 @@ def draw_given(noise: Tensor, mean: Tensor, diagonal: Tensor, low_rank: Tensor) 
 
     Parameters
     ----------
-    noise : Tensor of shape (E, L, R)
+    noise : Tensor of shape (..., L, R)
     mean, diagonal : Tensor of shape (L, n)
     low_rank : Tensor of shape (L, n, R)
 
     Returns
     -------
-    Tensor of shape (E, L, n)
+    Tensor of shape (..., L, n)
     """
-    smooth = torch.einsum("lnr,elr->eln", low_rank, noise)
+    smooth = torch.einsum("lnr,...lr->...ln", low_rank, noise)
     return mean + smooth + diagonal.sqrt() * torch.randn(smooth.shape).to(mean)
 
 
@@ -199,7 +225,7 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
 
     Returns
     -------
-    Tensor of shape (L, n), float64
+    Tensor of shape (L, n), float64, or of q's batch shape
         Terms of the places of q, which p must have as well. The sum over all N places is the
         divergence, and N / n times the sum over a uniform batch has it as its expectation.
         Differentiable in m, d and the mean of p.
@@ -215,15 +241,15 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
     )
     d = take(diagonal, index).double()
     squares = residuals(p.factor, mean - p.loc[:, None].to(mean.device), index).square() + rough
-    evenly = _capacitance_log_determinant(V, diagonal)[:, None] / p.factor.N
-    return (precision * d + squares / variance - 1 + variance.log() - d.log() - evenly) / 2
+    evenly = log_det(torch.linalg.cholesky(_capacitance(V, diagonal)))[:, None] / p.factor.N
+    terms = precision * d + squares / variance - 1 + variance.log() - d.log() - evenly
+    return (terms / 2).expand(q.batch_shape)
 
 
-def _capacitance_log_determinant(low_rank: Tensor, diagonal: Tensor) -> Tensor:
-    """Return log det(I + V^T diag(1 / d) V), (L,); no eigenvalue is below 1, so without jitter."""
+def _capacitance(low_rank: Tensor, diagonal: Tensor) -> Tensor:
+    """Return I + V^T diag(1 / d) V, (L, R, R); no eigenvalue is below 1, so without jitter."""
     scaled = low_rank.double() / diagonal.double().sqrt()[..., None]
-    capacitance = scaled.mT @ scaled + torch.eye(low_rank.shape[-1], device=scaled.device)
-    return log_det(torch.linalg.cholesky(capacitance))
+    return scaled.mT @ scaled + torch.eye(low_rank.shape[-1], device=scaled.device)
 
 
 def residuals(factor: VecchiaFactor, x: Tensor, index: Tensor | None = None) -> Tensor:

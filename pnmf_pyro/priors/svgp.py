@@ -227,7 +227,9 @@ class SVGP(Prior):
         return (level + (tril @ torch.randn_like(level)[..., None])[..., 0]).to(self.dtype)
 
     def _given(self, u: Tensor, index: Tensor | None) -> FieldGivenInducing:
-        """F at samples given u (..., L, M)."""
+        """F at samples given u (..., L, M), which plates may stand in front of."""
+        if u.ndim >= 4:  # the plates over components and samples, which u is not in
+            u = u.reshape(*u.shape[:-4], *u.shape[-2:])
         A, rest = self._design(index)
         scale = rest.sqrt().to(self.dtype).expand(self.L, -1)
         return FieldGivenInducing(

@@ -31,7 +31,7 @@ from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import put, take
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import inverse_diagonal, log_det, solve
-from pnmf_pyro.priors.fields import OneShape, WhitenedPrior, each, times, weighted_gram
+from pnmf_pyro.priors.fields import Repeated, WhitenedPrior, each, times, weighted_gram
 
 # Samples for each inducing point up to which the N x N form is the faster one: it takes 2/3 N^3
 # operations a step and component, the other 3 N M^2 + M^3.
@@ -43,7 +43,7 @@ FAINTEST = 1e-7
 Moments = tuple[Tensor, Tensor]
 
 
-class SiteNormal(OneShape, TorchDistribution, ABC):
+class SiteNormal(Repeated, TorchDistribution, ABC):
     """N(m, S) over u, of event shape (L, M), from the prior N(0, I) and sites.
 
     Everything is a value without gradient.
@@ -86,7 +86,7 @@ class SiteNormal(OneShape, TorchDistribution, ABC):
 
 @register_kl(SiteNormal, WhitenedPrior)
 def _kl_sites(q: SiteNormal, p: WhitenedPrior) -> Tensor:
-    return q.divergence()
+    return q.divergence().expand(q.batch_shape)
 
 
 class SpreadOverSamples:
@@ -163,11 +163,11 @@ class NormalOverSamples(SiteNormal):
 
     @torch.no_grad()
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw u, of shape sample_shape + (L, M).
+        """Draw u, of shape sample_shape + batch shape + (L, M).
 
         A draw of the prior, moved by what the sites say of it (Matheron's rule).
         """
-        shape = torch.Size(sample_shape)
+        shape = torch.Size(sample_shape) + self.batch_shape
         u = torch.randn(*shape, *self.event_shape).to(self.shift)
         noise = torch.randn(*shape, *self.shift.shape).to(self.shift)
         said = self.root.square() * times(self.A.mT, u) + self.root * noise
@@ -274,8 +274,8 @@ class NormalOverInducing(SiteNormal):
 
     @torch.no_grad()
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw u, of shape sample_shape + (L, M)."""
-        noise = torch.randn(*torch.Size(sample_shape), *self._mean.shape).to(self._mean)
+        """Draw u, of shape sample_shape + batch shape + (L, M)."""
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape))).to(self._mean)
         upper = self.spread.tril.mT
         return (
             self._mean + torch.linalg.solve_triangular(upper, noise[..., None], upper=True)[..., 0]
@@ -284,7 +284,7 @@ class NormalOverInducing(SiteNormal):
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of u."""
-        away = times(self.spread.tril, value - self._mean)
+        away = times(self.spread.tril.mT, value - self._mean)
         standard = Normal(0.0, 1.0).log_prob(away).sum((-2, -1))
         return standard + self.spread.log_det.sum() / 2
 
@@ -432,7 +432,7 @@ def _kl_whitened(q: Independent, p: WhitenedPrior) -> Tensor:
     scale = (
         base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
     )
-    return ((q.variance + q.mean.square() - 1) / 2 - scale.log()).sum()
+    return ((q.variance + q.mean.square() - 1) / 2 - scale.log()).sum((-2, -1))
 
 
 def marginals_of(q: TorchDistribution, A: Tensor) -> Moments:

@@ -20,7 +20,7 @@ from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.random_state import drawing_from
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
-from pnmf_pyro.priors.natural import Step
+from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.schedules import Schedule
 
@@ -107,6 +107,8 @@ def train(
     ------
     FloatingPointError
         If the ELBO is not finite at the very start.
+    ValueError
+        If natural-gradient steps are to be taken by an objective without `newton`.
 
     Warns
     -----
@@ -114,6 +116,7 @@ def train(
         If `max_iter` ended the fit while the ELBO still rose, and if the ELBO became NaN or
         infinite; the model is then left at the last state for which it was finite.
     """
+    _check_objective(objective, steps)
     convergence = convergence or Convergence(tol=0.0)
     result = TrainingResult([])
     checkpoint = _Checkpoint(model, monotone)
@@ -141,6 +144,14 @@ def train(
                 break
     _report(result, convergence, max_iter, warn)
     return result
+
+
+def _check_objective(objective: FactorizationELBO, steps: Steps) -> None:
+    if not objective.newton and any(isinstance(step, SiteSteps) for step, _ in steps):
+        raise ValueError(
+            "SiteSteps take the gradients of the expected log-likelihood alone; make the objective "
+            "with newton=True."
+        )
 
 
 @contextmanager

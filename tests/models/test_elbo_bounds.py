@@ -12,8 +12,9 @@ from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.poisson import PoissonFactors
-from pnmf_pyro.priors.natural import NaturalGradient
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.schedules import Constant
 from tests.support import dense as ref
 from tests.support.models import (
     PRIOR_SCALE,
@@ -125,9 +126,9 @@ def test_optimised_elbo_is_close_to_the_evidence(sized):
     problem = ref.Problem(X, problem.W, problem.mean, problem.scale, problem.s)
     model, batches = model_of(problem, natural=True), Batches(as_counts(X))
     model.W.freeze()
-    optimizers = [NaturalGradient(model.prior.natural_parameters())]
-    objective = FactorizationELBO("lower-bound")
-    train(model, batches, objective, optimizers, torch.Generator(), max_iter=60)
+    steps = [(SiteSteps(model.prior), Constant())]
+    objective = FactorizationELBO("lower-bound", newton=True)
+    train(model, batches, objective, steps, torch.Generator(), max_iter=60)
     elbo = evaluate_elbo(model, batches, objective, torch.Generator())
     gap = ref.log_evidence(problem, PRIOR_SCALE).sum() - elbo
     assert 0 < gap < 5 * 1 / 60

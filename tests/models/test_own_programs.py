@@ -193,7 +193,7 @@ class UniformGuide(PoissonFactorization):
     """q(F) uniform within 2 of its mean: a guide that is not normal."""
 
     def guide(self, batch: Batch = Batch()):  # noqa: B008
-        with self.prior.local_sites(batch, batch.plate(self.N)):
+        with self.prior.local_plates(batch, batch.plate(self.N)):
             mean = self.prior.marginal(batch.samples).mean
             return pyro.sample("F", dist.Uniform(mean - 2, mean + 2))
 

@@ -139,6 +139,51 @@ def test_repetitions_are_independent_draws():
         p.expand((5, 2, 1))
 
 
+# --- the posterior
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("index", [None, [7, 2, 11]])
+def test_density_of_the_posterior_is_that_of_the_dense_normal(index, rank):
+    """Joint over the places present, values and gradients."""
+    chosen = None if index is None else torch.tensor(index)
+    m, d, V = variational(12, rank)
+    q = LocalPosterior(m, d, V, chosen)
+    i = slice(None) if index is None else index
+    S = V.detach() @ V.detach().mT + torch.diag_embed(d)
+    exact = torch.distributions.MultivariateNormal(m[:, i], S[:, i][..., i])
+    value = torch.tensor(np.random.default_rng(0).normal(size=(4, *q.batch_shape)))
+    value.requires_grad_()
+    found, expected = q.log_prob(value), exact.log_prob(value)
+    assert found.shape == value.shape
+    torch.testing.assert_close(found.sum(-1), expected)
+    slopes = [torch.autograd.grad(density.sum(), (value, m, d)) for density in (found, expected)]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
+    alone = LocalPosterior(m, d, V, chosen, torch.float32).log_prob(value.float())
+    torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-4)
+
+
+def test_draws_of_the_posterior_and_their_gradients():
+    """E (sum_i F_i - m_i)^2 is the sum of S, whose slope in each d is 1: within 5 errors."""
+    m, d, V = variational(6)
+    S = dense_q(m, d, V)[1]
+    q = LocalPosterior(m, d, V)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = q.rsample((20_000,))
+    assert draws.shape == (20_000, 2, 6)
+    for l in range(2):
+        error = np.sqrt((S[l] ** 2 + np.outer(np.diag(S[l]), np.diag(S[l]))) / 20_000)
+        covariance = np.cov(draws[:, l].detach().numpy().T)
+        np.testing.assert_array_less(np.abs(covariance - S[l]), 5 * error)
+    squares = (draws - m.detach()).sum(-1).square()
+    slope = torch.autograd.grad(squares.mean(0).sum(), d)[0].numpy()
+    # The slope of one draw is (sum_j F_j) e_i / sqrt(d_i), of variance below S / d_i + 2.
+    error = np.sqrt((S.sum((1, 2))[:, None] / d.detach().numpy() + 2) / 20_000)
+    np.testing.assert_array_less(np.abs(slope - 1), 5 * error)
+
+
 # --- divergences
 
 

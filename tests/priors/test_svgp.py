@@ -11,16 +11,20 @@ from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import svgp_posterior as families
-from pnmf_pyro.priors.fields import NaturalNormal, WhitenedNormal, WhitenedPrior, weighted_gram
-from pnmf_pyro.priors.natural import EveryNth
+from pnmf_pyro.priors.fields import weighted_gram
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.loadings import ClosedFormLoadings
-from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.loop import evaluate_elbo
+from pnmf_pyro.training.schedules import GradientSteps
 from tests.support import dense_fields
+from tests.support.models import take_step
 from tests.support.svgp import (
     TIGHT,
     as_numpy,
     assigned,
+    covariance_of,
     dense_prior,
+    drawn_from,
     factorization,
     make_prior,
     observations,
@@ -49,7 +53,8 @@ def test_all_inducing_is_the_exact_gp(natural):
 def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
     """`VariationalSparseGP`, whitened, with the same q(u)."""
     prior = assigned(M=5, jitter=1e-6)
-    q = prior.distributions(None, None, None, True)[1]
+    q = drawn_from(prior.guide, prior)["u"]
+    covariance = covariance_of(q)
     new = scattered(6, seed=3)
     with torch.no_grad():
         found = prior.at(new).marginal()
@@ -68,7 +73,7 @@ def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
                 jitter=1e-6 * float(prior.kernel.sigma[l].square()),
             )
             gp.u_loc = torch.nn.Parameter(q.mean[l].clone())
-            gp.u_scale_tril = torch.linalg.cholesky(q.covariance_matrix[l])
+            gp.u_scale_tril = torch.linalg.cholesky(covariance[l])
             with torch.no_grad():
                 loc, variance = gp(new.coordinates)
         np.testing.assert_allclose(found.loc[l], loc + prior.mean[l], rtol=1e-6, atol=1e-7)
@@ -82,13 +87,13 @@ def test_marginals_and_divergence_are_those_of_pyros_sparse_gp():
 @pytest.mark.parametrize("cholesky_mode", ["exp", "softplus"])
 def test_divergence_of_each_family(family, cholesky_mode):
     prior = assigned(**{"M": 7, "cholesky_mode": cholesky_mode, **family})
-    q, p = prior.distributions(None, None, None, True)[1:]
+    q, p = drawn_from(prior.guide, prior)["u"], drawn_from(prior.model, prior)["u"]
     with torch.no_grad():
         found = float(torch.distributions.kl_divergence(q, p))
     expected = 0.0
     for l in range(prior.L):
-        if isinstance(q, WhitenedNormal):
-            m, S = q.mean[l], q.covariance_matrix[l]
+        if isinstance(q, families.SiteNormal):
+            m, S = q.mean[l], covariance_of(q)[l]
         elif isinstance(prior.q, families.DiagonalInducing):
             m, S = q.mean[l], torch.diag(q.variance[l])
         else:
@@ -96,36 +101,6 @@ def test_divergence_of_each_family(family, cholesky_mode):
         m, S = m.detach().numpy(), S.detach().numpy()
         expected += dense_fields.kl_joint(m, S, np.eye(len(m)))
     np.testing.assert_allclose(found, expected, rtol=1e-8)
-
-
-def test_natural_gradients_are_those_in_expectation_parameters():
-    """Against autograd in (m, S): d/dm1 = d/dm - 2 (d/dS) m and d/dm2 = d/dS."""
-    generator = torch.Generator().manual_seed(0)
-    L, M, n = 2, 4, 7
-    A = torch.randn(L, M, n, dtype=torch.float64, generator=generator)
-    root = torch.randn(L, M, M, dtype=torch.float64, generator=generator)
-    precision = root @ root.mT + 2 * torch.eye(M, dtype=torch.float64)
-    theta1 = torch.randn(L, M, dtype=torch.float64, generator=generator).requires_grad_()
-    theta2 = (-precision / 2).requires_grad_()
-
-    def loss(mean, variance):
-        return (mean.exp() * variance + 0.3 * variance.square() - 2 * mean).sum()
-
-    q = NaturalNormal(theta1, theta2)
-    value = loss(*q.marginals(A)) + torch.distributions.kl_divergence(q, WhitenedPrior(L, M))
-    value.backward()
-
-    S = torch.linalg.inv(precision).requires_grad_()
-    m = (S.detach() @ theta1.detach()[..., None])[..., 0].requires_grad_()
-    mean = (A.mT @ m[..., None])[..., 0]
-    variance = torch.einsum("lmn,lmk,lkn->ln", A, S, A)
-    trace = S.diagonal(dim1=-2, dim2=-1).sum()
-    dense_kl = (trace + m.square().sum() - L * M - torch.linalg.slogdet(S)[1].sum()) / 2
-    dense = loss(mean, variance) + dense_kl
-    dm, dS = torch.autograd.grad(dense, (m, S))
-    torch.testing.assert_close(value.detach(), dense.detach())
-    torch.testing.assert_close(theta1.grad, dm - 2 * (dS @ m[..., None])[..., 0].detach())
-    torch.testing.assert_close(theta2.grad, dS)
 
 
 def test_a_natural_step_of_size_one_is_the_closed_form():
@@ -137,29 +112,19 @@ def test_a_natural_step_of_size_one_is_the_closed_form():
     h = (q.loc + q.variance / 2).exp() * model.W.data.sum(0)[:, None]
     A, _ = prior._design(None)
     expected = torch.eye(6, dtype=torch.float64) + (A * h[:, None].detach()) @ A.mT
-    batches, objective = Batches(counts), FactorizationELBO("lower-bound")
-    train(
-        model,
-        batches,
-        objective,
-        [prior.natural_optimizer()],
-        torch_generator(0),
-        max_iter=1,
-        warn=False,
-    )
-    torch.testing.assert_close(-2 * prior.q.theta2.detach(), expected.detach())
+    take_step(model, Batch(counts), SiteSteps(prior))
+    found = torch.linalg.inv(covariance_of(prior._posterior()))
+    torch.testing.assert_close(found, expected.detach())
 
 
-@pytest.mark.parametrize("M", [30, 10])  # in sites, and in natural parameters
+@pytest.mark.parametrize("M", [30, 10])  # over samples, and over inducing points
 def test_steps_of_the_mean_between_those_of_the_covariance_lead_to_the_same_optimum(M):
     ends = []
     for apart in (1, 10):
         prior = assigned(N=30, M=M)
         model, counts = factorization(prior)
-        steps = prior.natural_optimizer()
-        if apart > 1:
-            steps = EveryNth(steps, apart, prior.seldom_moved())
-        objective = FactorizationELBO("lower-bound")
+        steps = SiteSteps(prior, every=apart)
+        objective = FactorizationELBO("lower-bound", newton=True)
         history = trained(model, counts, objective, [steps], 600, monotone=True).history
         assert (np.diff(history) >= -1e-6 * abs(history[0])).all()
         ends.append(history[-1])
@@ -169,11 +134,11 @@ def test_steps_of_the_mean_between_those_of_the_covariance_lead_to_the_same_opti
 def test_a_step_of_the_mean_factorises_nothing(monkeypatch):
     prior = assigned(N=30, M=10)
     model, counts = factorization(prior)
-    steps = EveryNth(prior.natural_optimizer(), 1000, prior.seldom_moved())
+    steps = SiteSteps(prior, every=1000)
     made = []
     cholesky = torch.linalg.cholesky
     monkeypatch.setattr(torch.linalg, "cholesky", lambda *a: (made.append(1), cholesky(*a))[1])
-    trained(model, counts, FactorizationELBO("lower-bound"), [steps], 20)
+    trained(model, counts, FactorizationELBO("lower-bound", newton=True), [steps], 20)
     assert len(made) <= 2
 
 
@@ -188,9 +153,9 @@ def test_weighted_gram():
 def test_elbo_never_falls_in_monotone_training(M):
     prior = assigned(N=20, M=M)
     model, counts = factorization(prior)
-    optimizers = [prior.natural_optimizer(), ClosedFormLoadings(model.W, model.expected_totals)]
-    objective = FactorizationELBO("lower-bound")
-    result = trained(model, counts, objective, optimizers, 40, monotone=True)
+    steps = [SiteSteps(prior), ClosedFormLoadings(model.W, model.expected_totals)]
+    objective = FactorizationELBO("lower-bound", newton=True)
+    result = trained(model, counts, objective, steps, 40, monotone=True)
     rises = np.diff(result.history)
     assert (rises >= -1e-7 * abs(result.history[-1])).all()
     assert result.history[-1] > result.history[0] + 1
@@ -202,11 +167,12 @@ def test_standard_training_comes_near_natural_training(settings):
     objective = FactorizationELBO("lower-bound")
     best, counts = factorization(assigned(N=12, M=4))
     best.W.freeze()
-    trained(best, counts, objective, [best.prior.natural_optimizer()], 200, monotone=True)
+    natural = FactorizationELBO("lower-bound", newton=True)
+    trained(best, counts, natural, [SiteSteps(best.prior)], 200, monotone=True)
     model, _ = factorization(assigned(N=12, M=4, natural=False, **settings))
     model.W.assign(best.W.data.detach())
     model.W.freeze()
-    adam = torch.optim.Adam(model.prior.parameters(), lr=0.05)
+    adam = GradientSteps(torch.optim.Adam(model.prior.parameters(), lr=0.05))
     trained(model, counts, objective, [adam], 200)
     reached, optimum = (
         evaluate_elbo(one, Batches(counts), objective, torch_generator(0)) for one in (model, best)
@@ -224,7 +190,7 @@ def test_natural_steps_raise_the_bound_of_noisy_modes(mode):
         model, counts = factorization(assigned(N=12, M=4), mode=name)
         model.W.freeze()
         objective = FactorizationELBO(name, 5, newton=True)
-        steps = [model.prior.natural_optimizer()]
+        steps = [SiteSteps(model.prior)]
         trained(model, counts, objective, steps, 150, monotone=name == "lower-bound")
         reached[name] = evaluate_elbo(model, Batches(counts), final, torch_generator(0))
     assert reached[mode] > reached["lower-bound"] + 0.5
@@ -255,22 +221,38 @@ def test_draws_are_joint():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         draws = prior.draws(40_000)(None)[:, 0]
-        from_marginal = prior.marginal().rsample(torch.Size([40_000]))[:, 0].detach()
+        from_marginal = prior.marginal().sample(torch.Size([40_000]))[:, 0]
         elsewhere = prior.at(prior.places).draws(40_000)(None)[:, 0]
     for one in (draws, from_marginal, elsewhere):
         # standard error of a covariance: at most 2 var / sqrt(n), so 5 of them
         np.testing.assert_allclose(np.cov(one.numpy().T), expected, atol=10 * expected.max() / 200)
 
 
-def test_the_guides_field_gives_any_number_of_draws():
-    prior = assigned(N=6, L=2)
-    model, _ = factorization(prior, D=2)
-    with torch.no_grad():
-        trace = pyro.poutine.trace(model.guide).get_trace()
-        drawn = trace.nodes["F"]["fn"].sample((3,))
-    assert drawn.shape == (3, 2, 6)
-    # given u, all that is left at an inducing point is the jitter
-    torch.testing.assert_close(drawn[0], trace.nodes["F"]["value"], atol=1e-3, rtol=0)
+def test_the_guide_draws_f_given_u():
+    """Its F has the density of the model's F given the same u, and q(F) for its marginal."""
+    prior = assigned(N=6, M=3)
+    index = torch.tensor([4, 5, 3])  # none an inducing point
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        batch = Batch(samples=index)
+        plate = batch.plate(6)
+        guide = pyro.poutine.trace(prior.guide).get_trace(batch, plate)
+        replayed = pyro.poutine.replay(prior.model, trace=guide)
+        model = pyro.poutine.trace(replayed).get_trace(batch, plate)
+    u, F = guide.nodes["u"]["value"], guide.nodes["F"]["value"]
+    x, z = as_numpy(prior.places)[0][index], as_numpy(prior.inducing)[0]
+    for l in range(2):
+        Kzz, Kzx = dense_prior(prior, l, z, z), dense_prior(prior, l, z, x)
+        A = np.linalg.solve(np.linalg.cholesky(Kzz), Kzx)
+        mean = float(prior.mean[l]) + A.T @ u[l].numpy()
+        variance = 1.3**2 - (A**2).sum(0)
+        density = -0.5 * (np.log(2 * np.pi * variance) + (F[l].numpy() - mean) ** 2 / variance)
+        for trace in (guide, model):
+            found = trace.nodes["F"]["fn"].log_prob(F)[l]
+            np.testing.assert_allclose(found, density, rtol=1e-7)
+    marginal = guide.nodes["F"]["infer"]["marginal"]
+    torch.testing.assert_close(marginal.loc, prior.marginal(index).loc)
+    torch.testing.assert_close(marginal.scale, prior.marginal(index).scale)
 
 
 def test_prior_draws_have_the_kernels_covariance():
@@ -297,7 +279,7 @@ def test_float32_fields_are_near_float64_ones():
     torch.testing.assert_close(b.loc.double(), a.loc, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("M", [12, 5])  # in sites, and in natural parameters
+@pytest.mark.parametrize("M", [12, 5])  # over samples, and over inducing points
 def test_restoring_the_spread_keeps_means_and_takes_sites_at_their_weight(M):
     """q after training with weight k is prior + w / k; then it is prior + w."""
     weight = 0.4
@@ -318,5 +300,6 @@ def test_restoring_the_spread_keeps_means_and_takes_sites_at_their_weight(M):
 
 
 def test_only_sites_have_a_spread_to_restore():
-    with pytest.raises(ValueError, match="restore_spread needs"):
-        make_prior(natural=False).restore_spread(0.5)
+    for prior in (make_prior(natural=False), make_prior(diagonal_only=True)):
+        with pytest.raises(ValueError, match="use_natural_gradients=True"):
+            prior.restore_spread(0.5)

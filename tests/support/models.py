@@ -19,6 +19,9 @@ from pnmf_pyro.estimator.anndata_bridge import add_results
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.priors.natural import SiteSteps, Step
+from pnmf_pyro.training.loop import Steps
+from pnmf_pyro.training.schedules import Constant, GradientSteps
 from tests.support import dense as ref
 from tests.support.state import drawing
 
@@ -121,6 +124,25 @@ def elbo_and_gradients(model: PoissonFactorization, batches: list[tuple[float, B
         terms = terms_of(model, batch)
         total = total + weight * (terms["log_likelihood"] - terms["kl"])
     return total.detach(), torch.autograd.grad(total, parameters)
+
+
+def take_step(
+    model: PoissonFactorization, batch: Batch, step: Step, mode: str = "lower-bound"
+) -> float:
+    """Take a step from the gradients of a batch; return the loss before it."""
+    step.start()
+    model.zero_grad()
+    objective = FactorizationELBO(mode, newton=isinstance(step, SiteSteps))
+    loss = objective.loss_and_grads(model.model, model.guide, batch)
+    step.prepare(batch)
+    step.step()
+    step.close()
+    return loss
+
+
+def by_adam(model: PoissonFactorization, lr: float = 0.01) -> Steps:
+    """Train all parameters by Adam."""
+    return [(GradientSteps(torch.optim.Adam(model.parameters(), lr)), Constant())]
 
 
 def blocks_of(batches: Batches, n: int, d: int) -> list[Batch]:

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+from pyro import poutine
 
-from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import torch_generator
@@ -11,7 +12,7 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import SVGP
 from pnmf_pyro.training.loop import train
-from pnmf_pyro.training.schedules import Decreasing
+from pnmf_pyro.training.schedules import Constant, Decreasing
 from tests.support import dense_fields
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-9}
@@ -68,17 +69,34 @@ def factorization(prior, D=15, seed=0, **settings):
     return model, as_counts(X)
 
 
-def trained(model, counts, objective, optimizers, max_iter, monotone=False):
-    schedules = None if monotone else [Decreasing()] * len(optimizers)
-    generator = torch_generator(0)
+def trained(model, counts, objective, steps, max_iter, monotone=False):
+    """Train; by natural-gradient steps that shrink where draws make them noisy."""
+    noisy = objective.newton and objective.mode != "lower-bound"
+    schedule = Decreasing() if noisy else Constant()
     return train(
         model,
         Batches(counts),
         objective,
-        optimizers,
-        generator,
+        [(step, schedule) for step in steps],
+        torch_generator(0),
         max_iter=max_iter,
         monotone=monotone,
-        schedules=schedules if objective.newton else None,
         warn=False,
     )
+
+
+def drawn_from(program, prior, index=None):
+    """Distributions of the latent sample statements of a program of a prior, by name."""
+    batch = Batch(samples=index)
+    trace = poutine.trace(program).get_trace(batch, batch.plate(prior.N))
+    return {name: trace.nodes[name]["fn"] for name in ("u", "F") if name in trace.nodes}
+
+
+def covariance_of(q):
+    """Covariance of q(u), (L, M, M), from the variances of u_i and u_i + u_j."""
+    L, M = q.event_shape
+    unit = torch.eye(M, dtype=torch.float64)
+    sums = (unit[:, :, None] + unit[:, None, :]).reshape(1, M, M * M).expand(L, -1, -1)
+    _, variance = q.marginals(sums)
+    both, own = variance.reshape(L, M, M), variance.reshape(L, M, M).diagonal(dim1=1, dim2=2) / 4
+    return (both - own[:, :, None] - own[:, None, :]) / 2

@@ -12,7 +12,7 @@ from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import train
 from tests.support import dense as ref
-from tests.support.models import model_of
+from tests.support.models import by_adam, model_of
 from tests.support.state import global_state
 
 
@@ -24,11 +24,11 @@ def test_training_moves_no_global_state(mode, users_parameter, validation, batch
     model = model_of(problem, mode)
     generator = torch.Generator().manual_seed(0)
     batches = Batches(as_counts(problem.X), batch_size, shuffle=True, generator=generator)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    steps = by_adam(model)
     with pyro.validation_enabled(validation):
         before = global_state()
         first = model.W.numpy()
-        result = train(model, batches, FactorizationELBO(mode), [optimizer], generator, max_iter=5)
+        result = train(model, batches, FactorizationELBO(mode), steps, generator, max_iter=5)
         assert global_state() == before
     assert len(result.history) == 5
     assert (model.W.numpy() != first).any()
@@ -42,9 +42,8 @@ def test_training_repeats_with_its_generator(mode):
         model = model_of(problem, mode)
         generator = torch.Generator().manual_seed(seed)
         batches = Batches(as_counts(problem.X), 4, shuffle=True, generator=generator)
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
         objective = FactorizationELBO(mode)
-        result = train(model, batches, objective, [optimizer], generator, max_iter=6)
+        result = train(model, batches, objective, by_adam(model), generator, max_iter=6)
         return result.history, model.W.numpy()
 
     (history, W), (again, W_again), (other, _) = fit(0), fit(0), fit(1)
@@ -59,13 +58,12 @@ def test_a_failed_fit_leaves_the_global_state_as_well(users_parameter):
     with torch.no_grad():
         model.prior.mean[0, 0] = float("nan")
     before = global_state()
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     with pytest.raises(FloatingPointError, match=r"at its first step: .*mean is the first"):
         train(
             model,
             Batches(as_counts(problem.X)),
             FactorizationELBO("expanded"),
-            [optimizer],
+            by_adam(model),
             torch.Generator(),
             max_iter=3,
         )

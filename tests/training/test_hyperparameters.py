@@ -6,12 +6,19 @@ import torch
 from scipy.stats import poisson
 
 from pnmf_pyro import PNMF
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.estimator.stages import LearnHyperparameters, Settle, WarmUp
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import SVGP
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch, predict_without, sites
+from pnmf_pyro.training.loop import train
+from pnmf_pyro.training.schedules import Constant
 from pnmf_pyro.transforms import get_factors
 from tests.support import dense_fields
 from tests.support.data import tissue
@@ -74,11 +81,6 @@ def test_leave_one_out_is_near_a_refit_without_the_sample(data):
 
 
 def refit_given_loadings(X, x, W):
-    from pnmf_pyro.data.batches import Batches
-    from pnmf_pyro.data.random_state import torch_generator
-    from pnmf_pyro.models.elbo import FactorizationELBO
-    from pnmf_pyro.training.loop import train
-
     places = Places(torch.from_numpy(x))
     kernel = SpatialKernel("Matern32", 0.4, 1.0)
     prior = SVGP(kernel, places, places, 2, use_natural_gradients=True, dtype=torch.float64)
@@ -89,8 +91,8 @@ def refit_given_loadings(X, x, W):
     train(
         module,
         Batches(as_counts(X)),
-        FactorizationELBO("lower-bound"),
-        [prior.natural_optimizer()],
+        FactorizationELBO("lower-bound", newton=True),
+        [(SiteSteps(prior), Constant())],
         torch_generator(0),
         max_iter=60,
         monotone=True,
@@ -99,18 +101,16 @@ def refit_given_loadings(X, x, W):
     return prior
 
 
+def learning(*names, criterion="leave-one-out"):
+    """Settings of a fit that learns hyperparameters from factors that know no space."""
+    stages = [WarmUp(), LearnHyperparameters(criterion), Settle()]
+    return {"learn": names, "stages": stages, "scale_pf": "auto", "max_iter": 120}
+
+
 @pytest.mark.parametrize("criterion", ["leave-one-out", "elbo"])
 def test_learning_finds_better_hyperparameters(data, criterion):
     X, x, *_ = tissue(N=120)
-    fit = fitted_in_space(
-        (X, x),
-        train_lengthscale=True,
-        train_sigma=True,
-        warm_up=True,
-        scale_pf="auto",
-        max_iter=100,
-        criterion=criterion,
-    )
+    fit = fitted_in_space((X, x), **learning("lengthscale", "sigma", criterion=criterion))
     kernel = fit.model_.prior.kernel
     assert kernel.lengthscale.shape == (2,)
     assert ((kernel.lengthscale > 0.4 / 4) & (kernel.lengthscale < 0.4 * 4)).all()
@@ -122,9 +122,6 @@ def test_learning_finds_better_hyperparameters(data, criterion):
     assert profile.argmin() == 1
 
 
-CHOOSING = {"train_lengthscale": True, "train_sigma": True, "warm_up": True, "scale_pf": "auto"}
-
-
 @pytest.mark.parametrize("criterion", ["leave-one-out", "elbo"])
 @pytest.mark.parametrize(
     ("kernel", "names"), [("Matern12", ("RBF", "Matern12")), ("RBF", ("Matern12", "RBF"))]
@@ -133,9 +130,10 @@ def test_of_several_kernels_the_one_that_suits_the_fields_is_chosen(
     kernel, names, criterion, tmp_path
 ):
     data = tissue(N=150, kernel=kernel)
-    fit = fitted_in_space(data, kernel=names, criterion=criterion, **CHOOSING)
+    settings = learning("lengthscale", "sigma", criterion=criterion)
+    fit = fitted_in_space(data, kernel=names, **settings)
     assert fit.kernel_ == kernel
-    alone = fitted_in_space(data, kernel=kernel, criterion=criterion, **CHOOSING)
+    alone = fitted_in_space(data, kernel=kernel, **settings)
     np.testing.assert_array_equal(get_factors(fit), get_factors(alone))
     fit.save(tmp_path / "model.npz")
     loaded, new = PNMF.load(tmp_path / "model.npz"), data[1][:5] + 0.01
@@ -183,14 +181,7 @@ def test_kernels_must_be_named(data, kernel):
 
 def test_learned_group_difference_tells_shared_from_separate_fields():
     X, x, labels, *_ = tissue(N=120, groups=2)
-    settings = {
-        **STEPS,
-        "multigroup": True,
-        "train_lengthscale": True,
-        "train_group_diff_param": True,
-        "warm_up": True,
-        "max_iter": 60,
-    }
+    settings = {**STEPS, "multigroup": True, **learning("lengthscale", "group_diff_param")}
     shared = PNMF(2, **settings).fit(X, coordinates=x, groups=labels)
     flipped = x.copy()
     flipped[labels == "b"] = 1 - flipped[labels == "b"]  # the second slice is not aligned

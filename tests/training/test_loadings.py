@@ -19,20 +19,21 @@ from tests.support.models import PRIOR_SCALE, double, model_of, prior_of, update
 def closed_form(
     problem: ref.Problem, batch: Batch, lr: float = 1.0
 ) -> tuple[PoissonFactorization, ClosedFormLoadings]:
-    """A model with the gradients of a batch, and an optimiser that has taken note of them."""
+    """A model with the gradients of a batch, and a step that has taken note of them."""
     model = model_of(problem, "lower-bound", "multiplicative")
     # A unit that differs between features: the step must not depend on it.
     model.W.set_unit(double(np.linspace(0.1, 3, len(problem.W)))[:, None])
-    optimizer = ClosedFormLoadings(model.W, model.expected_totals, lr)
+    step = ClosedFormLoadings(model.W, model.expected_totals)
+    step.lr = lr
     FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, batch)
-    optimizer.prepare(batch)
-    return model, optimizer
+    step.prepare(batch)
+    return model, step
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.25])
 def test_closed_form_loadings_are_the_multiplicative_update(problem, lr):
-    model, optimizer = closed_form(problem, Batch(as_counts(sp.csr_matrix(problem.X))), lr)
-    optimizer.step()
+    model, step = closed_form(problem, Batch(as_counts(sp.csr_matrix(problem.X))), lr)
+    step.step()
     _, fields, expected = update_terms(problem, "lower-bound")
     twin = ref.multiplicative_update(problem.X, problem.W, fields, expected, problem.s)
     new = (1 - lr) * problem.W + lr * twin
@@ -41,9 +42,9 @@ def test_closed_form_loadings_are_the_multiplicative_update(problem, lr):
 
 def test_closed_form_loadings_see_the_q_that_has_moved(problem):
     """Expected counts are those of the gradient, totals those of q as it is when W moves."""
-    model, optimizer = closed_form(problem, Batch(as_counts(problem.X)))
+    model, step = closed_form(problem, Batch(as_counts(problem.X)))
     model.prior.assign(double(problem.mean + 0.3), double(problem.scale))
-    optimizer.step()
+    step.step()
     _, fields, expected = update_terms(problem, "lower-bound")
     twin = ref.multiplicative_update(
         problem.X, problem.W, fields, expected * np.exp(0.3), problem.s
@@ -56,8 +57,8 @@ def test_closed_form_loadings_of_a_batch(problem, scale_ll_D):
     """Both sums are over the samples of the batch; other features stay."""
     i, j = torch.tensor([5, 1, 6, 4]), torch.tensor([2, 5])
     batch = Batches(as_counts(problem.X), scale_ll_D=scale_ll_D).batch(i, j)
-    model, optimizer = closed_form(problem, batch)
-    optimizer.step()
+    model, step = closed_form(problem, batch)
+    step.step()
     _, fields, expected = update_terms(problem, "lower-bound")
     s = None if problem.s is None else problem.s[i]
     twin = ref.multiplicative_update(
@@ -71,27 +72,27 @@ def test_closed_form_loadings_of_a_batch(problem, scale_ll_D):
 def test_shrunk_loadings_are_posterior_means(problem):
     counts = Batch(as_counts(sp.csr_matrix(problem.X)))
     model, _ = closed_form(problem, counts)
-    optimizer = ShrunkLoadings(model.W, model.expected_totals)
-    optimizer.prepare(counts)
-    optimizer.step()
+    step = ShrunkLoadings(model.W, model.expected_totals)
+    step.prepare(counts)
+    step.step()
     _, fields, expected = update_terms(problem, "lower-bound")
     R = ref.expected_counts(problem.X, problem.W, fields)
-    assert optimizer.shape == pytest.approx(ref.shape_by_moments(R), rel=1e-9)
+    assert step.shape == pytest.approx(ref.shape_by_moments(R), rel=1e-9)
     exposure = (expected if problem.s is None else problem.s * expected).sum(1)
-    twin = ref.posterior_mean_loadings(R, exposure, optimizer.shape)
+    twin = ref.posterior_mean_loadings(R, exposure, step.shape)
     np.testing.assert_allclose(model.W.numpy(), twin, rtol=1e-4, atol=1e-12)
 
 
 def test_the_shape_is_that_before_shrinking_and_finite_without_contrast(problem):
     counts = Batch(as_counts(problem.X))
     model, _ = closed_form(problem, counts)
-    optimizer = ShrunkLoadings(model.W, model.expected_totals)
-    optimizer.prepare(counts)
-    shape = optimizer.shape
-    optimizer.step()
+    step = ShrunkLoadings(model.W, model.expected_totals)
+    step.prepare(counts)
+    shape = step.shape
+    step.step()
     FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, counts)
-    optimizer.prepare(counts)
-    assert optimizer.shape == shape
+    step.prepare(counts)
+    assert step.shape == shape
     model.W.assign(torch.ones_like(model.W.data))
     model.zero_grad()
     FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, counts)
@@ -117,9 +118,10 @@ def test_expected_totals(problem, index):
 def test_closed_form_scale_minimises_the_divergence(problem, natural, index, lr):
     """scale^2 = mean of mu^2 + sigma^2 over the samples of the batch, or part of the way to it."""
     prior = prior_of(problem, natural)
-    optimizer = ClosedFormScale(prior, lr)
-    optimizer.prepare(Batch(samples=None if index is None else torch.tensor(index)))
-    optimizer.step()
+    step = ClosedFormScale(prior)
+    step.lr = lr
+    step.prepare(Batch(samples=None if index is None else torch.tensor(index)))
+    step.step()
     scale = float(prior.scale_pf)
     i = slice(None) if index is None else index
     mean, sigma = problem.mean[:, i], problem.scale[:, i]

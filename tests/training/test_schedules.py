@@ -6,19 +6,43 @@ import numpy as np
 import pytest
 import torch
 
-from pnmf_pyro.training.schedules import Constant, Decreasing, OneCycle, Plateau
+from pnmf_pyro.priors.natural import Step
+from pnmf_pyro.training.schedules import Constant, Decreasing, GradientSteps, OneCycle, Plateau
 
 
 def learning_rates(schedule, elbos: list[float], lr: float = 0.2) -> list[float]:
     """The learning rate of each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    adjust = schedule.attach(optimizer, len(elbos))
+    steps = GradientSteps(optimizer)
+    adjust = schedule.attach(steps, len(elbos))
     rates = []
     for elbo in elbos:
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        assert steps.lr == pytest.approx(rates[-1] / lr)
+        steps.step()
         adjust(elbo)
     return rates
+
+
+@pytest.mark.parametrize("schedule", [Constant(), Decreasing(start=0.3), OneCycle()])
+def test_the_size_of_any_step_is_the_factor_on_a_learning_rate(schedule):
+    class Counted(Step):
+        def step(self) -> None:
+            pass
+
+    step, sizes = Counted(), []
+    adjust = schedule.attach(step, 12)
+    for _ in range(12):
+        sizes.append(step.lr)
+        adjust(0.0)
+    np.testing.assert_allclose(sizes, np.array(learning_rates(schedule, [0.0] * 12)) / 0.2)
+
+
+def test_each_group_of_an_optimizer_keeps_its_own_learning_rate():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.2, 0.5)]
+    steps = GradientSteps(torch.optim.SGD(groups))
+    steps.lr = 0.1
+    assert [group["lr"] for group in steps.optimizer.param_groups] == pytest.approx([0.02, 0.05])
 
 
 @pytest.mark.parametrize("pct_start", [0.1, 0.3, 0.5])

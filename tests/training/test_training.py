@@ -11,16 +11,20 @@ from threadpoolctl import ThreadpoolController
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.data.batches import Batch, Batches
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.priors import GaussianPrior, fields
-from pnmf_pyro.priors.natural import ClosedForm, Descent, EveryNth, Still
+from pnmf_pyro.priors import LCGP, GaussianPrior, svgp_posterior
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training import loop as training
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.schedules import Constant
+from tests.support.data import tissue
+from tests.support.models import by_adam, take_step
+from tests.support.svgp import assigned, factorization, make_prior, scattered
 
 
 def steps_until_reached(convergence, values):
@@ -95,14 +99,14 @@ def problem(counts):
 
 
 def test_a_covariance_that_cannot_be_factorised_ends_a_fit_without_loss():
-    """A precision of q(u) that loses its sign during a step, as too long steps can make it."""
+    """Sites of negative precision, so that S^-1 is not positive definite."""
     random = np.random.default_rng(0)
     X, x = random.poisson(3, size=(30, 8)), random.uniform(size=(30, 2))
 
     def break_it(model, iteration, elbo):
         if iteration == 5:
             with torch.no_grad():
-                model.model_.prior.q.theta2.neg_()
+                model.model_.prior.q.site_precision.fill_(-1.0)
 
     model = PNMF(
         2,
@@ -123,9 +127,8 @@ def test_a_fit_from_nan_says_what_is_not_finite(problem):
     model, batches, objective = problem
     with torch.no_grad():
         model.prior.mean[0, 0] = torch.nan
-    optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(FloatingPointError, match=r"prior\.q\.mean is the first"):
-        train(model, batches, objective, [optimizer], torch_generator(0), max_iter=3)
+        train(model, batches, objective, by_adam(model), torch_generator(0), max_iter=3)
 
 
 def test_the_last_finite_state_is_restored(problem):
@@ -141,13 +144,12 @@ def test_the_last_finite_state_is_restored(problem):
                 model.W.raw[2, 1] = torch.inf
                 model.prior.scale_pf.fill_(9.0)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with pytest.warns(ConvergenceWarning, match=r"iteration 6 the ELBO is nan; W\._raw is"):
         result = train(
             model,
             batches,
             objective,
-            [optimizer],
+            by_adam(model),
             torch_generator(0),
             max_iter=20,
             on_step=poison,
@@ -167,72 +169,66 @@ def test_elbo_of_all_data_is_the_same_in_one_batch_or_many(problem):
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_every_nth_step_is_taken_at_the_learning_rate_of_its_schedule():
-    x, y = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    steps = EveryNth(torch.optim.SGD([x, y], lr=1.0), 3, [x])
-    seen = []
-    for turn in range(7):
-        steps.param_groups[0]["lr"] = 10.0**turn
-        (-x - y).backward()
-        steps.step()
-        y.grad = None
-        seen.append((float(x.detach()), float(y.detach())))
-    assert [x for x, _ in seen] == [1, 1, 1, 1001, 1001, 1001, 1001001]
-    assert [y for _, y in seen] == [1, 11, 111, 1111, 11111, 111111, 1111111]
+def of_two_kinds():
+    """An SVGP, whose mean moves at little cost, and an LCGP, whose mean costs a solve."""
+    places = scattered(12)
+    local = LCGP(
+        make_prior(places=places).kernel, places, 2, K=8, use_natural_gradients=True,
+        dtype=torch.float64,
+    )  # fmt: skip
+    return [(assigned(M=5), True), (local, False)]
 
 
-def test_every_nth_takes_gradients_only_where_it_steps():
-    x = torch.nn.Parameter(torch.zeros(1))
-    steps = EveryNth(torch.optim.SGD([x], lr=1.0), 3, [x])
-    seen = []
+@pytest.mark.parametrize(("prior", "mean_moves"), of_two_kinds(), ids=["SVGP", "LCGP"])
+def test_the_covariance_moves_at_the_first_of_every_few_steps(prior, mean_moves):
+    model, counts = factorization(prior)
+    batch = Batches(counts).batch(None, None)
+    steps, moved = SiteSteps(prior, every=3), []
     for _ in range(7):
-        seen.append(x.requires_grad)
-        steps.step()
-    assert seen == [True, False, False] * 2 + [True]
-    steps.close()
-    assert x.requires_grad
+        before = [t.clone() for t in prior.sites()[:2]]
+        steps.lr = 0.5
+        take_step(model, batch, steps)
+        moved.append([not torch.equal(*pair) for pair in zip(before, prior.sites(), strict=False)])
+    assert [precision for precision, _ in moved] == [True, False, False] * 2 + [True]
+    assert [shift for _, shift in moved] == [n % 3 == 0 or mean_moves for n in range(7)]
 
 
-def test_a_spatial_fit_takes_gradients_of_q_at_its_steps_and_leaves_it_trainable(monkeypatch):
-    random = np.random.default_rng(0)
-    X, x = random.poisson(3, size=(60, 8)), random.uniform(size=(60, 2))
+def test_a_step_in_between_has_the_size_of_its_schedule():
+    """With the covariance given, steps of size 1/2 go half of the way of whole ones."""
+    ends = []
+    for size in (0.5, 1.0):
+        prior = assigned(M=5)
+        model, counts = factorization(prior)
+        steps = SiteSteps(prior, every=3)
+        steps.turn, steps.lr = 1, size
+        before = prior._posterior().mean.clone()
+        take_step(model, Batches(counts).batch(None, None), steps)
+        ends.append(prior._posterior().mean - before)
+    torch.testing.assert_close(ends[0], ends[1] / 2)
+    assert float(ends[0].abs().max()) > 1e-3
+
+
+def test_a_spatial_fit_moves_the_covariance_seldom_and_leaves_nothing_under_way(monkeypatch):
+    X, x, *_ = tissue()
     made = []
-    gram = fields.weighted_gram
-    monkeypatch.setattr(fields, "weighted_gram", lambda *a: (made.append(1), gram(*a))[1])
+    gram = svgp_posterior.weighted_gram
+    monkeypatch.setattr(svgp_posterior, "weighted_gram", lambda *a: (made.append(1), gram(*a))[1])
     settings = {"num_inducing": 20, "train_lengthscale": False, "local": False}
     model = pnmf_pyro.fit(X, x, n_components=2, **settings)
     assert 0 < len(made) < model.n_iter_ / 2
-    assert all(parameter.requires_grad for parameter in model.model_.prior.q.parameters())
+    prior = model.model_.prior
+    assert not prior.attended
+    assert prior.watched is None
+    assert all(parameter.grad is None for parameter in model.model_.parameters())
 
 
-def test_every_nth_tells_the_optimizer_of_the_batch():
-    inner = ClosedForm([torch.nn.Parameter(torch.zeros(1))], {})
-    batch = Batch(samples=torch.arange(2))
-    EveryNth(inner, 2, []).prepare(batch)
-    assert inner.batch is batch
-
-
-def test_still_parameters_stay_and_can_be_trained_afterwards():
-    x = torch.nn.Parameter(torch.ones(2))
-    steps = Still([x])
-    x.sum().backward()
-    steps.step()
-    assert torch.equal(x.detach(), torch.ones(2))
-    assert x.grad is None
-    assert not x.requires_grad
-    steps.close()
-    assert x.requires_grad
-
-
-def test_descent_is_that_of_torch():
-    x, y, z = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    for parameter, steps in ((x, Descent([x, z], lr=0.3)), (y, torch.optim.SGD([y], lr=0.3))):
-        for _ in range(3):
-            parameter.grad = None
-            parameter.square().sum().backward()
-            steps.step()
-    torch.testing.assert_close(x, y)
-    assert torch.equal(z.detach(), torch.ones(2))  # without a gradient
+def test_site_steps_need_the_gradients_of_the_likelihood_alone(counts):
+    y = torch.from_numpy(counts.T)
+    prior = GaussianPrior(y, 3, use_natural_gradients=True)
+    model = PoissonFactorization(prior, y, 3, random_state=0)
+    batches, steps = Batches(as_counts(counts)), [(SiteSteps(prior), Constant())]
+    with pytest.raises(ValueError, match="newton=True"):
+        train(model, batches, FactorizationELBO(), steps, torch_generator(0), max_iter=1)
 
 
 def test_closed_forms_do_not_wait_for_the_compiler_of_torch():
