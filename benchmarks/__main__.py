@@ -28,6 +28,7 @@ from benchmarks.measure import (
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.selection import thin_counts
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator.stages import Settle
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
 
@@ -180,7 +181,7 @@ def spatial(options: argparse.Namespace) -> None:
     if options.kernel:
         settings["kernel"] = options.kernel.split(",")
     if options.kl_weight:
-        settings["kl_weight"] = options.kl_weight
+        settings["stages"] = places.weighted(options.kl_weight, local=options.prior == "lcgp")
     for name in options.data.split(","):
         whole = places.task(name)
         found: dict[str, list[Any]] = {}
@@ -190,7 +191,7 @@ def spatial(options: argparse.Namespace) -> None:
             )
             line: dict[str, Any] = {"fit(X, coords)": deviance}
             for shrunk in (False, True):
-                averages = places.neighbour_averages(train, test, shrink_loadings=shrunk)
+                averages = places.neighbour_averages(train, test, shrunk)
                 for K, value in averages.items():
                     line[f"average of {K} neighbours{', loadings shrunk' * shrunk}"] = value
             if train.groups is not None:
@@ -392,7 +393,7 @@ def local_bound(options: argparse.Namespace) -> dict[str, Any]:
 def local_step(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of what a fit with locally conditioned fields consists of, without learning.
 
-    The start (with neighbours, weights and the first solve), a full step, and the low-rank part.
+    The start (with neighbours, weights and the first solve), and full steps.
     """
     X, coordinates, *_ = tables.tissue(options.N, options.D, options.density, options.L)
     times = [time.perf_counter()]
@@ -405,7 +406,7 @@ def local_step(options: argparse.Namespace) -> dict[str, Any]:
         lengthscale=8.0,
         max_iter=options.steps,
         tol=0,
-        rank=0,
+        stages=[Settle()],
         random_state=0,
     )
     note = lambda *_: times.append(time.perf_counter())  # noqa: E731 - a callback of three arguments
@@ -438,7 +439,7 @@ def main() -> None:
     parser.add_argument("--peers", default="all", help="all, or words such as scikit-learn,pnmf")
     parser.add_argument("--series", default="stored,N,D,L")
     parser.add_argument("--kernel", help="of spatial fits, or several to choose from")
-    parser.add_argument("--kl-weight", type=float, help="of spatial fits")
+    parser.add_argument("--kl-weight", type=float, help="on the divergence of spatial fits")
     parser.add_argument("--prior", choices=PRIORS, default="chosen", help="of spatial fits")
     parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")

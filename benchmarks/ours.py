@@ -24,8 +24,10 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.schedules import Constant
 
 NATURAL = {"mode": "lower-bound", "training_mode": "natural", "loadings_mode": "multiplicative"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -100,7 +102,7 @@ def log_factors_given(
     kernel = SpatialKernel("Matern32", n_sets=L)
     kernel.lengthscale.copy_(torch.as_tensor(lengthscales))
     places = Places(torch.from_numpy(coordinates))
-    prior = LCGP(kernel, places, L, K=K, rank=0, use_natural_gradients=True)
+    prior = LCGP(kernel, places, L, K=K, use_natural_gradients=True)
     y = torch.empty((D, N), device="meta")
     model = PoissonFactorization(prior, y, L, "multiplicative", "lower-bound")
     model.assign(torch.from_numpy(loadings), torch.ones(N, L))
@@ -108,8 +110,8 @@ def log_factors_given(
     train(
         model,
         Batches(counts),
-        FactorizationELBO("lower-bound"),
-        [prior.natural_optimizer()],
+        FactorizationELBO("lower-bound", newton=True),
+        [(SiteSteps(prior), Constant())],
         torch_generator(0),
         convergence=Convergence(1e-5, window=5, patience=1),
         monotone=True,

@@ -15,6 +15,8 @@ import pnmf_pyro
 from benchmarks import ours, tables
 from pnmf_pyro.data.checks import library_size_factors
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE
+from pnmf_pyro.estimator.stages import Settle, SettleLoadings, Stage, WarmUp
 from pnmf_pyro.transforms import get_factors
 
 # Numbers of neighbours over which the factors of a model without space are averaged.
@@ -133,11 +135,21 @@ def spatial(train: Task, test: Task, **settings: Any) -> tuple[np.ndarray, Any]:
     return held_out_deviance(test, predicted, model.components_), model
 
 
-def neighbour_averages(train: Task, test: Task, **settings: Any) -> dict[int, np.ndarray]:
+def weighted(kl_weight: float, local: bool) -> list[Stage]:
+    """The stages of `fit` in space, with another weight on the divergence."""
+    stages = NEIGHBORS if local else CLOSER
+    return [
+        replace(stage, kl_weight=kl_weight) if isinstance(stage, WarmUp | Settle) else stage
+        for stage in stages
+    ]
+
+
+def neighbour_averages(train: Task, test: Task, shrunk: bool) -> dict[int, np.ndarray]:
     """The same from factors without space, averaged over the nearest places of the group."""
+    stages = [*RECIPE["stages"], *[SettleLoadings(shrink=True)] * shrunk]
     model = ours.quietly(
         lambda: pnmf_pyro.fit(
-            train.X, n_components=train.L, size_factors=train.size_factors, **settings
+            train.X, n_components=train.L, size_factors=train.size_factors, stages=stages
         )
     )
     factors = np.asarray(get_factors(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ Shape = int | tuple[int, ...]
 Map = Callable[[Tensor], Tensor]
 
 
-class ConstrainedParameter(nn.Module, ABC):
+class ConstrainedParameter(nn.Module):
     """Base class of parameters with constraints.
 
     A subclass writes `_to_constrained` and `_to_unconstrained`, the map from the raw parameter to
@@ -38,13 +37,17 @@ class ConstrainedParameter(nn.Module, ABC):
         self.mode = mode
         self._raw = nn.Parameter(torch.zeros(shape))
 
-    @abstractmethod
     def _to_constrained(self, raw: Tensor) -> Tensor:
         """Map the raw parameter to the constrained value."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _to_unconstrained(self, value: Tensor) -> Tensor:
         """Map a constrained value to the raw parameter."""
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        """Return the constrained value, differentiable in the raw parameter."""
+        return self.data
 
     def assign(self, value: Tensor) -> None:
         """Set the constrained value, in place.

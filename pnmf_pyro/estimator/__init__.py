@@ -5,5 +5,21 @@ It imports from `training`, `transforms` and the rooms above those. Begin with
 """
 
 from pnmf_pyro.estimator.pnmf import PNMF
+from pnmf_pyro.estimator.stages import (
+    Correlate,
+    LearnHyperparameters,
+    RestoreSpread,
+    Settle,
+    SettleLoadings,
+    WarmUp,
+)
 
-__all__ = ["PNMF"]
+__all__ = [
+    "PNMF",
+    "Correlate",
+    "LearnHyperparameters",
+    "RestoreSpread",
+    "Settle",
+    "SettleLoadings",
+    "WarmUp",
+]

@@ -309,19 +309,26 @@ _OF_VERSION_1 = (
 
 def _stages_of_version_1(extra: dict[str, Any], old: dict[str, Any]) -> list[dict[str, Any]]:
     """The stages that the parameters of version 0.1 stood for."""
-    weight = extra["kl_weight"]
+    weight, shrink = extra["kl_weight"], extra["shrink_loadings"]
     learns = old["train_lengthscale"] or extra["train_sigma"] or extra["train_nugget"]
+    learns = learns or (extra["train_group_diff_param"] and old["multigroup"])
+    searches = learns or extra["warm_up"] or not isinstance(old["kernel"], str)
+    restores = extra["restore_spread"] and weight != 1
+    last = Settle(kl_weight=weight)
     stages: list[Any] = [WarmUp(weight)] if extra["warm_up"] else []
-    if old["spatial"] and learns:
-        stages = [*(stages or [Settle("lower-bound", weight)])]
+    if old["spatial"] and searches:
+        stages = stages or [Settle("lower-bound", weight)]
         stages.append(LearnHyperparameters(extra["criterion"]))
-    stages.append(Settle(kl_weight=weight))
-    if extra["restore_spread"] and weight != 1:
-        stages += [RestoreSpread(), SettleLoadings(extra["shrink_loadings"])]
-    elif extra["shrink_loadings"]:
-        stages.append(SettleLoadings(True))
+    elif old["mode"] == "lower-bound":  # a warm-up would have been the same
+        stages = []
+    stages.append(last)
+    refined: list[Any] = [RestoreSpread()] if restores else []
     if old["local"] and extra["rank"]:
-        stages += [Correlate(extra["rank"]), Settle(kl_weight=weight)]
+        refined.append(Correlate(extra["rank"]))
+    if refined:
+        stages += [*refined, SettleLoadings(shrink) if restores else last]
+    if shrink and not restores:
+        stages.append(SettleLoadings(True))
     return [{"stage": type(one).__name__, **asdict(one)} for one in stages]
 
 

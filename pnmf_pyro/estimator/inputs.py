@@ -25,7 +25,8 @@ from pnmf_pyro.data.places import (
     check_extent,
     warn_lengthscale,
 )
-from pnmf_pyro.estimator.parameters import FittedEstimator, Settings
+from pnmf_pyro.estimator.parameters import HYPERPARAMETERS, FittedEstimator, Settings
+from pnmf_pyro.gp.kernels import SpatialKernel
 
 
 @dataclass
@@ -82,13 +83,21 @@ def check_places(
     )
     check_extent(places)
     if "lengthscale" not in learned(settings):
-        warn_lengthscale(settings.lengthscale, places)
+        for lengthscale in _lengthscales(settings):
+            warn_lengthscale(lengthscale, places)
     if settings.local and n_samples - 1 < settings.K:
         warn(
             f"K={settings.K} neighbours were asked for, and a sample has only {n_samples - 1} "
             f"others; K={n_samples - 1} is used. All of them make an exact Gaussian process."
         )
     return places, codes
+
+
+def _lengthscales(settings: Settings) -> list[float]:
+    """The lengthscales that fields begin with: those of the kernel, if that is an object."""
+    if isinstance(settings.kernel, SpatialKernel):
+        return settings.kernel.lengthscale.unique().tolist()
+    return [settings.lengthscale]
 
 
 def refuse_places(coordinates: Any, groups: Any) -> None:
@@ -102,12 +111,13 @@ def refuse_places(coordinates: Any, groups: Any) -> None:
 
 def learned(settings: Settings) -> list[str]:
     """Return the names of the kernel's hyperparameters that are to be learned."""
-    if not settings.spatial:
+    kernel = getattr(settings.prior, "kernel", None)
+    if not settings.spatial and kernel is None:
         return []
-    named = set(settings.learn) | ({"lengthscale"} if settings.train_lengthscale else set())
-    if not settings.multigroup:
+    named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
+    if not (settings.multigroup if kernel is None else kernel.is_grouped):
         named -= {"group_diff_param"}
-    return [n for n in ("lengthscale", "sigma", "nugget", "group_diff_param") if n in named]
+    return [name for name in HYPERPARAMETERS if name in named]
 
 
 def check_table(settings: Settings, X: Any, reset: bool) -> Counts:

@@ -146,7 +146,8 @@ def _check_learn(name: str, value: Any) -> None:
 
 
 def _check_stages(name: str, value: Any) -> None:
-    if not isinstance(value, list | tuple) or not all(hasattr(one, "plan") for one in value):
+    many = isinstance(value, list | tuple)
+    if not many or not all(hasattr(one, "plan") and not isinstance(one, type) for one in value):
         raise ValueError(
             f"{name} must be None or a list of stages of pnmf_pyro.estimator.stages, such as "
             f"[WarmUp(), Settle()]; got {value!r}."
@@ -171,12 +172,24 @@ def _check_likelihood(name: str, value: Any) -> None:
 
 def check_combinations(settings: Settings) -> None:
     """Raise a ValueError for parameters that cannot go together."""
-    closed = settings.training_mode == "natural" or settings.loadings_mode == "multiplicative"
+    natural = settings.training_mode == "natural"
+    closed = natural or settings.loadings_mode == "multiplicative"
     if settings.likelihood is not None and (closed or settings.mode == "lower-bound"):
         raise ValueError(
             "likelihood: another likelihood than the Poisson has no steps in closed form. Set "
             "training_mode='standard', loadings_mode='softplus' and mode='expanded', or leave "
             "likelihood out."
+        )
+    if settings.prior is not None and settings.spatial:
+        raise ValueError(
+            "prior: an object knows its places by itself; leave spatial=False and coordinates out, "
+            "or leave prior out."
+        )
+    if settings.prior is not None and settings.prior.natural != natural:
+        held, named = ("", "natural") if settings.prior.natural else (" not", "standard")
+        raise ValueError(
+            f"prior: q(F) of this one is{held} held in sites, which natural-gradient steps need. "
+            f"Set training_mode={named!r}, or make the prior with use_natural_gradients={natural}."
         )
 
 

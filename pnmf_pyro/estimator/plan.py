@@ -23,14 +23,14 @@ from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data, learned
 from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.stages import (
     Correlate,
     Draft,
     LearnHyperparameters,
-    Run,
     Settle,
     Stage,
-    Training,
+    WarmUp,
 )
 from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import inducing_points
@@ -80,8 +80,6 @@ def _own_prior(settings: Settings, data: Data) -> Prior:
     """Copy a prior that was passed as an object: a fit leaves what it was given alone."""
     prior = copy.deepcopy(settings.prior)
     n, L = data.counts.shape[0], settings.n_components
-    if settings.spatial:
-        raise ValueError("prior is an object that knows its places; leave spatial=False.")
     if (n, L) != (prior.N, prior.L):
         raise ValueError(
             f"prior must be over n_components={L} components and the {n} samples of X; it is over "
@@ -134,7 +132,7 @@ def spatial_prior(
 def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> SpatialKernel:
     """The covariance of the fields, with hyperparameters for each component where learned."""
     if isinstance(settings.kernel, SpatialKernel):
-        return copy.deepcopy(settings.kernel)
+        return _own_kernel(settings, places)
     kernels, a, distances = settings.kernel, settings.group_diff_param, None
     if isinstance(kernels, MultiGroupKernel):
         kernels, a = kernels.kern, float(kernels.group_diff_param.detach())
@@ -168,6 +166,24 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     return kernel
 
 
+def _own_kernel(settings: Settings, places: Places) -> SpatialKernel:
+    """Copy a covariance that was passed with all its hyperparameters."""
+    kernel: SpatialKernel = copy.deepcopy(settings.kernel)
+    if kernel.is_grouped != settings.multigroup:
+        raise ValueError(
+            f"kernel has {'' if kernel.is_grouped else 'no '}group_distances, and multigroup="
+            f"{settings.multigroup}. A kernel over groups needs both multigroup=True and "
+            "group_distances, any other kernel neither."
+        )
+    if (n_sets := len(kernel.sigma)) not in (1, settings.n_components):
+        raise ValueError(
+            f"kernel must have one set of hyperparameters, or one for each of n_components="
+            f"{settings.n_components}; it has n_sets={n_sets}."
+        )
+    kernel.check(places)
+    return kernel
+
+
 def make_runs(
     settings: Settings, data: Data, model: PoissonFactorization, random: np.random.RandomState
 ) -> list[Run]:
@@ -191,7 +207,9 @@ def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     """
     stages: list[Stage] = [Settle()]
     if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
-        stages = [Settle(mode="lower-bound"), LearnHyperparameters(), Settle()]
+        no_bound = settings.likelihood is not None
+        first = WarmUp() if no_bound else Settle(mode="lower-bound")
+        stages = [first, LearnHyperparameters(), Settle()]
     if isinstance(prior, LCGP):
         stages += [Correlate(), Settle()]
     return stages
@@ -280,11 +298,12 @@ def train_runs(
         training = run.training
         if training is None:
             continue
-        first, budget = len(history), (settings.max_iter - len(history)) // left
+        first = len(history)
+        last = first + (settings.max_iter - first) // left
         left -= 1
         if run is runs[0]:
-            history += _best_start(training, starts, settings, counts, generator)
-
+            history += _best_start(training, starts, settings, counts, generator, last)
+        budget = last - len(history)
         report = partial(_report, history, on_step, training.model)
         _train(training, settings, counts, generator, budget, on_step=report, warn=training.warns)
         history.stages.append((run.name, first, len(history)))
@@ -302,14 +321,14 @@ def _best_start(
     settings: Settings,
     counts: Counts,
     generator: torch.Generator,
+    max_iter: int,
 ) -> list[float]:
     """Set the model to the best of several starts; return the ELBO of the steps it took."""
-    model, tried = training.model, []
+    model, steps, tried = training.model, min(TRIAL_STEPS, max_iter), []
     for start in starts:
         model.assign(*start)
-        if len(starts) == 1:
+        if len(starts) == 1 or steps < 1:
             return []
-        steps = min(TRIAL_STEPS, settings.max_iter)
         history = _train(training, settings, counts, generator, steps, warn=False, quiet=True)
         tried.append((history, {k: v.clone() for k, v in model.state_dict().items()}))
     history, state = max(tried, key=lambda one: one[0][-1])

@@ -60,8 +60,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     scheduler : {'one_cycle', 'plateau', None}
         Schedule of the learning rate.
     scheduler_patience, scheduler_factor, min_lr : int, float, float
-        For `plateau`: number of steps without a rise of one part in 10^4, after which the learning
-        rate is multiplied by `scheduler_factor`; and its least value.
+        For `plateau`: number of steps without a rise of 1e-4 after which the learning rate is
+        multiplied by `scheduler_factor`, and its least value.
     scheduler_pct_start, scheduler_div_factor, scheduler_final_div_factor : float
         For `one_cycle`: fraction of the steps in which the learning rate rises, from itself divided
         by the second; it then falls to that divided by the third.
@@ -76,7 +76,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         proportion to the number of places, see :class:`~pnmf_pyro.priors.LCGP`.
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
         Correlation of a field; of several, the one that predicts best. A `MultiGroupKernel` brings
-        the distances between groups.
+        the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
     multigroup : bool
         Whether there are fields of several groups, alike as far as `group_diff_param` says.
     num_inducing : int
@@ -108,7 +108,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Whether the likelihood of a batch of features, and the divergence of a batch of samples, are
         scaled to those of all.
     scale_pf : float or 'auto'
-        Standard deviation of the prior of log-factors; `auto` takes what maximises the ELBO.
+        Standard deviation of log-factors without space; `auto` for what maximises the ELBO.
     learn : tuple of {'lengthscale', 'sigma', 'nugget', 'group_diff_param'}
         Hyperparameters of fields to learn for each component. The nugget is the standard deviation
         of what each place has for itself.
@@ -133,8 +133,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ELBO at each step of what was trained then, with its `stages`.
     n_iter_ : int
         Number of steps taken.
-    kernel_ : str
-        Name of the kernel that was chosen, of a spatial model.
     groups_ : list or None
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
@@ -259,7 +257,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         *,
         size_factors: Any = None,
     ) -> Any:
-        """Fit the model to counts.
+        """Fit the model to counts; return self, or what `return_history` says.
 
         Parameters
         ----------
@@ -267,9 +265,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
         y : ignored
         coordinates : array-like of shape (n_samples, p), optional
-            Places, in any unit; needed by spatial models and an error otherwise.
+            Places of a spatial model, in any unit.
         groups : array-like of shape (n_samples,), optional
-            Labels, needed by multi-group models and an error otherwise.
+            Labels of a multi-group model.
         return_history : bool
             Whether to return (history, self), where history is the list of ELBO values.
         callback : callable, optional
@@ -282,7 +280,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            For input or parameters that cannot be used; the message says what to change.
+            For input or parameters that cannot be used.
 
         Warns
         -----
@@ -309,12 +307,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def fit_transform(
         self, X: Any, y: Any = None, coordinates: Any = None, groups: Any = None, **kwargs: Any
     ) -> np.ndarray:
-        """Fit the model as :meth:`fit` does, and return the factors E exp F of its samples.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_components)
-        """
+        """Fit the model as :meth:`fit` does, and return its factors E exp F, (N, L)."""
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
         return np.asarray(get_factors(self))
 
@@ -325,11 +318,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         Without space they maximise the Poisson likelihood given the loadings, by multiplicative
         updates; the prior plays no part. For the posterior of a new sample see
-        :func:`~pnmf_pyro.transforms.transform_F`. A spatial model predicts E exp F at the
-        coordinates, from the field alone: X is not looked at and may be None.
-
-        `coordinates` are needed by spatial models and `groups` by multi-group models; elsewhere they
-        are errors. `size_factors` (n_samples,) are for models without space.
+        :func:`~pnmf_pyro.transforms.transform_F`; `size_factors` are for this case. A spatial model
+        predicts E exp F at `coordinates`, a multi-group one for `groups`, from the field alone: X
+        is not looked at and may be None.
 
         Returns
         -------
@@ -339,14 +330,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return new_factors(self, X, coordinates, groups, size_factors)
 
     def inverse_transform(self, transformed: Any, *, totals: Any = None) -> np.ndarray:
-        """Return expected counts (n_samples, n_features) for factors exp F, without size factors.
+        """Return expected counts (N, D): factors exp F (N, L) times `components_`.
 
-        Parameters
-        ----------
-        transformed : array-like of shape (n_samples, n_components)
-            Factors; the rates are their product with `components_`.
-        totals : array-like of shape (n_samples,), optional
-            Known total counts, which are then shared out in proportion to the rates (multinomial).
+        Known `totals` (N,) of samples are shared out in proportion to the rates (multinomial).
+        Size factors play no part.
         """
         check_is_fitted(self)
         return expected_counts(self, transformed, totals)
@@ -363,8 +350,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
         Without space, the lower bound on log p(X | W) in `lower-bound` mode, which does not rise
-        merely because there are more components. A spatial model predicts the factors from the
-        coordinates. Parameters are those of :meth:`transform`.
+        merely because there are more components. A spatial model predicts the factors from their
+        places. Parameters are those of :meth:`transform`.
         """
         check_is_fitted(self)
         return mean_log_likelihood(self, X, coordinates, groups, size_factors)
@@ -382,10 +369,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def load(cls, path: str | os.PathLike) -> PNMF:
         """Open a model saved by :meth:`save`, of this version or an earlier one.
 
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            If there is no such file, or it is damaged or no saved model.
+        A file that is damaged, or is no saved model, is a ValueError.
         """
         return read_model(path, cls)
 

@@ -14,79 +14,24 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pnmf_pyro.data.checks import (
+    MODES,
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+)
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, GaussianPrior
-from pnmf_pyro.priors.natural import SiteSteps, Step
-from pnmf_pyro.training.convergence import Convergence
-from pnmf_pyro.training.hyperparameters import HyperparameterSearch
-from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale, ShrunkLoadings
-from pnmf_pyro.training.loop import Steps
-from pnmf_pyro.training.schedules import (
-    OPTIMIZERS,
-    Constant,
-    Decreasing,
-    GradientSteps,
-    OneCycle,
-    Plateau,
-    Schedule,
-)
+from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
+from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
 # A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
 # tolerance.
 WARM_UP_TOL = 10
-
-# Size of the first step of q and W where batches see parts of a field: from a cold start, a whole
-# step that the samples of one batch ask for carries the others too far.
-PARTIAL = 0.3
-
-
-@dataclass
-class Training:
-    """One run of the training loop.
-
-    Attributes
-    ----------
-    model : PoissonFactorization
-        What is trained.
-    objective : FactorizationELBO
-        What is raised.
-    steps : sequence of (Step, Schedule)
-        The steps that raise it.
-    convergence : Convergence
-        When it has settled.
-    monotone : bool
-        Whether the objective has no noise, so that steps that lower it are halved.
-    warns : bool
-        Whether to warn where it has not settled.
-    """
-
-    model: PoissonFactorization
-    objective: FactorizationELBO
-    steps: Steps
-    convergence: Convergence
-    monotone: bool
-    warns: bool = True
-
-
-@dataclass
-class Run:
-    """What a stage does: something to the model at once, some training, or both.
-
-    Attributes
-    ----------
-    name : str
-        Name of the stage.
-    training : Training or None
-    prepare : callable
-        Function that is called first.
-    """
-
-    name: str
-    training: Training | None = None
-    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -121,6 +66,27 @@ class Draft:
     warm: bool = False
     kl_weight: float = 1.0
 
+    def take_over(self) -> Callable[[], None]:
+        """Go on with the model of the fit; return what gives it the q(F) that was trained before.
+
+        That is nothing where the stages before have trained the model itself.
+        """
+        source, self.trained = self.trained, self.model
+        if source is None or source is self.model:
+            return lambda: None
+        return lambda: _take_over(self.model, source, self.counts)
+
+
+@torch.no_grad()
+def _take_over(model: PoissonFactorization, source: PoissonFactorization, counts: Counts) -> None:
+    """Start q(F) of a model from that of another one, which has the same loadings."""
+    if model.prior.places is None:
+        q = source.prior.marginal()
+        model.prior.assign(q.loc, q.scale)
+    else:
+        observed, noise = sites(source, counts)
+        model.prior.assign(observed, noise.sqrt())
+
 
 class Stage(Protocol):
     """One stage of a fit."""
@@ -145,20 +111,33 @@ class Settle:
     mode: str | None = None
     kl_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            check_choice("mode", self.mode, MODES)
+        check_positive("kl_weight", self.kl_weight)
+
     def plan(self, draft: Draft) -> Run:
         """Return the run of the training loop."""
-        mode = draft.settings.mode if self.mode is None else self.mode
-        training = _training(draft, draft.model, mode, draft.settings.tol, self.kl_weight)
-        draft.trained, draft.kl_weight = draft.model, self.kl_weight
-        return Run("settle", training)
+        settings = draft.settings
+        mode = settings.mode if self.mode is None else self.mode
+        if draft.model.observation is not None and mode == "lower-bound":
+            raise ValueError(
+                "stages: Settle(mode='lower-bound') has no closed form of another likelihood; use "
+                "WarmUp(), which trains by the Poisson, or mode='expanded'."
+            )
+        training = training_of(
+            settings, draft.model, mode, settings.tol, self.kl_weight, warm=draft.warm
+        )
+        draft.kl_weight = self.kl_weight
+        return Run("settle", training, draft.take_over())
 
 
 @dataclass(frozen=True)
 class WarmUp:
     """Train in `lower-bound` mode, which has no noise, until it has nearly settled.
 
-    A spatial model begins with factors that know no space and settle to the tolerance of the fit:
-    they decide which components are found.
+    A model in space, or of another likelihood, begins with Poisson factors that know no space and
+    settle to the tolerance of the fit: they decide which components are found.
 
     Parameters
     ----------
@@ -168,14 +147,24 @@ class WarmUp:
 
     kl_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_positive("kl_weight", self.kl_weight)
+
     def plan(self, draft: Draft) -> Run:
         """Return the run of the training loop."""
         settings, model = draft.settings, draft.model
         tol = WARM_UP_TOL * settings.tol
         if model.prior.places is not None or model.observation is not None:
+            if draft.trained is not None:
+                raise ValueError(
+                    "stages: WarmUp() of a model in space, or of another likelihood, trains "
+                    "another model to start from; put it first."
+                )
             model, tol = _independent(draft), settings.tol
+        else:
+            draft.kl_weight = self.kl_weight
         draft.trained, draft.warm = model, True
-        training = _training(draft, model, "lower-bound", tol, self.kl_weight)
+        training = training_of(settings, model, "lower-bound", tol, self.kl_weight, warm=True)
         training.warns = False
         return Run("warm-up", training)
 
@@ -195,9 +184,12 @@ class LearnHyperparameters:
 
     criterion: str = "leave-one-out"
 
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+
     def plan(self, draft: Draft) -> Run:
         """Return the search, from what was trained before."""
-        source = draft.trained
+        source, draft.trained = draft.trained, draft.model
         if draft.model.prior.places is None or source is None:
             raise ValueError(
                 "stages: LearnHyperparameters() needs a spatial model and a stage before it that "
@@ -215,9 +207,19 @@ class RestoreSpread:
 
     def plan(self, draft: Draft) -> Run:
         """Return the restoration of the spread that the stages before made narrow or wide."""
-        prior, weight = draft.model.prior, draft.kl_weight
-        prior.check_sites()
-        return Run("spread", prepare=lambda: prior.restore_spread(weight))
+        prior, take_over = draft.model.prior, draft.take_over()
+        if not prior.natural:
+            raise ValueError(
+                "stages: RestoreSpread() needs a q(F) that is held in sites; set "
+                "training_mode='natural' and diagonal_only=False, or leave the stage out."
+            )
+        weight, draft.kl_weight = draft.kl_weight, 1.0
+
+        def restore() -> None:
+            take_over()
+            prior.restore_spread(weight)
+
+        return Run("spread", prepare=restore)
 
 
 @dataclass(frozen=True)
@@ -235,12 +237,24 @@ class Correlate:
 
     rank: int = 30
 
+    def __post_init__(self) -> None:
+        if self.rank != 0:
+            check_count("rank", self.rank)
+
     def plan(self, draft: Draft) -> Run:
         """Return the drawing of the correlated part."""
-        prior = draft.model.prior
+        prior, take_over = draft.model.prior, draft.take_over()
         if not isinstance(prior, LCGP):
-            raise ValueError("stages: Correlate() is for local=True; leave it out.")
-        return Run("correlation", prepare=lambda: prior.correlate(self.rank))
+            raise ValueError(
+                "stages: Correlate() is for a prior with neighbours; set local=True, or leave the "
+                "stage out."
+            )
+
+        def correlate() -> None:
+            take_over()
+            prior.correlate(self.rank)
+
+        return Run("correlation", prepare=correlate)
 
 
 @dataclass(frozen=True)
@@ -257,6 +271,9 @@ class SettleLoadings:
 
     shrink: bool = False
 
+    def __post_init__(self) -> None:
+        check_flag("shrink", self.shrink)
+
     def plan(self, draft: Draft) -> Run:
         """Return the run of the training loop."""
         settings, model = draft.settings, draft.model
@@ -266,10 +283,10 @@ class SettleLoadings:
                 f"loadings_mode='multiplicative'. loadings_mode is {settings.loadings_mode!r}."
             )
         loadings = ShrunkLoadings if self.shrink else ClosedFormLoadings
-        training = _training(
-            draft, model, settings.mode, settings.tol, moves_factors=False, loadings=loadings
+        training = training_of(
+            settings, model, settings.mode, settings.tol, moves_factors=False, loadings=loadings
         )
-        return Run("loadings", training)
+        return Run("loadings", training, draft.take_over())
 
 
 STAGES = (Settle, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
@@ -285,76 +302,3 @@ def _independent(draft: Draft) -> PoissonFactorization:
     )
     independent.W = model.W
     return independent.to(model.W.device)
-
-
-def _training(
-    draft: Draft,
-    model: PoissonFactorization,
-    mode: str,
-    tol: float,
-    kl_weight: float = 1.0,
-    *,
-    moves_factors: bool = True,
-    loadings: type[ClosedFormLoadings] = ClosedFormLoadings,
-) -> Training:
-    """Say how a model is trained in one stage."""
-    settings = draft.settings
-    natural = settings.training_mode == "natural"
-    batched = settings.batch_size is not None or settings.y_batch_size is not None
-    exact = loadings is ClosedFormLoadings  # others do not maximise the bound
-    monotone = natural and mode == "lower-bound" and not batched and exact
-    every = model.prior.steps_apart if monotone and draft.warm and moves_factors else 1
-    for_q, for_W = _sizes(settings, model, mode)
-    steps: list[tuple[Step, Schedule]] = []
-    if natural and moves_factors:
-        steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
-    if settings.loadings_mode == "multiplicative":
-        steps.append((loadings(model.W, model.expected_totals), for_W))
-    if settings.scale_pf == "auto" and isinstance(model.prior, GaussianPrior):
-        steps.append((ClosedFormScale(model.prior), for_W))
-    by_gradient = _trained_by_gradient(settings, model, moves_factors)
-    if by_gradient:
-        optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
-        steps.insert(0, (GradientSteps(optimizer), _schedule(settings)))
-    # An ELBO without noise can be judged sooner.
-    settled = {"window": max(5, every), "patience": 1} if monotone else {}
-    objective = FactorizationELBO(mode, settings.E, natural, kl_weight)
-    return Training(model, objective, steps, Convergence(tol, **settled), monotone)
-
-
-def _sizes(settings: Settings, model: PoissonFactorization, mode: str) -> tuple[Schedule, Schedule]:
-    """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
-    noisy = mode != "lower-bound" or settings.y_batch_size is not None
-    batched = settings.batch_size is not None
-    parts_of_fields = batched and model.prior.places is not None
-    start = PARTIAL if parts_of_fields else 1.0
-    for_q = Decreasing(start=start) if noisy or parts_of_fields else Constant()
-    # Each batch sees W anew: average over many of them.
-    return for_q, Decreasing(delay=100.0, start=start) if batched else for_q
-
-
-def _trained_by_gradient(
-    settings: Settings, model: PoissonFactorization, moves_factors: bool
-) -> list[torch.nn.Parameter]:
-    parameters: list[torch.nn.Parameter] = []
-    if settings.training_mode == "standard" and moves_factors:
-        parameters += model.prior.parameters()
-        if isinstance(model.observation, torch.nn.Module):
-            parameters += model.observation.parameters()
-    if settings.loadings_mode != "multiplicative":
-        parameters.append(model.W.raw)
-    return parameters
-
-
-def _schedule(settings: Settings) -> Schedule:
-    """The schedule of the learning rate that the parameters name."""
-    schedules: dict[str | None, Schedule] = {
-        "one_cycle": OneCycle(
-            settings.scheduler_pct_start,
-            settings.scheduler_div_factor,
-            settings.scheduler_final_div_factor,
-        ),
-        "plateau": Plateau(settings.scheduler_patience, settings.scheduler_factor, settings.min_lr),
-        None: Constant(),
-    }
-    return schedules[settings.scheduler]

@@ -289,18 +289,18 @@ class NormalOverInducing(SiteNormal):
         return standard + self.spread.log_det.sum() / 2
 
 
-class InducingPosterior(nn.Module, ABC):
+class InducingPosterior(nn.Module):
     """What q(u) is held in. A of shape (L or 1, M, N) makes the field at the samples, A^T u."""
 
     natural = False
 
-    @abstractmethod
     def distribution(self, A: Tensor) -> TorchDistribution:
         """Return q(u)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def assign(self, A: Tensor, precision: Tensor, shift: Tensor) -> None:
         """Set q(u) to the posterior from sites with precision w and shift b, each (L, N)."""
+        raise NotImplementedError
 
 
 class SiteInducing(InducingPosterior):
@@ -391,9 +391,9 @@ class CovarianceInducing(InducingPosterior):
         self.u_loc.copy_(solve(tril, times(A, shift)))
         self._spread(inverse, tril)
 
-    @abstractmethod
     def _spread(self, precision: Tensor, tril: Tensor) -> None:
         """Set the covariance from its inverse and the Cholesky factor of that, (L, M, M)."""
+        raise NotImplementedError
 
 
 class CholeskyInducing(CovarianceInducing):

@@ -1,0 +1,168 @@
+"""Runs of the training loop: what the parameters of an estimator make of one stage of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.priors.natural import SiteSteps, Step
+from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale
+from pnmf_pyro.training.loop import Steps
+from pnmf_pyro.training.schedules import (
+    OPTIMIZERS,
+    Constant,
+    Decreasing,
+    GradientSteps,
+    OneCycle,
+    Plateau,
+    Schedule,
+)
+
+# Size of the first step of q and W where batches see parts of a field: from a cold start, a whole
+# step that the samples of one batch ask for carries the others too far.
+PARTIAL = 0.3
+
+
+@dataclass
+class Training:
+    """One run of the training loop.
+
+    Attributes
+    ----------
+    model : PoissonFactorization
+        What is trained.
+    objective : FactorizationELBO
+        What is raised.
+    steps : sequence of (Step, Schedule)
+        The steps that raise it.
+    convergence : Convergence
+        When it has settled.
+    monotone : bool
+        Whether the objective has no noise, so that steps that lower it are halved.
+    warns : bool
+        Whether to warn where it has not settled.
+    """
+
+    model: PoissonFactorization
+    objective: FactorizationELBO
+    steps: Steps
+    convergence: Convergence
+    monotone: bool
+    warns: bool = True
+
+
+@dataclass
+class Run:
+    """What a stage does: something to the model at once, some training, or both.
+
+    Attributes
+    ----------
+    name : str
+        Name of the stage.
+    training : Training or None
+    prepare : callable
+        Function that is called first.
+    """
+
+    name: str
+    training: Training | None = None
+    prepare: Callable[[], object] = lambda: None
+
+
+def training_of(
+    settings: Settings,
+    model: PoissonFactorization,
+    mode: str,
+    tol: float,
+    kl_weight: float = 1.0,
+    *,
+    warm: bool = False,
+    moves_factors: bool = True,
+    loadings: type[ClosedFormLoadings] = ClosedFormLoadings,
+) -> Training:
+    """Say how the parameters of an estimator have a model trained.
+
+    Parameters
+    ----------
+    settings : Settings
+    model : PoissonFactorization
+    mode : {'simple', 'expanded', 'lower-bound'}
+        Form of the ELBO.
+    tol : float
+        Relative rise of the ELBO at which it has settled.
+    kl_weight : float
+        Factor on the divergence from the prior.
+    warm : bool
+        Whether a warm-up came before, so that the covariance of q may move seldom.
+    moves_factors : bool
+        Whether q(F) is trained.
+    loadings : type
+        Steps of multiplicative loadings.
+    """
+    natural = settings.training_mode == "natural"
+    batched = settings.batch_size is not None or settings.y_batch_size is not None
+    exact = loadings is ClosedFormLoadings  # others do not maximise the bound
+    monotone = natural and mode == "lower-bound" and not batched and exact
+    every = model.prior.steps_apart if monotone and warm and moves_factors else 1
+    for_q, for_W = _sizes(settings, model, mode)
+    steps: list[tuple[Step, Schedule]] = []
+    if natural and moves_factors:
+        steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
+    if settings.loadings_mode == "multiplicative":
+        steps.append((loadings(model.W, model.expected_totals), for_W))
+    named = settings.prior is None  # the scale of an object is its own
+    if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
+        steps.append((ClosedFormScale(model.prior), for_W))
+    by_gradient = _trained_by_gradient(settings, model, moves_factors)
+    if by_gradient:
+        optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
+        steps.insert(0, (GradientSteps(optimizer), _schedule(settings)))
+    # An ELBO without noise can be judged sooner.
+    settled = {"window": max(5, every), "patience": 1} if monotone else {}
+    objective = FactorizationELBO(mode, settings.E, natural, kl_weight)
+    return Training(model, objective, steps, Convergence(tol, **settled), monotone)
+
+
+def _sizes(settings: Settings, model: PoissonFactorization, mode: str) -> tuple[Schedule, Schedule]:
+    """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
+    noisy = mode != "lower-bound" or settings.y_batch_size is not None
+    batched = settings.batch_size is not None
+    parts_of_fields = batched and model.prior.places is not None
+    start = PARTIAL if parts_of_fields else 1.0
+    for_q = Decreasing(start=start) if noisy or parts_of_fields else Constant()
+    # Each batch sees W anew: average over many of them.
+    return for_q, Decreasing(delay=100.0, start=start) if batched else for_q
+
+
+def _trained_by_gradient(
+    settings: Settings, model: PoissonFactorization, moves_factors: bool
+) -> list[torch.nn.Parameter]:
+    parameters: list[torch.nn.Parameter] = []
+    if settings.training_mode == "standard" and moves_factors:
+        parameters += model.prior.parameters()
+        if isinstance(model.observation, torch.nn.Module):
+            parameters += model.observation.parameters()
+    if settings.loadings_mode != "multiplicative":
+        parameters.append(model.W.raw)
+    return parameters
+
+
+def _schedule(settings: Settings) -> Schedule:
+    """The schedule of the learning rate that the parameters name."""
+    schedules: dict[str | None, Schedule] = {
+        "one_cycle": OneCycle(
+            settings.scheduler_pct_start,
+            settings.scheduler_div_factor,
+            settings.scheduler_final_div_factor,
+        ),
+        "plateau": Plateau(settings.scheduler_patience, settings.scheduler_factor, settings.min_lr),
+        None: Constant(),
+    }
+    return schedules[settings.scheduler]
