@@ -40,7 +40,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     """Return `value` if it is one of `choices`; raise a ValueError naming `name` otherwise."""
-    if not any(value is choice or value == choice for choice in choices):
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}; got {value!r}.")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,22 +98,6 @@ class FittedEstimator(Settings, Protocol):
     elbo_: float
 
 
-def _choice(choices: Collection[Any]) -> Check:
-    return partial(_check_choice, choices=tuple(choices))
-
-
-def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    check_choice(name, value if value is None or isinstance(value, str) else repr(value), choices)
-
-
-def _number(low: float, high: float = float("inf")) -> Check:
-    return partial(check_number, low=low, high=high)
-
-
-def _optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def _check_random_state(name: str, value: Any) -> None:
     try:
         check_random_state(value)
@@ -125,7 +110,7 @@ def _check_init(name: str, value: Any) -> None:
     if not named:
         raise ValueError(f"{name} must name at least one start; got none.")
     for one in named:
-        _check_choice(name, one, (*INITS, None))
+        check_choice(name, one, (*INITS, None))
 
 
 def _check_kernel(name: str, value: Any) -> None:
@@ -193,58 +178,57 @@ def check_combinations(settings: Settings) -> None:
         )
 
 
+_CHOICES: dict[str, Collection[str | None]] = {
+    "loadings_mode": POSITIVE_MODES,
+    "mode": MODES,
+    "training_mode": ("standard", "natural"),
+    "optimizer": OPTIMIZERS,
+    "device": DEVICES,
+    "scheduler": ("one_cycle", "plateau", None),
+    "cholesky_mode": CHOLESKY_MODES,
+    "inducing_allocation": ALLOCATIONS,
+    "neighbors": ("knn", "probabilistic"),
+}
+_COUNTS = ("n_components", "E", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
+_POSITIVE = ("learning_rate", "lengthscale", "sigma", "jitter")
+_LIMITS = {
+    "tol": (0.0, inf),
+    "verbose": (0, inf),
+    "scheduler_patience": (0, inf),
+    "scheduler_factor": (0.0, 1.0),
+    "scheduler_pct_start": (0.0, 1.0),
+    "scheduler_div_factor": (1.0, inf),
+    "scheduler_final_div_factor": (1.0, inf),
+    "min_lr": (0.0, inf),
+    "group_diff_param": (0.0, inf),
+}
+_FLAGS = (
+    *("shuffle", "spatial", "local", "multigroup", "train_lengthscale", "diagonal_only"),
+    *("precompute_knn", "scale_ll_D", "scale_kl_NM"),
+)
+_MAY_BE_NONE = ("batch_size", "y_batch_size", "stages", "prior", "likelihood")
+
 CHECKS: dict[str, Check] = {
-    "n_components": check_count,
-    "loadings_mode": _choice(POSITIVE_MODES),
-    "mode": _choice(MODES),
-    "training_mode": _choice(("standard", "natural")),
-    "E": check_count,
-    "max_iter": check_count,
-    "tol": _number(0.0),
-    "learning_rate": check_positive,
-    "optimizer": _choice(OPTIMIZERS),
+    **{name: partial(check_choice, choices=choices) for name, choices in _CHOICES.items()},
+    **dict.fromkeys(_COUNTS, check_count),
+    **dict.fromkeys(_POSITIVE, check_positive),
+    **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
+    **dict.fromkeys(_FLAGS, check_flag),
     "random_state": _check_random_state,
-    "verbose": _number(0),
-    "device": _choice(DEVICES),
     "init": _check_init,
-    "scheduler": _choice(("one_cycle", "plateau", None)),
-    "scheduler_patience": _number(0),
-    "scheduler_factor": _number(0.0, 1.0),
-    "scheduler_pct_start": _number(0.0, 1.0),
-    "scheduler_div_factor": _number(1.0),
-    "scheduler_final_div_factor": _number(1.0),
-    "min_lr": _number(0.0),
-    "batch_size": _optional(check_count),
-    "y_batch_size": _optional(check_count),
-    "shuffle": check_flag,
-    "spatial": check_flag,
-    "local": check_flag,
     "kernel": _check_kernel,
-    "multigroup": check_flag,
-    "num_inducing": check_count,
-    "lengthscale": check_positive,
-    "sigma": check_positive,
-    "group_diff_param": _number(0.0),
-    "jitter": check_positive,
-    "train_lengthscale": check_flag,
-    "cholesky_mode": _choice(CHOLESKY_MODES),
-    "diagonal_only": check_flag,
-    "inducing_allocation": _choice(ALLOCATIONS),
-    "K": check_count,
-    "precompute_knn": check_flag,
-    "neighbors": _choice(("knn", "probabilistic")),
-    "scale_ll_D": check_flag,
-    "scale_kl_NM": check_flag,
     "scale_pf": _check_scale,
     "learn": _check_learn,
-    "stages": _optional(_check_stages),
-    "prior": _optional(_check_prior),
-    "likelihood": _optional(_check_likelihood),
+    "stages": _check_stages,
+    "prior": _check_prior,
+    "likelihood": _check_likelihood,
 }
 
 
 def check_parameters(settings: Settings) -> None:
     """Raise a ValueError that names a parameter which cannot be used, and says what could."""
     for name, check in CHECKS.items():
-        check(name, getattr(settings, name))
+        value = getattr(settings, name)
+        if value is not None or name not in _MAY_BE_NONE:
+            check(name, value)
     check_combinations(settings)
