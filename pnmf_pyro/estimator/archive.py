@@ -43,18 +43,7 @@ _HEADER = "header"
 def write_archive(path: str | os.PathLike, header: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Write arrays and a JSON header to one file, which appears whole or not at all.
 
-    Parameters
-    ----------
-    path : path
-    header : dict
-        Values that JSON can hold.
-    arrays : dict of str to ndarray
-        Numbers or text; arrays of objects are refused.
-
-    Raises
-    ------
-    ValueError
-        For a folder that does not exist and for arrays of objects.
+    A folder that does not exist, and arrays of objects, are a ValueError.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -75,19 +64,9 @@ def write_archive(path: str | os.PathLike, header: dict[str, Any], arrays: dict[
 
 
 def read_archive(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read what :func:`write_archive` wrote.
+    """Return header and arrays of a file that :func:`write_archive` wrote.
 
-    Returns
-    -------
-    header : dict
-    arrays : dict of str to ndarray
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is damaged, is of another kind or was written by a newer version.
+    A file that is damaged, of another kind, or of a newer version is a ValueError.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -146,20 +125,7 @@ NAMES = {
 
 
 def write_model(path: str | os.PathLike, model: FittedEstimator) -> None:
-    """Write a fitted estimator to one file.
-
-    Parameters
-    ----------
-    path : path
-        Path of the file.
-    model : PNMF
-        FittedEstimator.
-
-    Raises
-    ------
-    ValueError
-        For a model with a part that is an object of the user's own.
-    """
+    """Write a fitted estimator to one file; an object of the user in it is a ValueError."""
     names = {held: name for name, held in NAMES.items()}
     header = {
         "parameters": plain_parameters(model),
@@ -179,10 +145,7 @@ def write_model(path: str | os.PathLike, model: FittedEstimator) -> None:
 def plain_parameters(model: FittedEstimator) -> dict[str, Any]:
     """Return the parameters of an estimator as values that JSON can hold.
 
-    Raises
-    ------
-    ValueError
-        For a parameter that is an object of the user's own.
+    An object of the user, for which a file has no name, is a ValueError.
     """
     plain = {}
     for name, value in model.get_params(deep=False).items():
@@ -206,21 +169,9 @@ def plain_parameters(model: FittedEstimator) -> dict[str, Any]:
 
 
 def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
-    """Open a fitted estimator that :func:`write_model` wrote, or version 0.1.
+    """Open a fitted estimator of class `kind` that :func:`write_model` wrote, or version 0.1.
 
-    Parameters
-    ----------
-    path : path
-        Path of the file.
-    kind : type
-        Class of the estimator.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is damaged or is not a saved model.
+    A file that is damaged or no saved model is a ValueError.
     """
     header, arrays = read_archive(path)
     try:

@@ -31,18 +31,7 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 
 @dataclass
 class Data:
-    """Data of a fit, checked.
-
-    Attributes
-    ----------
-    counts : Counts of shape (N, D)
-    size_factors : Tensor of shape (N,) or None
-        Positive factors on the rates of samples.
-    places : Places of shape (N,) or None
-        Where the samples are, for a spatial model.
-    groups : GroupCodes or None
-        Names of the groups of a multi-group model.
-    """
+    """Data of a fit, checked: counts (N, D), size factors (N,), places (N,) and names of groups."""
 
     counts: Counts
     size_factors: torch.Tensor | None
@@ -53,21 +42,7 @@ class Data:
 def check_places(
     settings: Settings, coordinates: Any, groups: Any, n_samples: int
 ) -> tuple[Places | None, GroupCodes | None]:
-    """Check where the samples of a fit are.
-
-    Parameters
-    ----------
-    settings : Settings
-        Estimator with the parameters of the fit.
-    coordinates : array-like of shape (n_samples, p) or None
-    groups : array-like of shape (n_samples,) or None
-    n_samples : int
-
-    Raises
-    ------
-    ValueError
-        For places that cannot be used; the message says what to change.
-    """
+    """Check where the samples of a fit are; places that cannot be used are a ValueError."""
     if not settings.spatial:
         refuse_places(coordinates, groups)
         return None, None
@@ -123,13 +98,7 @@ def learned(settings: Settings) -> list[str]:
 def check_table(settings: Settings, X: Any, reset: bool) -> Counts:
     """Check counts of samples, and put them on the device of the fit.
 
-    Parameters
-    ----------
-    settings : Settings
-        Estimator that takes note of the features.
-    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
-    reset : bool
-        Whether the counts are those of a fit; others must have its features.
+    The estimator takes note of the features of a fit (`reset`); other samples must have them.
     """
     if isinstance(X, torch.Tensor):
         X = as_counts(X.detach()).numpy()
@@ -160,18 +129,7 @@ def check_new(
 def encode_places(model: FittedEstimator, coordinates: Any, groups: Any, n_samples: int) -> Places:
     """Check new places against those of the fit, and give their groups the codes of it.
 
-    Parameters
-    ----------
-    model : PNMF
-        FittedEstimator.
-    coordinates : array-like of shape (n_samples, p)
-    groups : array-like of shape (n_samples,), optional
-    n_samples : int
-
-    Raises
-    ------
-    ValueError
-        For a model that is not spatial, and for places that do not fit it.
+    A model that is not spatial, and places that do not fit it, are a ValueError.
     """
     known = model.model_.prior.places
     if known is None:

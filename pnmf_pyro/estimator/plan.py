@@ -237,22 +237,9 @@ OnStep = Callable[[PoissonFactorization, int, float], None]
 def fit_by_plan(
     settings: Settings, data: Data, on_step: OnStep
 ) -> tuple[PoissonFactorization, History, float]:
-    """Make a model of the data and train it through all stages.
+    """Make a model of the data, train it through all stages, and return its ELBO in nats as well.
 
-    Parameters
-    ----------
-    settings : Settings
-        Estimator with the parameters of the fit.
-    data : Data
-    on_step : callable
-        Function that is called with the model, the number of the step and the ELBO after it.
-
-    Returns
-    -------
-    model : PoissonFactorization
-    history : History
-    elbo : float
-        ELBO of the fitted model in nats.
+    `on_step` is called with the model, the number of the step and the ELBO after it.
     """
     random, counts = check_random_state(settings.random_state), data.counts
     model = make_model(settings, data, random)
@@ -275,21 +262,9 @@ def train_runs(
     generator: torch.Generator,
     on_step: OnStep,
 ) -> History:
-    """Train through all runs, from the best of several starts.
+    """Train through all runs, from the best of several starts W (D, L) and exp F (N, L).
 
     Each run may take an equal share of the iterations that are left of `max_iter`.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-    starts : sequence of (Tensor, Tensor)
-        Loadings (D, L) and factors exp F (N, L) to start from.
-    settings : Settings
-    counts : Counts of shape (N, D)
-    generator : torch.Generator
-        Source of all draws.
-    on_step : callable
-        Function that is called with the model, the number of the step and the ELBO after it.
     """
     history = History()
     left = sum(run.training is not None for run in runs)

@@ -32,22 +32,10 @@ PARTIAL = 0.3
 
 @dataclass
 class Training:
-    """One run of the training loop.
+    """One run of the training loop: a model, what is raised by which steps, and until when.
 
-    Attributes
-    ----------
-    model : PoissonFactorization
-        What is trained.
-    objective : FactorizationELBO
-        What is raised.
-    steps : sequence of (Step, Schedule)
-        The steps that raise it.
-    convergence : Convergence
-        When it has settled.
-    monotone : bool
-        Whether the objective has no noise, so that steps that lower it are halved.
-    warns : bool
-        Whether to warn where it has not settled.
+    A `monotone` objective has no noise, so that steps that lower it are halved. `warns` says
+    whether to warn where it has not settled.
     """
 
     model: PoissonFactorization
@@ -60,16 +48,7 @@ class Training:
 
 @dataclass
 class Run:
-    """What a stage does: something to the model at once, some training, or both.
-
-    Attributes
-    ----------
-    name : str
-        Name of the stage.
-    training : Training or None
-    prepare : callable
-        Function that is called first.
-    """
+    """What a stage does: something to the model at once (`prepare`), some training, or both."""
 
     name: str
     training: Training | None = None
@@ -87,24 +66,10 @@ def training_of(
     moves_factors: bool = True,
     loadings: type[ClosedFormLoadings] = ClosedFormLoadings,
 ) -> Training:
-    """Say how the parameters of an estimator have a model trained.
+    """Say how the parameters of an estimator have a model trained in one stage.
 
-    Parameters
-    ----------
-    settings : Settings
-    model : PoissonFactorization
-    mode : {'simple', 'expanded', 'lower-bound'}
-        Form of the ELBO.
-    tol : float
-        Relative rise of the ELBO at which it has settled.
-    kl_weight : float
-        Factor on the divergence from the prior.
-    warm : bool
-        Whether a warm-up came before, so that the covariance of q may move seldom.
-    moves_factors : bool
-        Whether q(F) is trained.
-    loadings : type
-        Steps of multiplicative loadings.
+    After a warm-up (`warm`) the covariance of q may move seldom. `loadings` is the kind of steps of
+    multiplicative loadings.
     """
     natural = settings.training_mode == "natural"
     batched = settings.batch_size is not None or settings.y_batch_size is not None

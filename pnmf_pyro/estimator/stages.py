@@ -38,23 +38,9 @@ WARM_UP_TOL = 10
 class Draft:
     """A fit as far as it is planned.
 
-    Attributes
-    ----------
-    settings : Settings
-        Estimator with the parameters of the fit.
-    counts : Counts of shape (N, D)
-    model : PoissonFactorization
-        The model of the fit.
-    random : RandomState
-        Source of what a search draws.
-    learned : list of str
-        Hyperparameters of the kernel to learn.
-    trained : PoissonFactorization
-        The model that the stages before have trained: a warm-up in space trains another one.
-    warm : bool
-        Whether a stage before was a warm-up.
-    kl_weight : float
-        Weight of the divergence in the stages before.
+    `trained` is the model that the stages before have trained: a warm-up in space trains another
+    one than that of the fit. `warm` says whether one was a warm-up, and `kl_weight` which weight
+    the divergence had.
     """
 
     settings: Settings
