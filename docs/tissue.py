@@ -4,7 +4,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-PROGRAMMES = ("Core", "Middle", "Rim", "Spot")
+PROGRAMMES = ("Core", "Middle", "Rim", "Niche")
 
 
 def simulated_section(side=16, sections=1, seed=0):
@@ -20,8 +20,8 @@ def simulated_section(side=16, sections=1, seed=0):
     label = np.repeat(np.arange(sections), len(grid))
     away = np.linalg.norm(x - (side - 0.5) / 2, axis=1) / (side / 2)
     x, label, away = x[away < 1.05], label[away < 1.05], away[away < 1.05]
-    spot = np.linalg.norm(x - side * np.array([0.35, 0.65]), axis=1) / side
-    levels = np.stack([away / 0.25, (away - 0.55) / 0.18, (away - 1) / 0.18, spot / 0.1], 1)
+    niche = np.linalg.norm(x - side * np.array([0.35, 0.65]), axis=1) / side
+    levels = np.stack([away / 0.25, (away - 0.55) / 0.18, (away - 1) / 0.18, niche / 0.1], 1)
     activity = 0.05 + np.exp(-(levels**2) / 2)
     activity[:, 3] *= 1 - label / max(2 * (sections - 1), 1)  # weaker from section to section
     loadings = np.zeros((60, 4))
@@ -33,7 +33,7 @@ def simulated_section(side=16, sections=1, seed=0):
         random.poisson(activity @ loadings.T).astype(np.float32),
         obs=pd.DataFrame(
             {"section": pd.Categorical([f"section {i + 1}" for i in label])},
-            index=[f"spot{i}" for i in range(len(x))],
+            index=[f"place{i}" for i in range(len(x))],
         ),
         var=pd.DataFrame(index=genes),
         obsm={"spatial": 100 * x, "activity": activity},

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pyro
 import pytest
+import torch
 
 from pnmf_pyro.command_line.cli import main
 from pnmf_pyro.command_line.options import Exit
@@ -117,7 +119,12 @@ def small_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_page_runs(page, small_data):
     matplotlib.use("Agg")
-    namespace = {"__name__": page.stem}
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        run_page(page)
+
+
+def run_page(page: Path) -> None:
+    namespace: dict = {"__name__": page.stem}
     for block in blocks_of(page):
         if exempt(page, block):
             continue
