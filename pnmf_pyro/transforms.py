@@ -156,15 +156,8 @@ def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
 def get_prior(model: Fitted) -> Prior:
     """Return the prior, which holds the variational distribution.
 
-    Parameters
-    ----------
-    model
-        As for :func:`log_factors`.
-
-    Returns
-    -------
-    Prior
-        A :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F).
+    It is a :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F). The model
+    is as for :func:`log_factors`.
     """
     return fitted_module(model).prior
 
@@ -215,7 +208,7 @@ def transform_F(
     W : array-like of shape (n_features, n_components)
         Loadings, fixed.
     n_components : int, optional
-        Number of components, checked against W where given.
+        Number of components, checked against the fixed side where given.
     mode : {'simple', 'expanded', 'lower-bound'}
         Form of the ELBO.
     E : int
@@ -283,29 +276,21 @@ def transform_W(
 
     Parameters
     ----------
-    X : array-like or sparse matrix of shape (n_samples, n_features)
-        Counts.
+    X, n_components, verbose, device, size_factors
+        As for :func:`transform_F`.
     F : array-like of shape (n_samples, n_components)
         Factors exp F, fixed.
     W_init : array-like of shape (n_features, n_components), optional
         Loadings to start from; each feature's mean spread over the components unless given. With
         F fixed the problem is convex, so the start decides only how long it takes.
-    n_components : int, optional
-        Number of components, checked against F where given.
     max_iter : int
         Largest number of updates.
     tol : float
         Relative change of a feature's loadings below which they are left alone.
-    verbose : bool
-        Whether a progress bar is shown.
-    device : {'cpu', 'cuda', 'mps', 'auto'}
-        Device to compute on; `auto` takes CUDA where there is one.
     loss : {'poisson', 'frobenius'}
         `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
         for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
         W <- W (X^T F) / (W F^T F).
-    size_factors : array-like of shape (n_samples,), optional
-        Positive factors on the rates of the samples; 1 unless given.
 
     Returns
     -------

@@ -11,8 +11,9 @@ import scipy.sparse as sp
 import torch
 
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
-from pnmf_pyro.data.checks import check_count, check_counts
+from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.estimator.results import chosen_numbers, counts_of_fit
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.transforms import get_loadings
@@ -33,8 +34,7 @@ def to_arviz(
     """Draw from the posterior of some samples and features, as an object of ArviZ.
 
     There is one chain. Its draws are independent, from the fitted variational distribution and not
-    from a Markov chain: R-hat and effective sample sizes mean nothing here and say nothing about
-    the quality of the approximation.
+    from a Markov chain: R-hat and effective sample sizes say nothing of the approximation.
 
     Parameters
     ----------
@@ -65,8 +65,8 @@ def to_arviz(
     """
     arviz, xarray = _packages()
     module = fitted_module(model)
-    rows = _numbers("samples", samples, module.N)
-    columns = _numbers("features", features, module.D)
+    rows = chosen_numbers("samples", samples, module.N)
+    columns = chosen_numbers("features", features, module.D)
     size = check_count("n_draws", n_draws) * len(rows) * len(columns)
     if size > MOST_COUNTS:
         raise ValueError(
@@ -74,24 +74,24 @@ def to_arviz(
             f"counts are {size:.3g} numbers, more than {MOST_COUNTS:.3g}. Pass samples= and "
             "features= to choose some, or fewer n_draws."
         )
-    seen = {} if X is None else {"observed_data": {"counts": _observed(module, X, rows, columns)}}
     F, counts = _draws(module, rows, columns, n_draws, random_state)
     groups: dict[str, dict[str, Any]] = {
         "posterior": {"log_factors": (("chain", "draw", "sample", "component"), F[None])},
         "posterior_predictive": {"counts": (("chain", "draw", "sample", "feature"), counts[None])},
         "constant_data": {"loadings": (("feature", "component"), get_loadings(model)[columns])},
-        **seen,
     }
+    if X is not None:
+        chosen = counts_of_fit(X, (module.N, module.D)).numpy()[rows][:, columns]
+        observed = chosen.toarray() if sp.issparse(chosen) else chosen
+        groups["observed_data"] = {"counts": (("sample", "feature"), observed)}
     coords = _coordinates(model, module, rows, columns, n_draws)
-    sets = {name: _dataset(xarray, variables, coords) for name, variables in groups.items()}
+    sets = {}
+    for name, variables in groups.items():
+        used = {dim for dims, _ in variables.values() for dim in dims}
+        sets[name] = xarray.Dataset(variables, {dim: coords[dim] for dim in coords if dim in used})
     # By what the module holds: ArviZ 1.x answers to the old name as well, with a warning.
     inference_data = vars(arviz).get("InferenceData")
     return xarray.DataTree.from_dict(sets) if inference_data is None else inference_data(**sets)
-
-
-def _dataset(xarray: ModuleType, variables: dict[str, Any], coords: dict[str, np.ndarray]) -> Any:
-    used = {dim for dims, _ in variables.values() for dim in dims}
-    return xarray.Dataset(variables, {dim: coords[dim] for dim in coords if dim in used})
 
 
 def _coordinates(
@@ -106,16 +106,6 @@ def _coordinates(
         "feature": names.astype(str) if names.dtype == object else names,
         "component": np.arange(module.L),
     }
-
-
-def _observed(
-    module: PoissonFactorization, X: Any, rows: np.ndarray, columns: np.ndarray
-) -> tuple[tuple[str, str], np.ndarray]:
-    seen = check_counts(X).numpy()
-    if seen.shape != (module.N, module.D):
-        raise ValueError(f"X must have shape {(module.N, module.D)}; got {seen.shape}.")
-    chosen = seen[rows][:, columns]
-    return ("sample", "feature"), chosen.toarray() if sp.issparse(chosen) else chosen
 
 
 def _draws(
@@ -136,16 +126,6 @@ def _draws(
             drawn = draw_counts(module, latents, samples)
             counts.append(drawn[..., torch.from_numpy(columns).to(device)].cpu().numpy())
     return np.concatenate(factors), np.concatenate(counts)
-
-
-def _numbers(name: str, chosen: Sequence[int] | None, size: int) -> np.ndarray:
-    if chosen is None:
-        return np.arange(size)
-    numbers = np.atleast_1d(np.asarray(chosen))
-    whole = numbers.ndim == 1 and numbers.dtype.kind in "iu" and len(numbers) > 0
-    if not whole or numbers.min() < 0 or numbers.max() >= size:
-        raise ValueError(f"{name} must be whole numbers from 0 to {size - 1}; got {chosen!r}.")
-    return numbers.astype(np.int64)
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:

@@ -71,8 +71,7 @@ class ComponentSelection:
     def standard_error(self) -> np.ndarray:
         """Standard error of `excess` over thinnings, (n_tried,); 0 for the best number itself.
 
-        The difference is taken within each thinning: how hard its counts are to predict is the same
-        for all numbers of components and does not count.
+        The difference is taken within each thinning, whose counts are as hard to predict for all.
         """
         above = self.deviance - self.deviance[np.argmin(self.mean_deviance)]
         return above.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
@@ -86,8 +85,7 @@ class ComponentSelection:
     def chosen(self) -> int:
         """Smallest number whose mean deviance is within one standard error of the lowest.
 
-        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), with the standard
-        error of the difference.
+        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), for the difference.
         """
         return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
 
@@ -112,12 +110,7 @@ class ComponentSelection:
         }
 
     def table(self) -> DataFrame | np.ndarray:
-        """Return a row for each number of components.
-
-        Returns
-        -------
-        DataFrame, or a structured array where pandas is not installed
-        """
+        """Return `columns` as a DataFrame; a structured array where pandas is not installed."""
         return as_table(self.columns)
 
     def summary(self) -> str:
@@ -208,15 +201,20 @@ def select_n_components(
         raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
-    table, given = counts.numpy(), {"coords": coordinates, "groups": groups} | FAST | parameters
-    trial = _Trial(table, None if s is None else s.numpy(), float(train_fraction), given)
+    given = {"coords": coordinates, "groups": groups} | FAST | parameters
+    trial = _Trial(counts.numpy(), None if s is None else s.numpy(), float(train_fraction), given)
     tasks = [(number, seed) for number in numbers for seed in seeds]
     found = _run(trial, tasks, n_jobs, int(verbose))
     by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
     return ComponentSelection(
         numbers,
         np.array([[deviance for deviance, _ in results] for results in by_number]),
-        np.array([_stability([loadings for _, loadings in results]) for results in by_number]),
+        np.array(
+            [
+                [match_factors(a, b).similarity for (_, a), (_, b) in combinations(results, 2)]
+                for results in by_number
+            ]
+        ),
     )
 
 
@@ -262,11 +260,6 @@ def _run(
     return found
 
 
-def _stability(loadings: Sequence[np.ndarray]) -> list[float]:
-    """Mean cosine of matched components for each pair of fits."""
-    return [match_factors(a, b).similarity for a, b in combinations(loadings, 2)]
-
-
 def _checked_numbers(n_components: Any, largest: int) -> list[int]:
     try:
         numbers = sorted({check_count("n_components", number) for number in n_components})
@@ -286,28 +279,10 @@ def _checked_numbers(n_components: Any, largest: int) -> list[int]:
 def thin_counts(
     X: Any, fraction: float, random: np.random.RandomState
 ) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray | sp.csr_matrix]:
-    """Split counts into two tables of the same shape that are independent if X is Poisson.
+    """Split counts X (n, d) into two tables that are independent if X is Poisson.
 
     Each count goes to the first table with probability `fraction`, and to the second otherwise
-    (binomial thinning): so what a model learns from one can be tested on the other.
-
-    Parameters
-    ----------
-    X : ndarray or sparse matrix of shape (n, d)
-        Counts, whole numbers.
-    fraction : float in (0, 1)
-        Expected share of the counts in the first table.
-    random : RandomState
-        Source of the draws.
-
-    Returns
-    -------
-    first, second : ndarray or CSR matrix of shape (n, d)
-
-    Raises
-    ------
-    ValueError
-        If X does not hold whole numbers.
+    (binomial thinning). Sparse counts give CSR matrices; X must hold whole numbers.
     """
     matrix = as_counts(_numeric_matrix(X)).numpy()
     entries = matrix.data if sp.issparse(matrix) else matrix

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike
 from sklearn.neighbors import kneighbors_graph
 
-from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
 
 # Counts (N, D) as an ndarray or a scipy csr_array, whose operators are the same.
 Table = Any
@@ -79,18 +79,7 @@ def maximum(table: Table, axis: int) -> np.ndarray:
 
 
 def correlations(table: Table, features: np.ndarray) -> np.ndarray:
-    """Pearson correlations between features, over samples; 0 where one does not vary.
-
-    Parameters
-    ----------
-    table : ndarray or csr_array of shape (N, D)
-    features : ndarray of int, shape (m,)
-
-    Returns
-    -------
-    ndarray of shape (m (m - 1) / 2,)
-        For the pairs in the order of `numpy.triu_indices(m, 1)`.
-    """
+    """Pearson correlations over samples of the pairs of m features; 0 where one is constant."""
     chosen = table[:, features]
     centred = np.asarray(chosen.toarray() if sp.issparse(chosen) else chosen, dtype=np.float64)
     centred = centred - centred.mean(0)
@@ -100,51 +89,31 @@ def correlations(table: Table, features: np.ndarray) -> np.ndarray:
 
 
 def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
-    """Return weights of the k nearest other samples, of one's own group where there are groups.
+    """Return weights (N, N) of the k nearest other samples of each sample's own group.
 
-    Parameters
-    ----------
-    places : Places of shape (N,)
-    k : int
-        Number of neighbours; all others where a group has fewer.
-
-    Returns
-    -------
-    csr_array of shape (N, N)
-        Each row sums to one, or is empty for a sample that is alone in its group.
+    Each row sums to one, or is empty for a sample that is alone in its group. A group with fewer
+    than k others gives all of them.
     """
     points = places.coordinates.cpu().numpy()
     groups = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    blocks = sp.block_diag([_weights_among(points[m], k) for m in members], format="csr")
+    blocks = []
+    for group in members:
+        near = min(k, len(group) - 1)
+        graph = kneighbors_graph(points[group], near, include_self=False) / near if near else None
+        blocks.append(sp.csr_array((1, 1)) if graph is None else sp.csr_array(graph))
     position = np.argsort(np.concatenate(members))
-    return sp.csr_array(blocks)[position][:, position]
-
-
-def _weights_among(points: np.ndarray, k: int) -> sp.csr_array:
-    near = min(k, len(points) - 1)
-    if near == 0:
-        return sp.csr_array((1, 1))
-    return sp.csr_array(kneighbors_graph(points, near, include_self=False) / near)
+    return sp.csr_array(sp.block_diag(blocks, format="csr"))[position][:, position]
 
 
 def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
     r"""Moran's I of each feature, its spatial autocorrelation; 0 where it does not vary.
 
-    With x the counts less their mean, and w the weights,
+    With x the counts less their mean, and w the weights (N, N),
 
     .. math:: I = \frac{N}{\sum_{ik} w_{ik}} \frac{\sum_{ik} w_{ik} x_i x_k}{\sum_i x_i^2}.
 
     The mean is taken off after the sums, so that a sparse table stays sparse (Moran 1950).
-
-    Parameters
-    ----------
-    table : ndarray or csr_array of shape (N, D)
-    weights : csr_array of shape (N, N)
-
-    Returns
-    -------
-    ndarray of shape (D,)
     """
     n, all_weights = len(weights.indptr) - 1, weights.sum()
     mean = total(table, 0) / n
@@ -187,22 +156,27 @@ _ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
 NAMES = (*_ON_AXES, "correlation", "moran")
 
 
+# What a user may ask for; None for all the names that apply.
+Wanted = str | Statistic | Callable[[Table], ArrayLike] | Sequence | None
+
+
+def places_of_samples(
+    coordinates: ArrayLike | None, groups: ArrayLike | None, n_samples: int
+) -> Places:
+    """Return coordinates and groups of samples as checked places."""
+    codes = None
+    if groups is not None:
+        codes = GroupCodes.of(groups, n_samples).encode(groups, n_samples)
+    return Places(check_coordinates(coordinates, n_samples), codes)
+
+
 def chosen_statistics(
-    wanted: Any, table: Table, places: Places | None, feature_names: Sequence[Any]
+    wanted: Wanted, table: Table, places: Places | None, feature_names: Sequence[Any]
 ) -> list[Statistic]:
-    """Return the statistics that a user asks for.
+    """Return the statistics that a user asks for; all the names that apply if None.
 
-    Parameters
-    ----------
-    wanted : str, Statistic, callable, sequence of these, or None
-        Names of `NAMES`, statistics, and functions of a table; all the names that apply if None.
-    table, places, feature_names
-        As for :func:`named_statistics`.
-
-    Raises
-    ------
-    ValueError
-        For anything else, and for none at all.
+    `places` are those of the samples, which "moran" needs, and `feature_names` label the pairs of
+    "correlation", which are taken among the most abundant features of `table`, (N, D).
     """
     if wanted is None:
         wanted = [name for name in NAMES if name != "moran" or places is not None]
@@ -227,32 +201,15 @@ def chosen_statistics(
 def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statistic:
     """The statistic of a user's function; what its numbers are for follows from how many."""
     size, (n, d) = np.size(function(table)), table.shape
-    kinds = {1: "table", d: "feature", n: "sample"}
-    ambiguous = n == d and size == n
-    of = "value" if ambiguous else kinds.get(size, "value")
+    kinds = {1: "table", d: "feature", n: "sample" if n != d else "value"}
+    of = kinds.get(size, "value")
     return Statistic(getattr(function, "__name__", "statistic"), of, function)
 
 
 def named_statistics(
     name: str, table: Table, places: Places | None, feature_names: Sequence[Any]
 ) -> list[Statistic]:
-    """Return the statistics of one name.
-
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`.
-    table : ndarray or csr_array of shape (N, D)
-        The data; correlations are between its most abundant features.
-    places : Places of shape (N,), optional
-        Needed by "moran".
-    feature_names : sequence of length D
-
-    Raises
-    ------
-    ValueError
-        For "moran" without places.
-    """
+    """Return the statistics of one of `NAMES`, see :func:`chosen_statistics`."""
     if name == "correlation":
         return _correlation(table, feature_names)
     if name == "moran":

@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> Exit:
         f"mean Poisson deviance of held-out counts ({1 - TRAIN_FRACTION:.0%}, by thinning):",
     )
     for name, mean in predictions.items():
-        say(options, f"  {_held_out_deviance(test, mean):.4f}  {name}")
+        expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
+        say(options, f"  {deviance(test, expected):.4f}  {name}")
     components = np.zeros((options.components, len(kept)))
     components[:, kept] = model.components_
     try:
@@ -76,11 +77,6 @@ def run(options: argparse.Namespace) -> Exit:
     except ImportError as error:
         say(options, f"no picture: {error}")
     return Exit.FINE
-
-
-def _held_out_deviance(test: np.ndarray, mean: np.ndarray) -> float:
-    expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
-    return deviance(test, expected)
 
 
 def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path) -> Path:

@@ -46,22 +46,8 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a command whose --help shows examples and says what its exit codes mean.
 
-    Parameters
-    ----------
-    commands : object that `ArgumentParser.add_subparsers` returned
-        List of commands that receives it.
-    name : str
-        Name of the command.
-    run : callable
-        Function of the options that does the work and returns an exit code.
-    help, description : str
-        Description in the list of commands, and in full.
-    examples : sequence of str
-        Lines to type.
-    fine : str
-        Meaning of exit code 0.
-    look : str, optional
-        Meaning of exit code 1; the command never returns it unless given.
+    `run` is a function of the options that does the work and returns an exit code. `fine` and
+    `look` explain the codes 0 and 1; the command never returns 1 unless `look` is given.
     """
     codes = {Exit.FINE: fine} | ({Exit.LOOK: look} if look else {})
     parser: argparse.ArgumentParser = commands.add_parser(

@@ -68,32 +68,11 @@ class AnnDataKeys:
             )
 
     def read(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any, Any]:
-        """Return the counts, coordinates and groups of an AnnData object.
+        """Return the counts (N, D), coordinates (N, p) or None, and groups (N,) or None of a fit.
 
-        Parameters
-        ----------
-        adata : AnnData
-            Object with the counts.
-        spatial : bool, optional
-            Whether the fit is to be spatial; if the coordinates are there, unless given.
-
-        Returns
-        -------
-        X : ndarray or sparse matrix of shape (n_samples, n_features)
-        coordinates : ndarray of shape (n_samples, p), or None
-        groups : ndarray of shape (n_samples,), or None
-
-        Raises
-        ------
-        ValueError
-            For keys that are not there, groups of a fit without space, and results that could not
-            be written.
-
-        Warns
-        -----
-        UserWarning
-            Where there is a layer of counts and X is none, and where there seem to be several
-            sections that no `batch_key` tells apart.
+        `spatial` says whether the fit is to be spatial; if None, it is where the coordinates are there.
+        Keys that are not there, and groups of a fit without space, are ValueErrors. It warns where X is
+        not counts and a layer is, and where no `batch_key` tells several sections apart.
         """
         return self._counts(adata), *self.places(adata, spatial)
 
@@ -131,8 +110,13 @@ class AnnDataKeys:
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
-            if coordinates is not None:
-                _warn_several_sections(adata)
+            sections = adata.uns.get("spatial")
+            if coordinates is not None and isinstance(sections, dict) and len(sections) > 1:
+                warn(
+                    f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key "
+                    "tells them apart: places of different sections count as neighbours. Pass "
+                    "batch_key=."
+                )
             return None
         if self.batch_key not in adata.obs:
             raise ValueError(
@@ -161,15 +145,6 @@ class AnnDataKeys:
 def _is_whole(X: Any) -> bool:
     entries = X.data if sp.issparse(X) else X
     return bool((entries == np.round(entries)).all())
-
-
-def _warn_several_sections(adata: AnnData) -> None:
-    sections = adata.uns.get("spatial")
-    if isinstance(sections, dict) and len(sections) > 1:
-        warn(
-            f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key tells them "
-            "apart: places of different sections count as neighbours. Pass batch_key=."
-        )
 
 
 def results(fit: Fit) -> dict[str, np.ndarray]:
@@ -207,8 +182,7 @@ def settings(fit: Fitted) -> dict[str, Any]:
     -------
     dict
         `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo` and
-        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`, such as
-        the lengthscale of each component.
+        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`.
     """
     found: dict[str, Any] = {"version": __version__}
     get_params = getattr(fit, "get_params", None)
