@@ -36,7 +36,7 @@ from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
 
 
 def log_factors(
-    model: Fitted,
+    model: Fitted | Prior,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
@@ -45,8 +45,9 @@ def log_factors(
 
     Parameters
     ----------
-    model : PNMF, ModelFit or PoissonFactorization
-        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
+    model : PNMF, ModelFit, PoissonFactorization or Prior
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, model trained in any way, or prior
+        that holds q(F).
     coordinates, groups : array-like, optional
         Other places than those of the fit, for spatial models.
     return_tensor : bool
@@ -66,11 +67,11 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return _means(_field(model, coordinates, groups), return_tensor)
+    return marginals(_field(model, coordinates, groups), lambda q: q.loc, return_tensor)
 
 
 def factor_uncertainty(
-    model: Fitted,
+    model: Fitted | Prior,
     return_variance: bool = False,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -85,11 +86,12 @@ def factor_uncertainty(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
+    field = _field(model, coordinates, groups)
+    return marginals(field, lambda q: q.variance if return_variance else q.scale, return_tensor)
 
 
 def get_factors(
-    model: Fitted,
+    model: Fitted | Prior,
     use_mgf: bool = True,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -104,7 +106,8 @@ def get_factors(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
+    field, half = _field(model, coordinates, groups), 0.5 if use_mgf else 0.0
+    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
 
 
 def factor_samples(
@@ -164,19 +167,19 @@ def get_prior(model: Fitted) -> Prior:
 
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
-    return _means(check_prior(prior), return_tensor)
+    return log_factors(check_prior(prior), return_tensor=return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
     """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
-    return _factors(check_prior(prior), use_mgf, return_tensor)
+    return get_factors(check_prior(prior), use_mgf, return_tensor=return_tensor)
 
 
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
     """Return the uncertainty of the q(F) that a prior holds, see :func:`factor_uncertainty`."""
-    return _spreads(check_prior(prior), return_variance, return_tensor)
+    return factor_uncertainty(check_prior(prior), return_variance, return_tensor=return_tensor)
 
 
 def transform_F(
@@ -312,9 +315,9 @@ def transform_W(
     return _output(W, False)  # type: ignore[return-value]
 
 
-def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
-    """q(F) of a fitted model, at its samples or at the places that are given."""
-    prior = fitted_module(model).prior
+def _field(model: Fitted | Prior, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
+    """q(F) of a fitted model or a prior, at its samples or at the places that are given."""
+    prior = model if isinstance(model, Prior) else fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:
@@ -335,19 +338,6 @@ def check_prior(prior: object) -> Prior:
             "For that of a fitted model use get_prior(model)."
         )
     return prior
-
-
-def _means(field: Field, return_tensor: bool) -> Array:
-    return marginals(field, lambda q: q.loc, return_tensor)
-
-
-def _factors(field: Field, use_mgf: bool, return_tensor: bool) -> Array:
-    half = 0.5 if use_mgf else 0.0
-    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
-
-
-def _spreads(field: Field, variance: bool, return_tensor: bool) -> Array:
-    return marginals(field, lambda q: q.variance if variance else q.scale, return_tensor)
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:

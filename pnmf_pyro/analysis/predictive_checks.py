@@ -35,7 +35,6 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.replicates import replicated_counts
 from pnmf_pyro.analysis.statistics import (
     Statistic,
-    Table,
     Wanted,
     chosen_statistics,
     places_of_samples,
@@ -259,11 +258,6 @@ def posterior_predictive_check(
     -------
     PredictiveCheck
 
-    Raises
-    ------
-    ValueError
-        For data that do not fit the model, and statistics that cannot be used.
-
     Notes
     -----
     Memory above the data: a few replicated tables, sparse where X is, and
@@ -279,8 +273,8 @@ def posterior_predictive_check(
     >>> check["variance_to_mean"].p_value < 0.01
     True
     """
-    table, chosen = _prepare(model, X, coordinates, groups, statistics)
-    return _compare("posterior", model, table, chosen, n_draws, random_state, int(verbose))
+    where = coordinates, groups
+    return _check("posterior", model, X, where, statistics, n_draws, random_state, verbose)
 
 
 def prior_predictive_check(
@@ -309,54 +303,46 @@ def prior_predictive_check(
     -------
     PredictiveCheck
     """
-    table, chosen = _prepare(model, X, coordinates, groups, statistics)
-    return _compare("prior", model, table, chosen, n_draws, random_state, int(verbose))
+    where = coordinates, groups
+    return _check("prior", model, X, where, statistics, n_draws, random_state, verbose)
 
 
-def _prepare(
+def _check(
+    kind: str,
     model: Fitted,
     X: Any,
-    coordinates: ArrayLike | None,
-    groups: ArrayLike | None,
+    where: tuple[ArrayLike | None, ArrayLike | None],
     statistics: Wanted,
-) -> tuple[Table, list[tuple[Statistic, Sequence]]]:
-    """The data as a table, and the statistics with the labels of their numbers."""
+    n_draws: int,
+    random_state: RandomState,
+    verbose: bool | int,
+) -> PredictiveCheck:
+    """Work out the statistics of the data and of replicates, in one pass over these."""
+    check_count("n_draws", n_draws)
     module = fitted_module(model)
     counts = counts_of_fit(X, (module.N, module.D)).numpy()
-    table = sp.csr_array(counts) if sp.issparse(counts) else counts
+    sparse = sp.issparse(counts)
+    table = sp.csr_array(counts) if sparse else counts
     places = getattr(module.prior, "places", None)
-    if coordinates is not None or groups is not None:
-        places = places_of_samples(coordinates, groups, module.N)
+    if any(given is not None for given in where):
+        places = places_of_samples(*where, module.N)
     names: dict[str, Sequence] = {
         "sample": list(getattr(X, "index", range(module.N))),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])
-    return table, [(one, one.labels or names.get(one.of, [])) for one in chosen]
-
-
-def _compare(
-    kind: str,
-    model: Fitted,
-    table: Table,
-    statistics: Sequence[tuple[Statistic, Sequence]],
-    n_draws: int,
-    random_state: RandomState,
-    verbose: int,
-) -> PredictiveCheck:
-    """Work out the statistics of a table and of its replicates, in one pass over these."""
-    check_count("n_draws", n_draws)
-    form = {"prior": kind == "prior", "sparse": sp.issparse(table)}
-    replicates = replicated_counts(model, n_draws, random_state=random_state, **form)
-    observed = [one(table) for one, _ in statistics]
+    observed = [one(table) for one in chosen]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
-    with progress_bar(n_draws, verbose, f"{kind} predictive") as progress:
-        for draw, replicate in enumerate(replicates):
-            for (one, _), values in zip(statistics, replicated, strict=True):
+    tables = replicated_counts(
+        model, n_draws, prior=kind == "prior", sparse=sparse, random_state=random_state
+    )
+    with progress_bar(n_draws, int(verbose), f"{kind} predictive") as progress:
+        for draw, replicate in enumerate(tables):
+            for one, values in zip(chosen, replicated, strict=True):
                 values[draw] = one(replicate)
             progress.update()
     results = [
-        StatisticCheck(one, labels or range(len(seen)), seen, values)
-        for (one, labels), seen, values in zip(statistics, observed, replicated, strict=True)
+        StatisticCheck(one, one.labels or names.get(one.of) or range(len(seen)), seen, values)
+        for one, seen, values in zip(chosen, observed, replicated, strict=True)
     ]
     return PredictiveCheck(results, n_draws, kind)

@@ -176,11 +176,6 @@ def select_n_components(
     -------
     ComponentSelection
 
-    Raises
-    ------
-    ValueError
-        For input that cannot be used; the message says what to change.
-
     Examples
     --------
     >>> import numpy as np

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -129,32 +130,35 @@ def _vector(values: Any) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
 
 
-_ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
-    "total": (
-        total,
-        "the model expects too few counts",
-        "the model expects too many counts",
-    ),
+# What it means that a statistic is higher, or lower, in the data than in the model's tables.
+MEANINGS = {
+    "total": ("the model expects too few counts", "the model expects too many counts"),
     "variance_to_mean": (
-        variance_to_mean,
         "counts vary more than the Poisson model allows (overdispersion): more components, size "
         "factors, or a likelihood such as the negative binomial may be needed",
         "counts vary less than the model says: it may have fitted noise, try fewer components",
     ),
     "zero_fraction": (
-        zero_fraction,
         "there are more zeros than the model makes, as overdispersion or dropout would leave",
         "there are fewer zeros than the model makes",
     ),
     "maximum": (
-        maximum,
         "the largest counts are beyond the model's: outliers, or overdispersion",
         "the model makes larger counts than there are: its factors may vary too much",
     ),
+    "correlation": (
+        "features go together more than the components explain: try more components",
+        "features go together less than the model says, as noise beyond a Poisson makes them",
+    ),
+    "moran": (
+        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
+        "components or a shorter lengthscale",
+        "neighbouring samples are less alike than the model makes them: the counts have noise that "
+        "a Poisson does not, or the lengthscale is too long",
+    ),
 }
-
-NAMES = (*_ON_AXES, "correlation", "moran")
-
+NAMES = tuple(MEANINGS)
+_ON_AXES = {f.__name__: f for f in (total, variance_to_mean, zero_fraction, maximum)}
 
 # What a user may ask for; None for all the names that apply.
 Wanted = str | Statistic | Callable[[Table], ArrayLike] | Sequence | None
@@ -171,7 +175,7 @@ def places_of_samples(
 
 
 def chosen_statistics(
-    wanted: Wanted, table: Table, places: Places | None, feature_names: Sequence[Any]
+    wanted: Wanted, table: Table, places: Places | None, feature_names: Sequence
 ) -> list[Statistic]:
     """Return the statistics that a user asks for; all the names that apply if None.
 
@@ -207,48 +211,24 @@ def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statis
 
 
 def named_statistics(
-    name: str, table: Table, places: Places | None, feature_names: Sequence[Any]
+    name: str, table: Table, places: Places | None, feature_names: Sequence
 ) -> list[Statistic]:
     """Return the statistics of one of `NAMES`, see :func:`chosen_statistics`."""
-    if name == "correlation":
-        return _correlation(table, feature_names)
+    meaning = MEANINGS[name]
     if name == "moran":
-        return [_moran(places, table.dtype)]
-    function, above, below = _ON_AXES[name]
+        if places is None:
+            raise ValueError(
+                "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
+                "check a spatial model."
+            )
+        weights = neighbor_weights(places).astype(table.dtype)
+        return [Statistic(name, "feature", partial(moran, weights=weights), *meaning)]
+    if name == "correlation":
+        chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
+        labels = list(combinations([feature_names[number] for number in chosen], 2))
+        function = partial(correlations, features=chosen)
+        return [Statistic(name, "pair of features", function, *meaning, labels)] if labels else []
     return [
-        Statistic(name, of, partial(function, axis=axis), above, below)
+        Statistic(name, of, partial(_ON_AXES[name], axis=axis), *meaning)
         for of, axis in (("feature", 0), ("sample", 1))
     ]
-
-
-def _correlation(table: Table, feature_names: Sequence[Any]) -> list[Statistic]:
-    """Of the most abundant features; none where there is only one."""
-    chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
-    pairs = zip(*(chosen[index] for index in np.triu_indices(len(chosen), 1)), strict=True)
-    labels = [(feature_names[first], feature_names[second]) for first, second in pairs]
-    statistic = Statistic(
-        "correlation",
-        "pair of features",
-        partial(correlations, features=chosen),
-        "features go together more than the components explain: try more components",
-        "features go together less than the model says, as noise beyond a Poisson makes them",
-        labels,
-    )
-    return [statistic] if labels else []
-
-
-def _moran(places: Places | None, dtype: Any) -> Statistic:
-    if places is None:
-        raise ValueError(
-            "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
-            "check a spatial model."
-        )
-    return Statistic(
-        "moran",
-        "feature",
-        partial(moran, weights=neighbor_weights(places).astype(dtype)),
-        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
-        "components or a shorter lengthscale",
-        "neighbouring samples are less alike than the model makes them: the counts have noise that "
-        "a Poisson does not, or the lengthscale is too long",
-    )

@@ -30,11 +30,6 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
     unit : str
         Unit of the coordinates, for scale bars.
 
-    Raises
-    ------
-    ValueError
-        For an AnnData object without such a fit.
-
     Examples
     --------
     >>> import numpy as np

@@ -70,9 +70,9 @@ class AnnDataKeys:
     def read(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any, Any]:
         """Return the counts (N, D), coordinates (N, p) or None, and groups (N,) or None of a fit.
 
-        `spatial` says whether the fit is to be spatial; if None, it is where the coordinates are there.
-        Keys that are not there, and groups of a fit without space, are ValueErrors. It warns where X is
-        not counts and a layer is, and where no `batch_key` tells several sections apart.
+        `spatial` says whether the fit is to be spatial; if None, it is where the coordinates are
+        there. Keys that are not there, and groups of a fit without space, are ValueErrors. It warns
+        where X is not counts and a layer is, and where no `batch_key` tells several sections apart.
         """
         return self._counts(adata), *self.places(adata, spatial)
 
@@ -222,15 +222,15 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
     key : str
         Name of the results.
     """
-    arrays = results(fit)
+    found = results_of(fit)
     with warnings.catch_warnings():  # that a view becomes an object of its own
         warnings.simplefilter("ignore", import_anndata().ImplicitModificationWarning)
-        adata.obsm[f"X_{key}"] = arrays["factors"]
-        adata.obsm[f"X_{key}_sd"] = arrays["factors_sd"]
-        adata.obsm[f"X_{key}_log_sd"] = arrays["log_factors_sd"]
-        adata.varm[f"{key.upper()}_loadings"] = arrays["loadings"]
+        adata.obsm[f"X_{key}"] = found.factors
+        adata.obsm[f"X_{key}_sd"] = found.factors_sd
+        adata.obsm[f"X_{key}_log_sd"] = found.log_factors_sd
+        adata.varm[f"{key.upper()}_loadings"] = found.loadings
         adata.uns[key] = settings(fit)
-        if "elbo_history" in arrays:
-            adata.uns[key]["elbo_history"] = arrays["elbo_history"]
+        if found.elbo_history is not None:
+            adata.uns[key]["elbo_history"] = found.elbo_history
         if fitted_module(fit).size_factors is not None:
-            adata.obs[f"{key}_size_factors"] = results_of(fit).size_factors
+            adata.obs[f"{key}_size_factors"] = found.size_factors

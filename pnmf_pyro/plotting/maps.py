@@ -149,11 +149,6 @@ def plot_spatial(
     Returns
     -------
     ndarray of matplotlib Axes, one for each panel
-
-    Raises
-    ------
-    ValueError
-        For values, coordinates or groups that do not fit one another.
     """
     look = MapStyle(**style)
     if isinstance(values, str) or isinstance(values[0], str):
