@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -18,6 +16,7 @@ from pnmf_pyro.data.checks import (
     check_size_factors,
     check_training,
 )
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -183,7 +182,7 @@ def uncertainty_from_prior(
 
 
 def transform_F(
-    X: Any,
+    X: ArrayLike | CountsLike,
     W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
@@ -201,8 +200,7 @@ def transform_F(
 ) -> Array | GaussianPrior:
     """Infer q(F) for data, given loadings.
 
-    A few natural-gradient steps, first in `lower-bound` mode and then in `mode`, bring q near its
-    optimum; Adam goes on from there.
+    A few natural-gradient steps bring q near its optimum; Adam goes on from there.
 
     Parameters
     ----------
@@ -231,8 +229,7 @@ def transform_F(
     size_factors : array-like of shape (n_samples,), optional
         Positive factors on the rates of the samples; 1 unless given.
     scale_pf : float
-        Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
-        loadings of a model that was fitted with another than 1, or that learned it.
+        Standard deviation of the prior of the log-factors, `get_prior(model).scale_pf` of a fit.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different ones at each call.
 
@@ -263,7 +260,7 @@ def transform_F(
 
 
 def transform_W(
-    X: Any,
+    X: ArrayLike | CountsLike,
     F: ArrayLike,
     W_init: ArrayLike | None = None,
     n_components: int | None = None,
@@ -284,16 +281,14 @@ def transform_W(
     F : array-like of shape (n_samples, n_components)
         Factors exp F, fixed.
     W_init : array-like of shape (n_features, n_components), optional
-        Loadings to start from; each feature's mean spread over the components unless given. With
-        F fixed the problem is convex, so the start decides only how long it takes.
+        Loadings to start from, which decide only how long it takes: the problem is convex.
     max_iter : int
         Largest number of updates.
     tol : float
         Relative change of a feature's loadings below which they are left alone.
     loss : {'poisson', 'frobenius'}
-        `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
-        for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
-        W <- W (X^T F) / (W F^T F).
+        Loss to lower: the Poisson negative log-likelihood, or the squared error, by the rules of
+        Lee and Seung (2001).
 
     Returns
     -------

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
 from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.estimator.results import chosen_numbers, counts_of_fit
 from pnmf_pyro.models import PoissonFactorization
@@ -24,7 +26,7 @@ MOST_COUNTS = 1 << 27
 
 def to_arviz(
     model: Fitted,
-    X: Any = None,
+    X: ArrayLike | CountsLike | None = None,
     samples: Sequence[int] | None = None,
     features: Sequence[int] | None = None,
     n_draws: int = 200,
@@ -55,13 +57,6 @@ def to_arviz(
         `posterior` with `log_factors` (chain, draw, sample, component); `posterior_predictive` with
         `counts` (chain, draw, sample, feature), replicated from the same draws; `constant_data`
         with `loadings` (feature, component); and, with X, `observed_data` with `counts`.
-
-    Raises
-    ------
-    ImportError
-        If ArviZ is not installed.
-    ValueError
-        For numbers that are not of samples or features, and for an export that would be too large.
     """
     arviz, xarray = _packages()
     module = fitted_module(model)
@@ -84,7 +79,14 @@ def to_arviz(
         chosen = counts_of_fit(X, (module.N, module.D)).numpy()[rows][:, columns]
         observed = chosen.toarray() if sp.issparse(chosen) else chosen
         groups["observed_data"] = {"counts": (("sample", "feature"), observed)}
-    coords = _coordinates(model, module, rows, columns, n_draws)
+    names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))[columns]
+    coords = {
+        "chain": np.zeros(1, int),
+        "draw": np.arange(n_draws),
+        "sample": rows,
+        "feature": names.astype(str) if names.dtype == object else names,
+        "component": np.arange(module.L),
+    }
     sets = {}
     for name, variables in groups.items():
         used = {dim for dims, _ in variables.values() for dim in dims}
@@ -92,20 +94,6 @@ def to_arviz(
     # By what the module holds: ArviZ 1.x answers to the old name as well, with a warning.
     inference_data = vars(arviz).get("InferenceData")
     return xarray.DataTree.from_dict(sets) if inference_data is None else inference_data(**sets)
-
-
-def _coordinates(
-    model: Fitted, module: PoissonFactorization, rows: np.ndarray, columns: np.ndarray, n_draws: int
-) -> dict[str, np.ndarray]:
-    """Names along each dimension."""
-    names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))[columns]
-    return {
-        "chain": np.zeros(1, int),
-        "draw": np.arange(n_draws),
-        "sample": rows,
-        "feature": names.astype(str) if names.dtype == object else names,
-        "component": np.arange(module.L),
-    }
 
 
 def _draws(

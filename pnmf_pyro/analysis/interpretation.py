@@ -8,7 +8,7 @@ do not depend on how a fit divides a scale between factors and loadings.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.statistics import neighbor_weights, places_of_samples
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.counts import BLOCK_ENTRIES, CountsLike
 from pnmf_pyro.estimator.results import Fit, Results, counts_of_fit, results_of
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _positive(totals: np.ndarray | float) -> np.ndarray:
 
 def spatial_scores(
     fit: Fit,
-    X: Any = None,
+    X: ArrayLike | CountsLike | None = None,
     of: str = "components",
     *,
     coordinates: ArrayLike | None = None,
@@ -195,11 +195,6 @@ def spatial_scores(
         than twice its standard error under a Poisson, :math:`\sqrt{2 / N}` times the mean noise:
         there is nothing to explain; and for a component that contributes less than one count in
         all. A structured array without pandas.
-
-    Raises
-    ------
-    ValueError
-        Where counts or coordinates are needed or do not fit the samples.
     """
     check_choice("of", of, ("components", "features"))
     found = results_of(fit, key)

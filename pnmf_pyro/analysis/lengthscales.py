@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.data.random_state import check_random_state
 from pnmf_pyro.estimator.results import counts_of_fit
@@ -44,7 +45,7 @@ class LengthscaleProfile:
 
 
 def lengthscale_profile(
-    fit: Fitted, X: Any, lengthscales: ArrayLike | None = None
+    fit: Fitted, X: ArrayLike | CountsLike, lengthscales: ArrayLike | None = None
 ) -> LengthscaleProfile:
     """Predict samples without themselves, with all components at one lengthscale or another.
 

@@ -58,11 +58,6 @@ def match_factors(a: Fit | ArrayLike, b: Fit | ArrayLike, *, key: str = "pnmf") 
     -------
     FactorMatch
 
-    Raises
-    ------
-    ValueError
-        If the numbers of features differ, or what is given is neither fit nor finite array.
-
     Examples
     --------
     >>> import numpy as np

@@ -41,6 +41,7 @@ from pnmf_pyro.analysis.statistics import (
 )
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.estimator.results import counts_of_fit
 from pnmf_pyro.training.fitted import Fitted, fitted_module
@@ -220,7 +221,7 @@ class PredictiveCheck:
 
 def posterior_predictive_check(
     model: Fitted,
-    X: Any,
+    X: ArrayLike | CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     statistics: Wanted = None,
@@ -258,11 +259,6 @@ def posterior_predictive_check(
     -------
     PredictiveCheck
 
-    Notes
-    -----
-    Memory above the data: a few replicated tables, sparse where X is, and
-    4 n_draws (N + D) bytes for each statistic of samples and features.
-
     Examples
     --------
     >>> import numpy as np
@@ -279,7 +275,7 @@ def posterior_predictive_check(
 
 def prior_predictive_check(
     model: Fitted,
-    X: Any,
+    X: ArrayLike | CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     statistics: Wanted = None,
@@ -310,7 +306,7 @@ def prior_predictive_check(
 def _check(
     kind: str,
     model: Fitted,
-    X: Any,
+    X: ArrayLike | CountsLike,
     where: tuple[ArrayLike | None, ArrayLike | None],
     statistics: Wanted,
     n_draws: int,

@@ -6,7 +6,7 @@ at a time: a tensor of draws by samples by features is never made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,13 @@ def replicated_counts(
     model : PNMF, ModelFit or PoissonFactorization
         Fit, see :func:`~pnmf_pyro.training.fitted.fitted_module`.
     n_draws : int
-        Number of tables.
+        Number of tables, each an ndarray or csr_array of shape (N, D).
     prior : bool
         Whether the latent variables come from the model's prior rather than from its guide.
     sparse : bool
         Whether the tables are sparse.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different tables at each call.
-
-    Yields
-    ------
-    ndarray or csr_array of shape (N, D)
     """
     module = fitted_module(model)
     without_counts = poutine.condition(module.model, {"X": torch.zeros(())})
@@ -131,7 +127,7 @@ def draw_counts(module: PoissonFactorization, latents: Latents, samples: Tensor)
     return drawn.reshape(-1, len(samples), module.D)
 
 
-def _joined(parts: tuple[Any, ...]) -> Table:
+def _joined(parts: Sequence[Table]) -> Table:
     join = sp.vstack if sp.issparse(parts[0]) else np.concatenate
     return join(parts) if len(parts) > 1 else parts[0]
 

@@ -126,7 +126,7 @@ def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
     return np.divide(n * product, all_weights * square, out=np.zeros(len(mean)), where=varies)
 
 
-def _vector(values: Any) -> np.ndarray:
+def _vector(values: Table) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
 
 

@@ -14,18 +14,10 @@ Columns = Mapping[str, Sequence | np.ndarray]
 
 
 def as_table(columns: Columns, index: str | None = None) -> DataFrame | np.ndarray:
-    """Return columns of equal length as a table whose columns are read by name.
+    """Return columns of equal length as a DataFrame, or as a structured array without pandas.
 
-    Parameters
-    ----------
-    columns : mapping of str to array-like
-        Columns by name; entries may be tuples.
-    index : str, optional
-        Column of names that becomes the index of a data frame.
-
-    Returns
-    -------
-    DataFrame, or a structured array where pandas is not installed
+    Columns are read by name from both; entries may be tuples. `index` names the column that becomes
+    the index of a data frame.
     """
     try:
         import pandas as pd

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -13,7 +12,7 @@ from sklearn.decomposition import NMF
 
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.selection import thin_counts
-from pnmf_pyro.command_line.options import Exit, add_command, add_common, say
+from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors
@@ -23,7 +22,7 @@ TRAIN_FRACTION = 0.5
 LOWEST_PREDICTION = 1e-3
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(
         commands,

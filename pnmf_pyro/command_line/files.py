@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,7 @@ def read_counts(path: str | Path, layer: str | None = None, transpose: bool = Fa
     of names. `layer` is one of an .h5ad file; `transpose` says that the file holds features by
     samples.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"COUNTS must be a file; there is no {path}.")
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".h5ad", *READERS):
-        known = ", ".join([".h5ad", *READERS])
-        raise ValueError(f"COUNTS must end in one of {known}; got {path.name}.")
+    path, kind = _check_file(path, "COUNTS", (".h5ad", *READERS))
     if layer is not None and kind != ".h5ad":
         raise ValueError(f"layer={layer!r} is for .h5ad files; {path.name} has no layers.")
     if kind == ".h5ad":
@@ -79,10 +73,6 @@ def _open_h5ad(path: Path) -> AnnData:
         return import_anndata().read_h5ad(path)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
-
-
-def _read_npz(path: Path) -> CountTable:
-    return CountTable(sp.load_npz(path).tocsr())
 
 
 def _read_mtx(path: Path) -> CountTable:
@@ -117,7 +107,7 @@ def _is_number(cell: str) -> bool:
 
 
 READERS: dict[str, Callable[[Path], CountTable]] = {
-    ".npz": _read_npz,
+    ".npz": lambda path: CountTable(sp.load_npz(path).tocsr()),
     ".mtx": _read_mtx,
     ".csv": _text_reader(","),
     ".tsv": _text_reader("\t"),
@@ -146,22 +136,25 @@ def write_results(path: str | Path, model: PNMF, table: CountTable) -> None:
 
 def read_fit(path: str | Path) -> PNMF | AnnData:
     """Read an .h5ad file with results, or the .npz of :meth:`PNMF.save`."""
-    path = _check_file(path, "FIT", (".h5ad", ".npz"))
-    return PNMF.load(path) if path.suffix == ".npz" else _open_h5ad(path)
+    path, kind = _check_file(path, "FIT", (".h5ad", ".npz"))
+    return PNMF.load(path) if kind == ".npz" else _open_h5ad(path)
 
 
 def read_model(path: str | Path) -> PNMF:
     """Read the .npz of :meth:`PNMF.save`."""
-    return PNMF.load(_check_file(path, "MODEL", (".npz",)))
+    path, _ = _check_file(path, "MODEL", (".npz",))
+    return PNMF.load(path)
 
 
-def _check_file(path: str | Path, argument: str, endings: tuple[str, ...]) -> Path:
+def _check_file(path: str | Path, argument: str, endings: Sequence[str]) -> tuple[Path, str]:
+    """The path of a file that is there, and its ending, without .gz."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{argument} must be a file; there is no {path}.")
-    if path.suffix not in endings:
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in endings:
         raise ValueError(f"{argument} must end in {' or '.join(endings)}; got {path.name}.")
-    return path
+    return path, kind
 
 
 def check_results_path(path: str | Path) -> None:

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import textwrap
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,18 +38,8 @@ th,td{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-al
 """
 
 
-class Block(ABC):
-    """A part of a page under its own heading."""
-
-    heading: str
-
-    @abstractmethod
-    def html(self) -> str:
-        """Return it as HTML, without the heading."""
-
-
 @dataclass(frozen=True)
-class Text(Block):
+class Text:
     """Paragraphs, with a line break between them; as a string, lines for a terminal."""
 
     heading: str
@@ -66,7 +55,7 @@ class Text(Block):
 
 
 @dataclass(frozen=True)
-class Table(Block):
+class Table:
     """Columns of equal length by name, of numbers or strings; as a string, lines of one width."""
 
     heading: str
@@ -106,7 +95,7 @@ class Table(Block):
 
 
 @dataclass(frozen=True)
-class Picture(Block):
+class Picture:
     """A figure, drawn when it is needed.
 
     `draw` returns matplotlib Axes, or an array of them, of a figure of their own.
@@ -126,6 +115,9 @@ class Picture(Block):
         data = base64.b64encode(file.getvalue()).decode()
         alt = html.escape(self.heading, quote=True)
         return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+Block = Text | Table | Picture
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from pnmf_pyro.training.fitted import Fitted, fitted_module
 if TYPE_CHECKING:
     from anndata import AnnData
 
+MaybeArray = np.ndarray | None
+
 logger = logging.getLogger("pnmf_pyro")
 
 
@@ -35,21 +37,10 @@ def import_anndata() -> Any:
 
 @dataclass(frozen=True)
 class AnnDataKeys:
-    """What to read from an AnnData object and where to write.
+    """What to read from an AnnData object and where to write, by the parameters of `pnmf_pyro.fit`.
 
-    Parameters
-    ----------
-    layer : str, optional
-        Layer of the counts; X unless given.
-    spatial_key : str or None
-        Name of the coordinates in obsm; None for a fit without space. The conventional name need
-        not be there, any other must.
-    batch_key : str, optional
-        Column of obs with the group of each sample.
-    key_added : str
-        Name of the results.
-    copy : bool
-        Whether results are written to a copy.
+    `spatial_key` is the name of the coordinates in obsm, or None for a fit without space. The
+    conventional name need not be there, any other must.
     """
 
     layer: str | None = None
@@ -67,7 +58,9 @@ class AnnDataKeys:
                 "groups= for arrays."
             )
 
-    def read(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any, Any]:
+    def read(
+        self, adata: AnnData, spatial: bool | None = None
+    ) -> tuple[Any, MaybeArray, MaybeArray]:
         """Return the counts (N, D), coordinates (N, p) or None, and groups (N,) or None of a fit.
 
         `spatial` says whether the fit is to be spatial; if None, it is where the coordinates are
@@ -76,7 +69,7 @@ class AnnDataKeys:
         """
         return self._counts(adata), *self.places(adata, spatial)
 
-    def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any]:
+    def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)

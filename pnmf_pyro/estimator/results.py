@@ -216,7 +216,7 @@ def plain(value: object) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def counts_of(adata: Any, layer: str | None = None) -> Any:
+def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     """Return X or a layer of an AnnData object in memory, sparse where it is sparse."""
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"layer={layer!r} is not there; its layers are {list(adata.layers)}.")
@@ -229,7 +229,7 @@ def counts_of(adata: Any, layer: str | None = None) -> Any:
     return X if sp.issparse(X) else np.asarray(X)
 
 
-def counts_of_fit(X: CountsLike, shape: tuple[int, int]) -> Counts:
+def counts_of_fit(X: ArrayLike | CountsLike, shape: tuple[int, int]) -> Counts:
     """Return X as counts; raise a ValueError unless they have the fit's shape (N, D)."""
     counts = check_counts(X)
     if counts.shape != shape:

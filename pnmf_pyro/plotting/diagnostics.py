@@ -43,11 +43,6 @@ def plot_elbo(
     Returns
     -------
     matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        For a fit without a history, and for what is neither fit nor numbers.
     """
     values = _elbo_values(history, key)
     ax = one_axes(ax, (5, 3.2))
@@ -90,11 +85,6 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     Returns
     -------
     matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        For anything but a profile.
     """
     if not isinstance(profile, LengthscaleProfile):
         raise ValueError(
