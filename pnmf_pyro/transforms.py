@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -18,6 +16,7 @@ from pnmf_pyro.data.checks import (
     check_size_factors,
     check_training,
 )
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -36,7 +35,7 @@ from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
 
 
 def log_factors(
-    model: Fitted,
+    model: Fitted | Prior,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
@@ -45,8 +44,9 @@ def log_factors(
 
     Parameters
     ----------
-    model : PNMF, ModelFit or PoissonFactorization
-        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
+    model : PNMF, ModelFit, PoissonFactorization or Prior
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, model trained in any way, or prior
+        that holds q(F).
     coordinates, groups : array-like, optional
         Other places than those of the fit, for spatial models.
     return_tensor : bool
@@ -66,11 +66,11 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return _means(_field(model, coordinates, groups), return_tensor)
+    return marginals(_field(model, coordinates, groups), lambda q: q.loc, return_tensor)
 
 
 def factor_uncertainty(
-    model: Fitted,
+    model: Fitted | Prior,
     return_variance: bool = False,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -85,11 +85,12 @@ def factor_uncertainty(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
+    field = _field(model, coordinates, groups)
+    return marginals(field, lambda q: q.variance if return_variance else q.scale, return_tensor)
 
 
 def get_factors(
-    model: Fitted,
+    model: Fitted | Prior,
     use_mgf: bool = True,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -104,7 +105,8 @@ def get_factors(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
+    field, half = _field(model, coordinates, groups), 0.5 if use_mgf else 0.0
+    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
 
 
 def factor_samples(
@@ -156,38 +158,31 @@ def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
 def get_prior(model: Fitted) -> Prior:
     """Return the prior, which holds the variational distribution.
 
-    Parameters
-    ----------
-    model
-        As for :func:`log_factors`.
-
-    Returns
-    -------
-    Prior
-        A :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F).
+    It is a :class:`GaussianPrior` for non-spatial models; calling it gives q(F) and p(F). The model
+    is as for :func:`log_factors`.
     """
     return fitted_module(model).prior
 
 
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
-    return _means(check_prior(prior), return_tensor)
+    return log_factors(check_prior(prior), return_tensor=return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
     """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
-    return _factors(check_prior(prior), use_mgf, return_tensor)
+    return get_factors(check_prior(prior), use_mgf, return_tensor=return_tensor)
 
 
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
     """Return the uncertainty of the q(F) that a prior holds, see :func:`factor_uncertainty`."""
-    return _spreads(check_prior(prior), return_variance, return_tensor)
+    return factor_uncertainty(check_prior(prior), return_variance, return_tensor=return_tensor)
 
 
 def transform_F(
-    X: Any,
+    X: ArrayLike | CountsLike,
     W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
@@ -205,8 +200,7 @@ def transform_F(
 ) -> Array | GaussianPrior:
     """Infer q(F) for data, given loadings.
 
-    A few natural-gradient steps, first in `lower-bound` mode and then in `mode`, bring q near its
-    optimum; Adam goes on from there.
+    A few natural-gradient steps bring q near its optimum; Adam goes on from there.
 
     Parameters
     ----------
@@ -215,7 +209,7 @@ def transform_F(
     W : array-like of shape (n_features, n_components)
         Loadings, fixed.
     n_components : int, optional
-        Number of components, checked against W where given.
+        Number of components, checked against the fixed side where given.
     mode : {'simple', 'expanded', 'lower-bound'}
         Form of the ELBO.
     E : int
@@ -235,8 +229,7 @@ def transform_F(
     size_factors : array-like of shape (n_samples,), optional
         Positive factors on the rates of the samples; 1 unless given.
     scale_pf : float
-        Standard deviation of the prior of the log-factors; `float(get_prior(model).scale_pf)` for
-        loadings of a model that was fitted with another than 1, or that learned it.
+        Standard deviation of the prior of the log-factors, `get_prior(model).scale_pf` of a fit.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different ones at each call.
 
@@ -267,7 +260,7 @@ def transform_F(
 
 
 def transform_W(
-    X: Any,
+    X: ArrayLike | CountsLike,
     F: ArrayLike,
     W_init: ArrayLike | None = None,
     n_components: int | None = None,
@@ -283,29 +276,19 @@ def transform_W(
 
     Parameters
     ----------
-    X : array-like or sparse matrix of shape (n_samples, n_features)
-        Counts.
+    X, n_components, verbose, device, size_factors
+        As for :func:`transform_F`.
     F : array-like of shape (n_samples, n_components)
         Factors exp F, fixed.
     W_init : array-like of shape (n_features, n_components), optional
-        Loadings to start from; each feature's mean spread over the components unless given. With
-        F fixed the problem is convex, so the start decides only how long it takes.
-    n_components : int, optional
-        Number of components, checked against F where given.
+        Loadings to start from, which decide only how long it takes: the problem is convex.
     max_iter : int
         Largest number of updates.
     tol : float
         Relative change of a feature's loadings below which they are left alone.
-    verbose : bool
-        Whether a progress bar is shown.
-    device : {'cpu', 'cuda', 'mps', 'auto'}
-        Device to compute on; `auto` takes CUDA where there is one.
     loss : {'poisson', 'frobenius'}
-        `poisson` lowers the Poisson negative log-likelihood, by the rule of Lee and Seung (2001)
-        for the Kullback-Leibler divergence; `frobenius` lowers the squared error, by
-        W <- W (X^T F) / (W F^T F).
-    size_factors : array-like of shape (n_samples,), optional
-        Positive factors on the rates of the samples; 1 unless given.
+        Loss to lower: the Poisson negative log-likelihood, or the squared error, by the rules of
+        Lee and Seung (2001).
 
     Returns
     -------
@@ -327,9 +310,9 @@ def transform_W(
     return _output(W, False)  # type: ignore[return-value]
 
 
-def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
-    """q(F) of a fitted model, at its samples or at the places that are given."""
-    prior = fitted_module(model).prior
+def _field(model: Fitted | Prior, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
+    """q(F) of a fitted model or a prior, at its samples or at the places that are given."""
+    prior = model if isinstance(model, Prior) else fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:
@@ -350,19 +333,6 @@ def check_prior(prior: object) -> Prior:
             "For that of a fitted model use get_prior(model)."
         )
     return prior
-
-
-def _means(field: Field, return_tensor: bool) -> Array:
-    return marginals(field, lambda q: q.loc, return_tensor)
-
-
-def _factors(field: Field, use_mgf: bool, return_tensor: bool) -> Array:
-    half = 0.5 if use_mgf else 0.0
-    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
-
-
-def _spreads(field: Field, variance: bool, return_tensor: bool) -> Array:
-    return marginals(field, lambda q: q.variance if variance else q.scale, return_tensor)
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:

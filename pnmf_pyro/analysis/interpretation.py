@@ -1,26 +1,24 @@
 r"""What the components of a fit mean: their features, their share of the counts, their smoothness.
 
 With the factors :math:`f_{il} = E \exp F_{il}`, the expected count of a sample and a feature is a
-sum over components, :math:`s_i \sum_l f_{il} W_{jl}`. Whatever is said here of a component is made
-of its terms, and so does not depend on how a fit divides a scale between factors and loadings.
+sum over components, :math:`s_i \sum_l f_{il} W_{jl}`. All scores here are made of its terms, and so
+do not depend on how a fit divides a scale between factors and loadings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import ArrayLike
 
-from pnmf_pyro.analysis.statistics import neighbor_weights
+from pnmf_pyro.analysis.statistics import neighbor_weights, places_of_samples
 from pnmf_pyro.analysis.tables import as_table
-from pnmf_pyro.data.checks import check_choice, check_count, check_counts
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
-from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
-from pnmf_pyro.estimator.results import Fit, Results, results_of
+from pnmf_pyro.data.checks import check_choice, check_count
+from pnmf_pyro.data.counts import BLOCK_ENTRIES, CountsLike
+from pnmf_pyro.estimator.results import Fit, Results, counts_of_fit, results_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -66,19 +64,16 @@ def feature_scores(fit: Fit, by: str = "weight", *, key: str = "pnmf") -> DataFr
     .. math:: p_{jl} \log(p_{jl} / p_j),
 
     where :math:`p_j` is the share of the feature in the expected counts of all components. Its sum
-    over features is the Kullback-Leibler divergence of a component's profile from that of the
-    whole (Kullback and Leibler 1951), so it is large for features that are both frequent in a
-    component and more so than elsewhere; rare features, whose ratio is large by chance, count for
-    little.
+    over features is the Kullback-Leibler divergence of a component's profile from that of the whole
+    (Kullback and Leibler 1951). It is large for features that are frequent in a component and more
+    so than elsewhere; rare features, whose ratio is large by chance, count for little.
 
     Parameters
     ----------
-    fit : PNMF, AnnData, ModelFit or PoissonFactorization
-        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
+    fit, key
+        As for :func:`contributions`.
     by : {'weight', 'specificity'}
         Score to return.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------
@@ -88,8 +83,7 @@ def feature_scores(fit: Fit, by: str = "weight", *, key: str = "pnmf") -> DataFr
     """
     check_choice("by", by, RANKINGS)
     found = results_of(fit, key)
-    scores = _scores(found)[by]
-    columns = {f"pnmf{number}": score for number, score in enumerate(scores.T)}
+    columns = {f"pnmf{number}": score for number, score in enumerate(_scores(found)[by].T)}
     return as_table({"feature": found.feature_names, **columns}, index="feature")
 
 
@@ -100,14 +94,12 @@ def top_features(
 
     Parameters
     ----------
-    fit : PNMF, AnnData, ModelFit or PoissonFactorization
-        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
+    fit, key
+        As for :func:`contributions`.
     n : int
         Number of features of each component; all where there are fewer.
     by : {'weight', 'specificity'}
         Score to rank by, see :func:`feature_scores`.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------
@@ -116,16 +108,20 @@ def top_features(
         `rank` (from 1), `feature`, `weight`, `specificity` and `share`, the part of the feature's
         expected counts that comes from the component. A structured array without pandas.
     """
-    check_choice("by", by, RANKINGS)
     found = results_of(fit, key)
-    scores = _scores(found)
-    n = min(check_count("n", n), len(found.feature_names))
-    ranked = np.argsort(-scores[by], axis=0, kind="stable")[:n].T.ravel()  # component by component
-    component = np.repeat(np.arange(found.n_components), n)
+    scores, first = ranked_features(found, n, by)
+    component, rank = (index.ravel() for index in np.indices(first.shape))
+    ranked = first.ravel()
     values = {name: score[ranked, component] for name, score in scores.items()}
-    rank = np.tile(np.arange(1, n + 1), found.n_components)
-    names = {"component": component, "rank": rank, "feature": found.feature_names[ranked]}
+    names = {"component": component, "rank": rank + 1, "feature": found.feature_names[ranked]}
     return as_table({**names, **values})
+
+
+def ranked_features(found: Results, n: int, by: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return all scores by name, (D, L), and numbers of each component's first features, (L, n)."""
+    check_choice("by", by, RANKINGS)
+    scores = _scores(found)
+    return scores, np.argsort(-scores[by], axis=0, kind="stable")[: check_count("n", n)].T
 
 
 def _scores(found: Results) -> dict[str, np.ndarray]:
@@ -148,7 +144,7 @@ def _positive(totals: np.ndarray | float) -> np.ndarray:
 
 def spatial_scores(
     fit: Fit,
-    X: Any = None,
+    X: ArrayLike | CountsLike | None = None,
     of: str = "components",
     *,
     coordinates: ArrayLike | None = None,
@@ -174,13 +170,12 @@ def spatial_scores(
     (Cressie 1993, section 2.3) for variation that is smooth on the scale of the spacing. For a
     feature z is its count. For a component it is the estimate of its factor by weighted least
     squares from the sample's own counts, :math:`(W^T D^{-1} W)^{-1} W^T D^{-1} X_i / s_i` with D
-    the mean rates: what a spatial prior believes plays no part, so that a factor does not look
-    smooth because it was made so.
+    the mean rates: a spatial prior plays no part, and cannot make a factor look smooth.
 
     Parameters
     ----------
-    fit : PNMF, AnnData, ModelFit or PoissonFactorization
-        Fit to read, see :func:`~pnmf_pyro.estimator.results.results_of`.
+    fit, key
+        As for :func:`contributions`.
     X : array-like or sparse matrix of shape (n_samples, n_features), optional
         Counts of the fit; those of the AnnData object unless given.
     of : {'components', 'features'}
@@ -191,8 +186,6 @@ def spatial_scores(
         Groups of the samples, across which there are no neighbours; those of the fit unless given.
     n_neighbors : int
         K, the number of nearest neighbours of a sample.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------
@@ -202,19 +195,15 @@ def spatial_scores(
         than twice its standard error under a Poisson, :math:`\sqrt{2 / N}` times the mean noise:
         there is nothing to explain; and for a component that contributes less than one count in
         all. A structured array without pandas.
-
-    Raises
-    ------
-    ValueError
-        Where counts or coordinates are needed or do not fit the samples.
     """
     check_choice("of", of, ("components", "features"))
     found = results_of(fit, key)
-    counts = check_counts(found.counts(X))
-    shape = (len(found.size_factors), len(found.loadings))
-    if counts.shape != shape:
-        raise ValueError(f"X must be the counts of the fit, of shape {shape}; got {counts.shape}.")
-    codes, means = _neighbourhood(found, coordinates, groups, n_neighbors)
+    N = len(found.size_factors)
+    counts = counts_of_fit(found.counts(X), (N, len(found.loadings)))
+    coordinates = found.coordinates if coordinates is None else coordinates
+    places = places_of_samples(coordinates, found.groups if groups is None else groups, N)
+    codes = np.zeros(N, dtype=np.int64) if places.groups is None else places.groups.numpy()
+    means = neighbor_weights(places, check_count("n_neighbors", n_neighbors))
     rates = sp.diags(1 / found.size_factors) @ sp.csr_matrix(counts.numpy(), dtype=np.float64)
     names: dict[str, np.ndarray]
     if of == "features":
@@ -228,21 +217,6 @@ def spatial_scores(
     if of == "components":
         score[contributions(found).sum(0) < 1] = np.nan
     return as_table({**names, "score": score, "smooth": smooth, "variance": variance})
-
-
-def _neighbourhood(
-    found: Results, coordinates: ArrayLike | None, groups: ArrayLike | None, n_neighbors: int
-) -> tuple[np.ndarray, sp.csr_array]:
-    """Codes of the groups, and the matrix that averages over nearest neighbours in the group."""
-    N = len(found.size_factors)
-    coordinates = found.coordinates if coordinates is None else coordinates
-    groups = found.groups if groups is None else groups
-    points = check_coordinates(coordinates, N)
-    codes = torch.zeros(N, dtype=torch.int64)
-    if groups is not None:
-        codes = GroupCodes.of(groups, N).encode(groups, N)
-    K = check_count("n_neighbors", n_neighbors)
-    return codes.numpy(), neighbor_weights(Places(points, codes), K)
 
 
 def _feature_blocks(rates: sp.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -269,17 +243,11 @@ def _smooth_part(
 ) -> np.ndarray:
     """Score, smooth part and variance beyond noise of each column of z, of shape (3, columns)."""
     N = len(z)
-    centred = z - _group_means(z, codes)
+    members = sp.csr_matrix((np.ones(N), (codes, np.arange(N))))
+    centred = z - ((members @ z) / np.bincount(codes)[:, None])[codes]
     smooth = (centred * (means @ centred)).mean(0)
     variance = np.square(centred).mean(0) - noise.mean(0)
     clear = variance > 2 * np.sqrt(2 / N) * noise.mean(0)
     score = np.full(z.shape[1], np.nan)
     score[clear] = np.clip(smooth[clear] / variance[clear], 0, 1)
     return np.stack([score, smooth, variance])
-
-
-def _group_means(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The mean of each sample's group, of the shape of z."""
-    sizes = np.bincount(codes)
-    members = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
-    return ((members @ z) / sizes[:, None])[codes]

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pnmf_pyro.data.checks import check_array, check_counts
-from pnmf_pyro.data.places import Places, extent, spacing
+from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.data.random_state import check_random_state
+from pnmf_pyro.estimator.results import counts_of_fit
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
 
@@ -43,7 +45,7 @@ class LengthscaleProfile:
 
 
 def lengthscale_profile(
-    fit: Fitted, X: Any, lengthscales: ArrayLike | None = None
+    fit: Fitted, X: ArrayLike | CountsLike, lengthscales: ArrayLike | None = None
 ) -> LengthscaleProfile:
     """Predict samples without themselves, with all components at one lengthscale or another.
 
@@ -73,13 +75,13 @@ def lengthscale_profile(
     prior: Any = module.prior
     if not hasattr(prior, "kernel"):
         raise ValueError("fit must be spatial to have lengthscales; this one knows no space.")
-    counts = check_counts(X)
-    if counts.shape != (module.N, module.D):
-        raise ValueError(
-            f"X must be the counts of the fit, of shape {(module.N, module.D)}; got {counts.shape}."
-        )
+    counts = counts_of_fit(X, (module.N, module.D))
     learned = prior.kernel.lengthscale.detach().cpu().numpy()
-    tried = _between(prior.places, learned) if lengthscales is None else _checked(lengthscales)
+    if lengthscales is None:
+        longest = max(extent(prior.places), learned.max())
+        tried = np.geomspace(spacing(prior.places) / 2, longest, PROFILED)
+    else:
+        tried = _checked(lengthscales)
     search = HyperparameterSearch(
         module,
         counts.to(module.W.device).to(module.W.dtype),
@@ -88,11 +90,6 @@ def lengthscale_profile(
         check_random_state(getattr(fit, "random_state", 0)),
     )
     return LengthscaleProfile(tried, search.profile(module, tried), learned)
-
-
-def _between(places: Places, learned: np.ndarray) -> np.ndarray:
-    """Lengthscales from what is too short to what is too long, equally apart in logarithms."""
-    return np.geomspace(spacing(places) / 2, max(extent(places), learned.max()), PROFILED)
 
 
 def _checked(lengthscales: ArrayLike) -> np.ndarray:

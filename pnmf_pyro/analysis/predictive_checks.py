@@ -2,31 +2,28 @@ r"""Posterior and prior predictive checks: whether the model makes tables like t
 
 For a statistic T the check compares T(X) with its values for tables that the model makes, see
 :mod:`~pnmf_pyro.analysis.replicates`. Where T has a number for each feature or sample, one p-value
-for all of them comes from the mean of their squared z-scores. Data and replicated tables are
-treated alike: with t_k the values for table k, k = 0 being the data,
+for all of them comes from the mean of their squared z-scores. With t_k the values for table k,
+k = 0 being the data, and means and standard deviations over all n + 1 tables,
 
 .. math:: z_{kj} = \frac{t_{kj} - \bar t_j}{\mathrm{sd}(t_j)}, \qquad
     S_k = \frac{1}{m} \sum_j z_{kj}^2, \qquad
-    p = \frac{\#\{k : S_k \ge S_0\}}{n + 1},
+    p = \frac{\#\{k : S_k \ge S_0\}}{n + 1}.
 
-where means and standard deviations are over all n + 1 tables. If the data were one more table of
-the predictive distribution, the n + 1 numbers S_k would be exchangeable and p would be below
-:math:`\alpha` with probability at most :math:`\alpha`, however the m values depend on each other:
-so many features make no multiple testing within a statistic.
+If the data were one more table of the predictive distribution, the S_k would be exchangeable and p
+would be below :math:`\alpha` with probability at most :math:`\alpha`, however the m values depend
+on each other: many features make no multiple testing within a statistic.
 
-The data are used twice, to fit and to check. A fit pulls the model's tables towards the data, so
-that T(X) lies closer to the middle of its replicated values than one more table would, and p is
-conservative: more so the more directly T is fitted. Totals are fitted almost exactly and can hardly
-ever fail; the shape of the distribution of counts, zeros, maxima and correlations are not
-(Meng 1994; Robins, van der Vaart and Ventura 2000; Bayarri and Berger 2000). S is one-sided on
-purpose. A two-sided test of the mean z-score would turn the slight overfitting of the loadings,
-which leaves the data a little less variable around the fit than a Poisson, into alarms; S sees it
-only where it is large, with far too many components for few samples.
+The data are used twice, to fit and to check, which makes p conservative: more so the more directly
+T is fitted. Totals are fitted almost exactly and can hardly ever fail; the shape of the
+distribution of counts, zeros, maxima and correlations are not (Meng 1994; Robins, van der Vaart and
+Ventura 2000; Bayarri and Berger 2000). S is one-sided on purpose: a two-sided test of the mean
+z-score would turn the slight overfitting of the loadings into alarms. S sees overfitting only where
+it is large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,12 +33,17 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.replicates import replicated_counts
-from pnmf_pyro.analysis.statistics import Statistic, Table, chosen_statistics
+from pnmf_pyro.analysis.statistics import (
+    Statistic,
+    Wanted,
+    chosen_statistics,
+    places_of_samples,
+)
 from pnmf_pyro.analysis.tables import as_table
-from pnmf_pyro.data.checks import check_count, check_counts
-from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
+from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.random_state import RandomState
-from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.estimator.results import counts_of_fit
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.loop import progress_bar
 
@@ -125,20 +127,18 @@ class StatisticCheck:
     @property
     def sentence(self) -> str:
         """What the check found, in words."""
-        s, mean = self.statistic, self.row
-        if abs(mean["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
-            return (
-                f"{s.name} of each {s.of}: too high in the data for some and too low for others "
-                f"(p = {self.p_value:.3g}): the model does not follow it from one {s.of} to "
-                "another."
+        s, row = self.statistic, self.row
+        higher = row["mean_z"] > 0
+        if abs(row["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
+            found = "too high in the data for some and too low for others"
+            meaning = f"the model does not follow it from one {s.of} to another"
+        else:
+            found = (
+                f"{'higher' if higher else 'lower'} in the data, on average "
+                f"{row['observed']:.3g} against {row['replicated']:.3g}"
             )
-        higher = mean["mean_z"] > 0
-        meaning = (s.above if higher else s.below) or "the model does not reproduce it"
-        return (
-            f"{s.name} of each {s.of}: {'higher' if higher else 'lower'} in the data, on average "
-            f"{mean['observed']:.3g} against {mean['replicated']:.3g} "
-            f"(p = {self.p_value:.3g}): {meaning}."
-        )
+            meaning = (s.above if higher else s.below) or "the model does not reproduce it"
+        return f"{s.name} of each {s.of}: {found} (p = {self.p_value:.3g}): {meaning}."
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,11 @@ class PredictiveCheck:
 
     def __getitem__(self, name: str | tuple[str, str]) -> StatisticCheck:
         """Return the result for a statistic, by name or by (name, of)."""
-        found = [
-            one
-            for one in self.results
-            if name in (one.statistic.name, (one.statistic.name, one.statistic.of))
-        ]
-        if not found:
-            known = [(one.statistic.name, one.statistic.of) for one in self.results]
-            raise KeyError(f"there is no statistic {name!r} in this check, which has {known}")
-        return found[0]
+        known = [(one.statistic.name, one.statistic.of) for one in self.results]
+        for one, (short, of) in zip(self.results, known, strict=True):
+            if name in (short, (short, of)):
+                return one
+        raise KeyError(f"there is no statistic {name!r} in this check, which has {known}")
 
     def table(self, of: str | None = None) -> DataFrame | np.ndarray:
         """Return a table of the results.
@@ -183,11 +179,6 @@ class PredictiveCheck:
         Returns
         -------
         DataFrame, or a structured array where pandas is not installed
-
-        Raises
-        ------
-        ValueError
-            If no statistic is of that.
         """
         if of is None:
             rows = [one.row for one in self.results]
@@ -230,10 +221,10 @@ class PredictiveCheck:
 
 def posterior_predictive_check(
     model: Fitted,
-    X: Any,
+    X: ArrayLike | CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    statistics: Sequence[str | Statistic | Callable] | None = None,
+    statistics: Wanted = None,
     n_draws: int = 200,
     *,
     random_state: RandomState = None,
@@ -250,8 +241,7 @@ def posterior_predictive_check(
     coordinates : array-like of shape (N, p), optional
         Places of the samples, for Moran's I; those of a spatial model unless given.
     groups : array-like of shape (N,), optional
-        Slices or batches, across which there are no neighbours; those of a multi-group model unless
-        given.
+        Groups, across which there are no neighbours; those of a multi-group model unless given.
     statistics : sequence, optional
         Names among 'total', 'variance_to_mean', 'zero_fraction', 'maximum' (each of samples and of
         features), 'correlation' (of pairs among the 50 most abundant features) and 'moran';
@@ -269,16 +259,6 @@ def posterior_predictive_check(
     -------
     PredictiveCheck
 
-    Raises
-    ------
-    ValueError
-        For data that do not fit the model, and statistics that cannot be used.
-
-    Notes
-    -----
-    Memory above the data: a few replicated tables, sparse where X is, and
-    4 n_draws (N + D) bytes for each statistic of samples and features.
-
     Examples
     --------
     >>> import numpy as np
@@ -289,16 +269,16 @@ def posterior_predictive_check(
     >>> check["variance_to_mean"].p_value < 0.01
     True
     """
-    table, chosen = _prepare(model, X, (coordinates, groups), statistics)
-    return _compare(model, table, chosen, n_draws, "posterior", random_state, int(verbose))
+    where = coordinates, groups
+    return _check("posterior", model, X, where, statistics, n_draws, random_state, verbose)
 
 
 def prior_predictive_check(
     model: Fitted,
-    X: Any,
+    X: ArrayLike | CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    statistics: Sequence[str | Statistic | Callable] | None = None,
+    statistics: Wanted = None,
     n_draws: int = 200,
     *,
     random_state: RandomState = None,
@@ -312,71 +292,53 @@ def prior_predictive_check(
 
     Parameters
     ----------
-    model : PNMF, ModelFit or PoissonFactorization
+    model, X, coordinates, groups, statistics, n_draws, random_state, verbose
         As for :func:`posterior_predictive_check`; a PoissonFactorization need not be trained.
-    X, coordinates, groups, statistics, n_draws, random_state, verbose
-        As for :func:`posterior_predictive_check`.
 
     Returns
     -------
     PredictiveCheck
     """
-    table, chosen = _prepare(model, X, (coordinates, groups), statistics)
-    return _compare(model, table, chosen, n_draws, "prior", random_state, int(verbose))
+    where = coordinates, groups
+    return _check("prior", model, X, where, statistics, n_draws, random_state, verbose)
 
 
-def _prepare(
-    model: Fitted, X: Any, where: tuple[ArrayLike | None, ArrayLike | None], statistics: Any
-) -> tuple[Table, list[tuple[Statistic, Sequence[Any]]]]:
-    """The data as a table, and the statistics with the labels of their numbers."""
+def _check(
+    kind: str,
+    model: Fitted,
+    X: ArrayLike | CountsLike,
+    where: tuple[ArrayLike | None, ArrayLike | None],
+    statistics: Wanted,
+    n_draws: int,
+    random_state: RandomState,
+    verbose: bool | int,
+) -> PredictiveCheck:
+    """Work out the statistics of the data and of replicates, in one pass over these."""
+    check_count("n_draws", n_draws)
     module = fitted_module(model)
-    counts = check_counts(X).numpy()
-    if counts.shape != (module.N, module.D):
-        raise ValueError(
-            f"X must be the data that the model was fitted to, of shape {(module.N, module.D)}; "
-            f"got {counts.shape}. To check other samples, fit them or select those of the fit."
-        )
-    table = sp.csr_array(counts) if sp.issparse(counts) else counts
-    names = {
+    counts = counts_of_fit(X, (module.N, module.D)).numpy()
+    sparse = sp.issparse(counts)
+    table = sp.csr_array(counts) if sparse else counts
+    places = getattr(module.prior, "places", None)
+    if any(given is not None for given in where):
+        places = places_of_samples(*where, module.N)
+    names: dict[str, Sequence] = {
         "sample": list(getattr(X, "index", range(module.N))),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
-    chosen = chosen_statistics(statistics, table, _places(module, *where), names["feature"])
-    return table, [(one, one.labels or names.get(one.of, [])) for one in chosen]
-
-
-def _places(
-    module: PoissonFactorization, coordinates: ArrayLike | None, groups: ArrayLike | None
-) -> Places | None:
-    """Where the samples are: as is said, or as a spatial prior knows."""
-    if coordinates is None and groups is None:
-        return getattr(module.prior, "places", None)
-    codes = None if groups is None else GroupCodes.of(groups, module.N).encode(groups, module.N)
-    return Places(check_coordinates(coordinates, module.N), codes)
-
-
-def _compare(
-    model: Fitted,
-    table: Table,
-    statistics: Sequence[tuple[Statistic, Sequence[Any]]],
-    n_draws: int,
-    kind: str,
-    random_state: RandomState,
-    verbose: int,
-) -> PredictiveCheck:
-    """Work out the statistics of a table and of its replicates, in one pass over these."""
-    check_count("n_draws", n_draws)
-    form = {"prior": kind == "prior", "sparse": sp.issparse(table)}
-    replicates = replicated_counts(model, n_draws, random_state=random_state, **form)
-    observed = [one(table) for one, _ in statistics]
+    chosen = chosen_statistics(statistics, table, places, names["feature"])
+    observed = [one(table) for one in chosen]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
-    with progress_bar(n_draws, verbose, f"{kind} predictive") as progress:
-        for draw, replicate in enumerate(replicates):
-            for (one, _), values in zip(statistics, replicated, strict=True):
+    tables = replicated_counts(
+        model, n_draws, prior=kind == "prior", sparse=sparse, random_state=random_state
+    )
+    with progress_bar(n_draws, int(verbose), f"{kind} predictive") as progress:
+        for draw, replicate in enumerate(tables):
+            for one, values in zip(chosen, replicated, strict=True):
                 values[draw] = one(replicate)
             progress.update()
     results = [
-        StatisticCheck(one, labels or range(len(seen)), seen, values)
-        for (one, labels), seen, values in zip(statistics, observed, replicated, strict=True)
+        StatisticCheck(one, one.labels or names.get(one.of) or range(len(seen)), seen, values)
+        for one, seen, values in zip(chosen, observed, replicated, strict=True)
     ]
     return PredictiveCheck(results, n_draws, kind)

@@ -1,13 +1,12 @@
 """Replicated counts: tables that the model itself would have made, one after another.
 
-Latent variables are drawn for all samples at once, so that draws of a field are of one piece, and
-the counts given them for a block of samples at a time. What is held is a few tables in the form of
-the data, sparse where the data are; a tensor of draws by samples by features is never made.
+Latent variables are drawn for all samples at once, and the counts given them for a block of samples
+at a time: a tensor of draws by samples by features is never made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,20 +55,17 @@ def replicated_counts(
     model : PNMF, ModelFit or PoissonFactorization
         Fit, see :func:`~pnmf_pyro.training.fitted.fitted_module`.
     n_draws : int
-        Number of tables.
+        Number of tables, each an ndarray or csr_array of shape (N, D).
     prior : bool
         Whether the latent variables come from the model's prior rather than from its guide.
     sparse : bool
         Whether the tables are sparse.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different tables at each call.
-
-    Yields
-    ------
-    ndarray or csr_array of shape (N, D)
     """
     module = fitted_module(model)
-    program = _without_counts(module.model) if prior else module.guide
+    without_counts = poutine.condition(module.model, {"X": torch.zeros(())})
+    program = without_counts if prior else module.guide
     rows = torch.arange(module.N, device=module.W.device)
     blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
     left, group = check_count("n_draws", n_draws), 1
@@ -78,7 +74,7 @@ def replicated_counts(
         n = min(group, left)
         with drawing_from(generator, module.W.device):
             latents = draw_latents(program, n)
-            drawn = [_as_tables(draw_counts(module, latents, block), sparse) for block in blocks]
+            drawn = [_tables(draw_counts(module, latents, block), sparse) for block in blocks]
         tables = [_joined(parts) for parts in zip(*drawn, strict=True)]
         del drawn
         group = max(1, min(GROUP, HELD_ENTRIES // max(1, tables[0].size)))
@@ -87,21 +83,12 @@ def replicated_counts(
         del tables
 
 
-def _without_counts(model: Program) -> Program:
-    """Return the model as a program over its latent variables: it draws no counts."""
-    return poutine.condition(model, {"X": torch.zeros(())})
-
-
 @dataclass(frozen=True)
 class Latents:
-    """Draws of latent variables for all samples.
+    """Draws of latent variables for all samples, by the name of their sample statement.
 
-    Attributes
-    ----------
-    values : dict of Tensor
-        Draws by the name of their sample statement, with the draws as first dimension.
-    dims : dict of int
-        Dimension of samples, by name, of those that have one.
+    `values` have the draws as first dimension; `dims` has the dimension of samples, where there is
+    one.
     """
 
     values: dict[str, Tensor]
@@ -140,19 +127,21 @@ def draw_counts(module: PoissonFactorization, latents: Latents, samples: Tensor)
     return drawn.reshape(-1, len(samples), module.D)
 
 
-def _as_tables(drawn: Tensor, sparse: bool) -> list[Table]:
-    tables = drawn.cpu().numpy()
-    return [_compressed(table) for table in tables] if sparse else list(tables)
-
-
-def _joined(parts: tuple[Any, ...]) -> Table:
+def _joined(parts: Sequence[Table]) -> Table:
     join = sp.vstack if sp.issparse(parts[0]) else np.concatenate
     return join(parts) if len(parts) > 1 else parts[0]
 
 
-def _compressed(table: np.ndarray) -> sp.csr_array:
-    """Return a table as CSR, several times as fast as scipy does."""
-    (n, d), flat = table.shape, table.ravel()
-    stored = np.flatnonzero(flat != 0)
-    starts = np.searchsorted(stored, d * np.arange(n + 1))
-    return sp.csr_array((flat[stored], (stored % d).astype(np.int32), starts), shape=(n, d))
+def _tables(drawn: Tensor, sparse: bool) -> list[Table]:
+    """Draws as tables; the CSR ones are made several times as fast as scipy makes them."""
+    tables = list(drawn.cpu().numpy())
+    if not sparse:
+        return tables
+    _, n, d = drawn.shape
+    compressed = []
+    for flat in (table.ravel() for table in tables):
+        stored = np.flatnonzero(flat != 0)
+        starts = np.searchsorted(stored, d * np.arange(n + 1))
+        columns = (stored % d).astype(np.int32)
+        compressed.append(sp.csr_array((flat[stored], columns, starts), shape=(n, d)))
+    return compressed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.matching import match_factors
+from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import _numeric_matrix, check_count, check_counts, check_size_factors
-from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.counts import CountsLike, as_counts
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
@@ -71,8 +73,7 @@ class ComponentSelection:
     def standard_error(self) -> np.ndarray:
         """Standard error of `excess` over thinnings, (n_tried,); 0 for the best number itself.
 
-        The difference is taken within each thinning: how hard its counts are to predict is the same
-        for all numbers of components and does not count.
+        The difference is taken within each thinning, whose counts are as hard to predict for all.
         """
         above = self.deviance - self.deviance[np.argmin(self.mean_deviance)]
         return above.std(1, ddof=1) / np.sqrt(self.deviance.shape[1])
@@ -86,8 +87,7 @@ class ComponentSelection:
     def chosen(self) -> int:
         """Smallest number whose mean deviance is within one standard error of the lowest.
 
-        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), with the standard
-        error of the difference.
+        The rule of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3), for the difference.
         """
         return self.n_components[int(np.argmax(self.excess <= self.standard_error))]
 
@@ -112,12 +112,7 @@ class ComponentSelection:
         }
 
     def table(self) -> DataFrame | np.ndarray:
-        """Return a row for each number of components.
-
-        Returns
-        -------
-        DataFrame, or a structured array where pandas is not installed
-        """
+        """Return `columns` as a DataFrame; a structured array where pandas is not installed."""
         return as_table(self.columns)
 
     def summary(self) -> str:
@@ -135,7 +130,7 @@ class ComponentSelection:
 
 
 def select_n_components(
-    X: Any,
+    X: ArrayLike | CountsLike,
     n_components: Iterable[int] = range(2, 13),
     *,
     coordinates: ArrayLike | None = None,
@@ -152,9 +147,8 @@ def select_n_components(
 
     Each count is split in two by binomial thinning: where X is Poisson with rates mu, the parts
     are independent Poisson tables with rates f mu and (1 - f) mu, f being `train_fraction`. So a
-    model of the first predicts the second, of the same samples and features, without having seen
-    any of it (Neufeld, Gao, Popp, Battle and Witten 2024). Several thinnings give a standard
-    error, and show whether the components are the same each time.
+    model of the first predicts the second without having seen any of it (Neufeld, Gao, Popp,
+    Battle and Witten 2024). Several thinnings give a standard error and a stability.
 
     Parameters
     ----------
@@ -169,24 +163,17 @@ def select_n_components(
     train_fraction : float in (0, 1)
         Share of the counts to fit to.
     n_jobs : int, optional
-        Number of fits at the same time, each in a process of its own; -1 for as many as there are
-        cores, 1 unless given.
+        Number of processes that fit at the same time; -1 for all cores, 1 unless given.
     random_state : int, RandomState, Generator or None
         Seed of the thinnings and the fits; None for different ones at each call.
     verbose : bool or int
         Whether a progress bar is shown.
     **parameters
-        Parameters of :class:`~pnmf_pyro.PNMF`, in place of those of :func:`~pnmf_pyro.fit` with
-        mode="lower-bound".
+        Parameters of :func:`~pnmf_pyro.fit`, in place of its own and mode="lower-bound".
 
     Returns
     -------
     ComponentSelection
-
-    Raises
-    ------
-    ValueError
-        For input that cannot be used; the message says what to change.
 
     Examples
     --------
@@ -199,6 +186,8 @@ def select_n_components(
     >>> selection.chosen
     2
     """
+    from joblib import Parallel, delayed
+
     counts = check_counts(X)
     s = check_size_factors(size_factors, counts.shape[0], counts)
     numbers = _checked_numbers(n_components, max(counts.shape))
@@ -208,66 +197,51 @@ def select_n_components(
         raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
-    table, given = counts.numpy(), {"coords": coordinates, "groups": groups} | FAST | parameters
-    trial = _Trial(table, None if s is None else s.numpy(), float(train_fraction), given)
-    tasks = [(number, seed) for number in numbers for seed in seeds]
-    found = _run(trial, tasks, n_jobs, int(verbose))
+    given = {"coords": coordinates, "groups": groups} | FAST | parameters
+    s = None if s is None else s.numpy()
+    trial = delayed(partial(_trial, counts.numpy(), s, float(train_fraction), given))
+    tasks = [trial(number, seed) for number in numbers for seed in seeds]
+    found = []
+    with progress_bar(len(tasks), int(verbose), "fits") as progress:
+        for result in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
+            found.append(result)
+            progress.update()
     by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
     return ComponentSelection(
         numbers,
         np.array([[deviance for deviance, _ in results] for results in by_number]),
-        np.array([_stability([loadings for _, loadings in results]) for results in by_number]),
+        np.array(
+            [
+                [match_factors(a, b).similarity for (_, a), (_, b) in combinations(results, 2)]
+                for results in by_number
+            ]
+        ),
     )
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Fit one part of the counts, predict the other."""
-
-    table: Any
-    size_factors: np.ndarray | None
-    fraction: float
-    parameters: dict[str, Any]
-
-    def __call__(self, number: int, seed: int) -> tuple[float, np.ndarray]:
-        """Held-out deviance and loadings (D, L) of a number of components and a thinning."""
-        train, test = thin_counts(self.table, self.fraction, np.random.RandomState(seed))
-        seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
-        model = fit(
-            train[:, seen],
-            n_components=number,
-            size_factors=self.size_factors,
-            **{"random_state": seed, **self.parameters},
-        )
-        factors = torch.as_tensor(get_factors(model)) * (1 - self.fraction) / self.fraction
-        if self.size_factors is not None:
-            factors = factors * torch.as_tensor(self.size_factors)[:, None]
-        W = torch.as_tensor(get_loadings(model)).to(factors)
-        loadings = np.zeros((train.shape[1], number))
-        loadings[seen] = W.numpy()
-        return deviance(test[:, seen], (factors, W)), loadings
+def _trial(
+    table: Table,
+    size_factors: np.ndarray | None,
+    fraction: float,
+    parameters: dict[str, Any],
+    number: int,
+    seed: int,
+) -> tuple[float, np.ndarray]:
+    """Fit one part of the counts, predict the other: held-out deviance and loadings (D, L)."""
+    train, test = thin_counts(table, fraction, np.random.RandomState(seed))
+    seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
+    given = {"size_factors": size_factors, "random_state": seed, **parameters}
+    model = fit(train[:, seen], n_components=number, **given)
+    factors = torch.as_tensor(get_factors(model)) * (1 - fraction) / fraction
+    if size_factors is not None:
+        factors = factors * torch.as_tensor(size_factors)[:, None]
+    W = torch.as_tensor(get_loadings(model)).to(factors)
+    loadings = np.zeros((train.shape[1], number))
+    loadings[seen] = W.numpy()
+    return deviance(test[:, seen], (factors, W)), loadings
 
 
-def _run(
-    trial: _Trial, tasks: Sequence[tuple[int, int]], n_jobs: int | None, verbose: int
-) -> list[tuple[float, np.ndarray]]:
-    from joblib import Parallel, delayed
-
-    parallel = Parallel(n_jobs=n_jobs, return_as="generator")
-    with progress_bar(len(tasks), verbose, "fits") as progress:
-        found = []
-        for result in parallel(delayed(trial)(*task) for task in tasks):
-            found.append(result)
-            progress.update()
-    return found
-
-
-def _stability(loadings: Sequence[np.ndarray]) -> list[float]:
-    """Mean cosine of matched components for each pair of fits."""
-    return [match_factors(a, b).similarity for a, b in combinations(loadings, 2)]
-
-
-def _checked_numbers(n_components: Any, largest: int) -> list[int]:
+def _checked_numbers(n_components: Iterable[int], largest: int) -> list[int]:
     try:
         numbers = sorted({check_count("n_components", number) for number in n_components})
     except TypeError as error:
@@ -284,30 +258,12 @@ def _checked_numbers(n_components: Any, largest: int) -> list[int]:
 
 
 def thin_counts(
-    X: Any, fraction: float, random: np.random.RandomState
+    X: ArrayLike | CountsLike, fraction: float, random: np.random.RandomState
 ) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray | sp.csr_matrix]:
-    """Split counts into two tables of the same shape that are independent if X is Poisson.
+    """Split counts X (n, d) into two tables that are independent if X is Poisson.
 
     Each count goes to the first table with probability `fraction`, and to the second otherwise
-    (binomial thinning): so what a model learns from one can be tested on the other.
-
-    Parameters
-    ----------
-    X : ndarray or sparse matrix of shape (n, d)
-        Counts, whole numbers.
-    fraction : float in (0, 1)
-        Expected share of the counts in the first table.
-    random : RandomState
-        Source of the draws.
-
-    Returns
-    -------
-    first, second : ndarray or CSR matrix of shape (n, d)
-
-    Raises
-    ------
-    ValueError
-        If X does not hold whole numbers.
+    (binomial thinning). Sparse counts give CSR matrices; X must hold whole numbers.
     """
     matrix = as_counts(_numeric_matrix(X)).numpy()
     entries = matrix.data if sp.issparse(matrix) else matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike
 from sklearn.neighbors import kneighbors_graph
 
-from pnmf_pyro.data.places import Places
+from pnmf_pyro.data.places import GroupCodes, Places, check_coordinates
 
 # Counts (N, D) as an ndarray or a scipy csr_array, whose operators are the same.
 Table = Any
@@ -79,18 +80,7 @@ def maximum(table: Table, axis: int) -> np.ndarray:
 
 
 def correlations(table: Table, features: np.ndarray) -> np.ndarray:
-    """Pearson correlations between features, over samples; 0 where one does not vary.
-
-    Parameters
-    ----------
-    table : ndarray or csr_array of shape (N, D)
-    features : ndarray of int, shape (m,)
-
-    Returns
-    -------
-    ndarray of shape (m (m - 1) / 2,)
-        For the pairs in the order of `numpy.triu_indices(m, 1)`.
-    """
+    """Pearson correlations over samples of the pairs of m features; 0 where one is constant."""
     chosen = table[:, features]
     centred = np.asarray(chosen.toarray() if sp.issparse(chosen) else chosen, dtype=np.float64)
     centred = centred - centred.mean(0)
@@ -100,51 +90,31 @@ def correlations(table: Table, features: np.ndarray) -> np.ndarray:
 
 
 def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
-    """Return weights of the k nearest other samples, of one's own group where there are groups.
+    """Return weights (N, N) of the k nearest other samples of each sample's own group.
 
-    Parameters
-    ----------
-    places : Places of shape (N,)
-    k : int
-        Number of neighbours; all others where a group has fewer.
-
-    Returns
-    -------
-    csr_array of shape (N, N)
-        Each row sums to one, or is empty for a sample that is alone in its group.
+    Each row sums to one, or is empty for a sample that is alone in its group. A group with fewer
+    than k others gives all of them.
     """
     points = places.coordinates.cpu().numpy()
     groups = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    blocks = sp.block_diag([_weights_among(points[m], k) for m in members], format="csr")
+    blocks = []
+    for group in members:
+        near = min(k, len(group) - 1)
+        graph = kneighbors_graph(points[group], near, include_self=False) / near if near else None
+        blocks.append(sp.csr_array((1, 1)) if graph is None else sp.csr_array(graph))
     position = np.argsort(np.concatenate(members))
-    return sp.csr_array(blocks)[position][:, position]
-
-
-def _weights_among(points: np.ndarray, k: int) -> sp.csr_array:
-    near = min(k, len(points) - 1)
-    if near == 0:
-        return sp.csr_array((1, 1))
-    return sp.csr_array(kneighbors_graph(points, near, include_self=False) / near)
+    return sp.csr_array(sp.block_diag(blocks, format="csr"))[position][:, position]
 
 
 def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
     r"""Moran's I of each feature, its spatial autocorrelation; 0 where it does not vary.
 
-    With x the counts less their mean, and w the weights,
+    With x the counts less their mean, and w the weights (N, N),
 
     .. math:: I = \frac{N}{\sum_{ik} w_{ik}} \frac{\sum_{ik} w_{ik} x_i x_k}{\sum_i x_i^2}.
 
     The mean is taken off after the sums, so that a sparse table stays sparse (Moran 1950).
-
-    Parameters
-    ----------
-    table : ndarray or csr_array of shape (N, D)
-    weights : csr_array of shape (N, N)
-
-    Returns
-    -------
-    ndarray of shape (D,)
     """
     n, all_weights = len(weights.indptr) - 1, weights.sum()
     mean = total(table, 0) / n
@@ -156,53 +126,61 @@ def moran(table: Table, weights: sp.csr_array) -> np.ndarray:
     return np.divide(n * product, all_weights * square, out=np.zeros(len(mean)), where=varies)
 
 
-def _vector(values: Any) -> np.ndarray:
+def _vector(values: Table) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
 
 
-_ON_AXES: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
-    "total": (
-        total,
-        "the model expects too few counts",
-        "the model expects too many counts",
-    ),
+# What it means that a statistic is higher, or lower, in the data than in the model's tables.
+MEANINGS = {
+    "total": ("the model expects too few counts", "the model expects too many counts"),
     "variance_to_mean": (
-        variance_to_mean,
         "counts vary more than the Poisson model allows (overdispersion): more components, size "
         "factors, or a likelihood such as the negative binomial may be needed",
         "counts vary less than the model says: it may have fitted noise, try fewer components",
     ),
     "zero_fraction": (
-        zero_fraction,
         "there are more zeros than the model makes, as overdispersion or dropout would leave",
         "there are fewer zeros than the model makes",
     ),
     "maximum": (
-        maximum,
         "the largest counts are beyond the model's: outliers, or overdispersion",
         "the model makes larger counts than there are: its factors may vary too much",
     ),
+    "correlation": (
+        "features go together more than the components explain: try more components",
+        "features go together less than the model says, as noise beyond a Poisson makes them",
+    ),
+    "moran": (
+        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
+        "components or a shorter lengthscale",
+        "neighbouring samples are less alike than the model makes them: the counts have noise that "
+        "a Poisson does not, or the lengthscale is too long",
+    ),
 }
+NAMES = tuple(MEANINGS)
+_ON_AXES = {f.__name__: f for f in (total, variance_to_mean, zero_fraction, maximum)}
 
-NAMES = (*_ON_AXES, "correlation", "moran")
+# What a user may ask for; None for all the names that apply.
+Wanted = str | Statistic | Callable[[Table], ArrayLike] | Sequence | None
+
+
+def places_of_samples(
+    coordinates: ArrayLike | None, groups: ArrayLike | None, n_samples: int
+) -> Places:
+    """Return coordinates and groups of samples as checked places."""
+    codes = None
+    if groups is not None:
+        codes = GroupCodes.of(groups, n_samples).encode(groups, n_samples)
+    return Places(check_coordinates(coordinates, n_samples), codes)
 
 
 def chosen_statistics(
-    wanted: Any, table: Table, places: Places | None, feature_names: Sequence[Any]
+    wanted: Wanted, table: Table, places: Places | None, feature_names: Sequence
 ) -> list[Statistic]:
-    """Return the statistics that a user asks for.
+    """Return the statistics that a user asks for; all the names that apply if None.
 
-    Parameters
-    ----------
-    wanted : str, Statistic, callable, sequence of these, or None
-        Names of `NAMES`, statistics, and functions of a table; all the names that apply if None.
-    table, places, feature_names
-        As for :func:`named_statistics`.
-
-    Raises
-    ------
-    ValueError
-        For anything else, and for none at all.
+    `places` are those of the samples, which "moran" needs, and `feature_names` label the pairs of
+    "correlation", which are taken among the most abundant features of `table`, (N, D).
     """
     if wanted is None:
         wanted = [name for name in NAMES if name != "moran" or places is not None]
@@ -227,71 +205,30 @@ def chosen_statistics(
 def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statistic:
     """The statistic of a user's function; what its numbers are for follows from how many."""
     size, (n, d) = np.size(function(table)), table.shape
-    kinds = {1: "table", d: "feature", n: "sample"}
-    ambiguous = n == d and size == n
-    of = "value" if ambiguous else kinds.get(size, "value")
+    kinds = {1: "table", d: "feature", n: "sample" if n != d else "value"}
+    of = kinds.get(size, "value")
     return Statistic(getattr(function, "__name__", "statistic"), of, function)
 
 
 def named_statistics(
-    name: str, table: Table, places: Places | None, feature_names: Sequence[Any]
+    name: str, table: Table, places: Places | None, feature_names: Sequence
 ) -> list[Statistic]:
-    """Return the statistics of one name.
-
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`.
-    table : ndarray or csr_array of shape (N, D)
-        The data; correlations are between its most abundant features.
-    places : Places of shape (N,), optional
-        Needed by "moran".
-    feature_names : sequence of length D
-
-    Raises
-    ------
-    ValueError
-        For "moran" without places.
-    """
-    if name == "correlation":
-        return _correlation(table, feature_names)
+    """Return the statistics of one of `NAMES`, see :func:`chosen_statistics`."""
+    meaning = MEANINGS[name]
     if name == "moran":
-        return [_moran(places, table.dtype)]
-    function, above, below = _ON_AXES[name]
+        if places is None:
+            raise ValueError(
+                "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
+                "check a spatial model."
+            )
+        weights = neighbor_weights(places).astype(table.dtype)
+        return [Statistic(name, "feature", partial(moran, weights=weights), *meaning)]
+    if name == "correlation":
+        chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
+        labels = list(combinations([feature_names[number] for number in chosen], 2))
+        function = partial(correlations, features=chosen)
+        return [Statistic(name, "pair of features", function, *meaning, labels)] if labels else []
     return [
-        Statistic(name, of, partial(function, axis=axis), above, below)
+        Statistic(name, of, partial(_ON_AXES[name], axis=axis), *meaning)
         for of, axis in (("feature", 0), ("sample", 1))
     ]
-
-
-def _correlation(table: Table, feature_names: Sequence[Any]) -> list[Statistic]:
-    """Of the most abundant features; none where there is only one."""
-    chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
-    pairs = zip(*(chosen[index] for index in np.triu_indices(len(chosen), 1)), strict=True)
-    labels = [(feature_names[first], feature_names[second]) for first, second in pairs]
-    statistic = Statistic(
-        "correlation",
-        "pair of features",
-        partial(correlations, features=chosen),
-        "features go together more than the components explain: try more components",
-        "features go together less than the model says, as noise beyond a Poisson makes them",
-        labels,
-    )
-    return [statistic] if labels else []
-
-
-def _moran(places: Places | None, dtype: Any) -> Statistic:
-    if places is None:
-        raise ValueError(
-            "the statistic 'moran' needs to know where the samples are: pass coordinates=, or "
-            "check a spatial model."
-        )
-    return Statistic(
-        "moran",
-        "feature",
-        partial(moran, weights=neighbor_weights(places).astype(dtype)),
-        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
-        "components or a shorter lengthscale",
-        "neighbouring samples are less alike than the model makes them: the counts have noise that "
-        "a Poisson does not, or the lengthscale is too long",
-    )

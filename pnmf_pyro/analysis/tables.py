@@ -14,34 +14,22 @@ Columns = Mapping[str, Sequence | np.ndarray]
 
 
 def as_table(columns: Columns, index: str | None = None) -> DataFrame | np.ndarray:
-    """Return columns of equal length as a table.
+    """Return columns of equal length as a DataFrame, or as a structured array without pandas.
 
-    Parameters
-    ----------
-    columns : mapping of str to array-like
-        Columns by name; entries may be tuples.
-    index : str, optional
-        Column of names that becomes the index of a data frame.
-
-    Returns
-    -------
-    DataFrame, or a structured array where pandas is not installed
-        Columns are read by name from both.
+    Columns are read by name from both; entries may be tuples. `index` names the column that becomes
+    the index of a data frame.
     """
     try:
         import pandas as pd
     except ImportError:
-        return _structured({name: _vector(values) for name, values in columns.items()})
+        vectors = {name: _vector(values) for name, values in columns.items()}
+        kinds = [(name, vector.dtype) for name, vector in vectors.items()]
+        table = np.empty(min(map(len, vectors.values())), dtype=kinds)
+        for name, vector in vectors.items():
+            table[name] = vector
+        return table
     frame = pd.DataFrame(columns)
     return frame if index is None else frame.set_index(index)
-
-
-def _structured(columns: dict[str, np.ndarray]) -> np.ndarray:
-    kinds = [(name, column.dtype) for name, column in columns.items()]
-    table = np.empty(min(map(len, columns.values())), dtype=kinds)
-    for name, column in columns.items():
-        table[name] = column
-    return table
 
 
 def _vector(values: Sequence | np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,25 +12,16 @@ from pnmf_pyro.analysis.predictive_checks import (
     PredictiveCheck,
     posterior_predictive_check,
 )
+from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.files import CountTable, read_model
-from pnmf_pyro.command_line.options import (
-    Exit,
-    add_command,
-    add_common,
-    add_counts,
-    add_places,
-    places,
-    read_table,
-    say,
-)
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import check_report, check_words
 from pnmf_pyro.estimator.pnmf import PNMF
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = add_command(
+    parser = shared.add_command(
         commands,
         "check",
         run,
@@ -49,14 +39,14 @@ def add(commands: Any) -> None:
         look=f"a misfit is flagged: at least one statistic has p < {FLAGGED}",
     )
     parser.add_argument("model", metavar="MODEL", help=".npz by fit --save-model or PNMF.save")
-    add_counts(parser)
+    shared.add_counts(parser)
     parser.add_argument("--out", "-o", help="write a report, .html")
     parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
-    add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
-    add_common(parser)
+    shared.add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
+    shared.add_common(parser)
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: argparse.Namespace) -> shared.Exit:
     """Check, say what was found, and write it."""
     fewest = round(1 / FLAGGED)
     if options.draws < fewest:
@@ -66,9 +56,9 @@ def run(options: argparse.Namespace) -> Exit:
         )
     if options.out:
         check_report_path("--out", options.out)
-    model, table = read_model(options.model), read_table(options)
+    model, table = read_model(options.model), shared.read_table(options)
     _check_features(model, table)
-    coords, groups = (None, None) if model.spatial else places(options, table)
+    coords, groups = (None, None) if model.spatial else shared.places(options, table)
     check = posterior_predictive_check(
         model,
         table.X,
@@ -79,11 +69,11 @@ def run(options: argparse.Namespace) -> Exit:
         verbose=not options.quiet,
     )
     check = _with_sample_names(check, table)
-    say(options, "\n\n".join(map(str, check_words(check))))
+    shared.say(options, "\n\n".join(map(str, check_words(check))))
     if options.out:
         check_report(check).write(options.out)
-        say(options, f"\nwrote {options.out}")
-    return Exit.LOOK if check.flagged else Exit.FINE
+        shared.say(options, f"\nwrote {options.out}")
+    return shared.Exit.LOOK if check.flagged else shared.Exit.FINE
 
 
 def _with_sample_names(check: PredictiveCheck, table: CountTable) -> PredictiveCheck:

@@ -32,18 +32,10 @@ THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line with `arguments`, those of the process if None; return the exit code.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Arguments of the command; those of the process unless given.
-
-    Returns
-    -------
-    int
-        0 if all went well, 1 if the result needs a look, 2 if the input or the options cannot be
-        used, 3 for a fault of the program. What 1 means for each command is in its --help.
+    It is 0 if all went well, 1 if the result needs a look, 2 if the input or the options cannot be
+    used, 3 for a fault of the program. What 1 means for each command is in its --help.
     """
     options = parser().parse_args(arguments)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -13,7 +12,7 @@ from sklearn.decomposition import NMF
 
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.selection import thin_counts
-from pnmf_pyro.command_line.options import Exit, add_command, add_common, say
+from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors
@@ -23,7 +22,7 @@ TRAIN_FRACTION = 0.5
 LOWEST_PREDICTION = 1e-3
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(
         commands,
@@ -68,7 +67,8 @@ def run(options: argparse.Namespace) -> Exit:
         f"mean Poisson deviance of held-out counts ({1 - TRAIN_FRACTION:.0%}, by thinning):",
     )
     for name, mean in predictions.items():
-        say(options, f"  {_held_out_deviance(test, mean):.4f}  {name}")
+        expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
+        say(options, f"  {deviance(test, expected):.4f}  {name}")
     components = np.zeros((options.components, len(kept)))
     components[:, kept] = model.components_
     try:
@@ -76,11 +76,6 @@ def run(options: argparse.Namespace) -> Exit:
     except ImportError as error:
         say(options, f"no picture: {error}")
     return Exit.FINE
-
-
-def _held_out_deviance(test: np.ndarray, mean: np.ndarray) -> float:
-    expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
-    return deviance(test, expected)
 
 
 def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path) -> Path:

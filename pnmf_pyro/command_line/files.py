@@ -1,10 +1,13 @@
-"""Tables of counts from files, and results to files."""
+"""Tables of counts from files, and results to files.
+
+A file that is not there is a FileNotFoundError, and one that cannot be read a ValueError.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class CountTable:
-    """Counts from a file, samples by features, with what the file says of them.
+    """Counts X from a file, samples by features, with what the file says of them.
 
-    Parameters
-    ----------
-    X : ndarray or sparse matrix of shape (n_samples, n_features)
-        Counts.
-    sample_names, feature_names : list of str, optional
-        Names of the samples and features.
-    annotation : AnnData, optional
-        Annotation of the samples and features in an .h5ad file, without the counts.
+    `annotation` is that of the samples and features in an .h5ad file, without the counts.
     """
 
     X: Any
@@ -50,34 +46,20 @@ class CountTable:
 
 
 def read_counts(path: str | Path, layer: str | None = None, transpose: bool = False) -> CountTable:
-    """Read a table of counts.
+    """Read a table of counts from an .h5ad, .npz (scipy sparse), .mtx, .csv or .tsv file.
 
-    Parameters
-    ----------
-    path : path
-        File to read: .h5ad (AnnData), .npz (scipy sparse), .mtx (Matrix Market), .csv or .tsv; the
-        last three may be compressed (.gz). Tables of text may have a first row and a first column
-        of names.
-    layer : str, optional
-        Layer of an .h5ad file to take in place of X.
-    transpose : bool
-        Whether the file holds features by samples.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is not there, or cannot be read as counts.
+    The last three may be compressed (.gz). Tables of text may have a first row and a first column
+    of names. `layer` is one of an .h5ad file; `transpose` says that the file holds features by
+    samples.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"COUNTS must be a file; there is no {path}.")
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in READERS:
-        raise ValueError(f"COUNTS must end in one of {', '.join(READERS)}; got {path.name}.")
+    path, kind = _check_file(path, "COUNTS", (".h5ad", *READERS))
     if layer is not None and kind != ".h5ad":
         raise ValueError(f"layer={layer!r} is for .h5ad files; {path.name} has no layers.")
     if kind == ".h5ad":
-        table = _read_h5ad(path, layer)
+        adata = _open_h5ad(path)
+        bare = import_anndata().AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm))
+        names = list(adata.obs_names), list(adata.var_names)
+        table = CountTable(counts_of(adata, layer), *names, bare)
     else:
         try:
             table = READERS[kind](path)
@@ -86,22 +68,11 @@ def read_counts(path: str | Path, layer: str | None = None, transpose: bool = Fa
     return table.T if transpose else table
 
 
-def _read_h5ad(path: Path, layer: str | None) -> CountTable:
-    adata = _open_h5ad(path)
-    X = counts_of(adata, layer)
-    annotation = import_anndata().AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm))
-    return CountTable(X, list(adata.obs_names), list(adata.var_names), annotation)
-
-
 def _open_h5ad(path: Path) -> AnnData:
     try:
         return import_anndata().read_h5ad(path)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not an .h5ad file, or it is damaged: {error}") from error
-
-
-def _read_npz(path: Path) -> CountTable:
-    return CountTable(sp.load_npz(path).tocsr())
 
 
 def _read_mtx(path: Path) -> CountTable:
@@ -135,9 +106,8 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-READERS: dict[str, Callable[..., CountTable]] = {
-    ".h5ad": _read_h5ad,
-    ".npz": _read_npz,
+READERS: dict[str, Callable[[Path], CountTable]] = {
+    ".npz": lambda path: CountTable(sp.load_npz(path).tocsr()),
     ".mtx": _read_mtx,
     ".csv": _text_reader(","),
     ".tsv": _text_reader("\t"),
@@ -145,17 +115,9 @@ READERS: dict[str, Callable[..., CountTable]] = {
 
 
 def write_results(path: str | Path, model: PNMF, table: CountTable) -> None:
-    """Write factors, their uncertainty, loadings, settings and history of a fit.
+    """Write factors, their uncertainty, loadings, settings and history of a fit, as .h5ad or .npz.
 
-    Parameters
-    ----------
-    path : path
-        File to write, .h5ad or .npz. The first keeps the annotation of samples and features, but
-        not the counts.
-    model : PNMF
-        Fitted estimator.
-    table : CountTable
-        Table that the model was fitted to.
+    An .h5ad file keeps the annotation of samples and features, but not the counts.
     """
     check_results_path(path)
     if Path(path).suffix == ".npz":
@@ -173,45 +135,26 @@ def write_results(path: str | Path, model: PNMF, table: CountTable) -> None:
 
 
 def read_fit(path: str | Path) -> PNMF | AnnData:
-    """Read an AnnData object with results, or a saved model.
-
-    Parameters
-    ----------
-    path : path
-        File to read: .h5ad, or .npz as written by :meth:`PNMF.save`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is not there, or cannot be read as a fit.
-    """
-    path = _check_file(path, "FIT", (".h5ad", ".npz"))
-    return PNMF.load(path) if path.suffix == ".npz" else _open_h5ad(path)
+    """Read an .h5ad file with results, or the .npz of :meth:`PNMF.save`."""
+    path, kind = _check_file(path, "FIT", (".h5ad", ".npz"))
+    return PNMF.load(path) if kind == ".npz" else _open_h5ad(path)
 
 
 def read_model(path: str | Path) -> PNMF:
-    """Read a saved model.
-
-    Parameters
-    ----------
-    path : path
-        File to read, .npz as written by :meth:`PNMF.save`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is not there, or is no saved model.
-    """
-    return PNMF.load(_check_file(path, "MODEL", (".npz",)))
+    """Read the .npz of :meth:`PNMF.save`."""
+    path, _ = _check_file(path, "MODEL", (".npz",))
+    return PNMF.load(path)
 
 
-def _check_file(path: str | Path, argument: str, endings: tuple[str, ...]) -> Path:
+def _check_file(path: str | Path, argument: str, endings: Sequence[str]) -> tuple[Path, str]:
+    """The path of a file that is there, and its ending, without .gz."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{argument} must be a file; there is no {path}.")
-    if path.suffix not in endings:
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in endings:
         raise ValueError(f"{argument} must end in {' or '.join(endings)}; got {path.name}.")
-    return path
+    return path, kind
 
 
 def check_results_path(path: str | Path) -> None:

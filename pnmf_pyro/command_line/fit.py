@@ -9,32 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 
+from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.files import CountTable, check_results_path, write_results
-from pnmf_pyro.command_line.options import (
-    Exit,
-    add_command,
-    add_settings,
-    places,
-    read_table,
-    say,
-    settings,
-    show_warning,
-)
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
-from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.counts import CountsLike, as_counts
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = add_command(
+    parser = shared.add_command(
         commands,
         "fit",
         run,
@@ -59,15 +51,19 @@ def add(commands: Any) -> None:
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write the report that plot draws as well, .html")
-    add_settings(parser)
+    shared.add_settings(parser)
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: argparse.Namespace) -> shared.Exit:
     """Fit, write and say how it went."""
-    _check_paths(options)
-    table = read_table(options)
-    coords, groups = places(options, table)
-    chosen = {"n_components": options.components, **settings(options, table)}
+    check_results_path(options.out)  # before the fit takes its time
+    if options.save_model:
+        check_output_path("--save-model", options.save_model, (".npz",))
+    if options.report:
+        check_report_path("--report", options.report)
+    table = shared.read_table(options)
+    coords, groups = shared.places(options, table)
+    chosen = {"n_components": options.components, **shared.settings(options, table)}
     started = time.perf_counter()
     model, settled = _fit(table, coords, groups, chosen)
     seconds = time.perf_counter() - started
@@ -82,7 +78,7 @@ def run(options: argparse.Namespace) -> Exit:
         fit_report(model).write(options.report)
         written.append(options.report)
     explained = _deviance_explained(model, table.X, chosen["size_factors"])
-    say(
+    shared.say(
         options,
         f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components\n"
         f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations, {seconds:.1f} s\n"
@@ -90,19 +86,12 @@ def run(options: argparse.Namespace) -> Exit:
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {', '.join(written)}",
     )
-    return Exit.FINE if settled else Exit.LOOK
+    return shared.Exit.FINE if settled else shared.Exit.LOOK
 
 
-def _check_paths(options: argparse.Namespace) -> None:
-    """Find out what cannot be written before the fit takes its time."""
-    check_results_path(options.out)
-    if options.save_model:
-        check_output_path("--save-model", options.save_model, (".npz",))
-    if options.report:
-        check_report_path("--report", options.report)
-
-
-def _fit(table: CountTable, coords: Any, groups: Any, chosen: dict[str, Any]) -> tuple[PNMF, bool]:
+def _fit(
+    table: CountTable, coords: ArrayLike | None, groups: ArrayLike | None, chosen: dict[str, Any]
+) -> tuple[PNMF, bool]:
     """The fitted model, and whether it settled; its warnings are shown when it has ended."""
     heard: list[warnings.WarningMessage] = []
     try:
@@ -110,11 +99,11 @@ def _fit(table: CountTable, coords: Any, groups: Any, chosen: dict[str, Any]) ->
             model = fit(table.X, coords, groups, **chosen)
     finally:
         for one in heard:
-            show_warning(one.message)
+            shared.show_warning(one.message)
     return model, not any(issubclass(one.category, ConvergenceWarning) for one in heard)
 
 
-def _deviance_explained(model: PNMF, X: Any, size_factors: np.ndarray | None) -> float:
+def _deviance_explained(model: PNMF, X: CountsLike, size_factors: np.ndarray | None) -> float:
     counts = as_counts(X)
     s = counts.values.new_ones(counts.shape[0], 1)
     if size_factors is not None:

@@ -8,13 +8,17 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from pnmf_pyro.command_line.files import CountTable, read_counts
 from pnmf_pyro.data.checks import check_counts, library_size_factors
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Exit(IntEnum):
@@ -34,7 +38,7 @@ COMMON_CODES = {
 
 
 def add_command(
-    commands: Any,
+    commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], Exit],
     *,
@@ -46,25 +50,11 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a command whose --help shows examples and says what its exit codes mean.
 
-    Parameters
-    ----------
-    commands : object that `ArgumentParser.add_subparsers` returned
-        List of commands that receives it.
-    name : str
-        Name of the command.
-    run : callable
-        Function of the options that does the work and returns an exit code.
-    help, description : str
-        Description in the list of commands, and in full.
-    examples : sequence of str
-        Lines to type.
-    fine : str
-        Meaning of exit code 0.
-    look : str, optional
-        Meaning of exit code 1; the command never returns it unless given.
+    `run` is a function of the options that does the work and returns an exit code. `fine` and
+    `look` explain the codes 0 and 1; the command never returns 1 unless `look` is given.
     """
     codes = {Exit.FINE: fine} | ({Exit.LOOK: look} if look else {})
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=help,
         description=_paragraph(description),
@@ -155,7 +145,9 @@ def read_table(options: argparse.Namespace) -> CountTable:
     return read_counts(options.counts, options.layer, options.transpose)
 
 
-def places(options: argparse.Namespace, table: CountTable) -> tuple[Any, Any]:
+def places(
+    options: argparse.Namespace, table: CountTable
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Coordinates and groups of an .h5ad file, where there are any."""
     spatial_key = None if options.no_space else options.spatial_key
     keys = AnnDataKeys(None, spatial_key, options.batch_key)

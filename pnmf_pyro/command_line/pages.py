@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import textwrap
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,31 +38,9 @@ th,td{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-al
 """
 
 
-class Block(ABC):
-    """A part of a page under its own heading.
-
-    Attributes
-    ----------
-    heading : str
-        Heading of the part.
-    """
-
-    heading: str
-
-    @abstractmethod
-    def html(self) -> str:
-        """Return it as HTML, without the heading."""
-
-
 @dataclass(frozen=True)
-class Text(Block):
-    """Paragraphs; as a string, lines for a terminal.
-
-    Parameters
-    ----------
-    heading, text : str
-        Heading, and paragraphs with a line break between them.
-    """
+class Text:
+    """Paragraphs, with a line break between them; as a string, lines for a terminal."""
 
     heading: str
     text: str
@@ -78,16 +55,8 @@ class Text(Block):
 
 
 @dataclass(frozen=True)
-class Table(Block):
-    """Columns of equal length by name, of numbers or strings; as a string, lines of one width.
-
-    Parameters
-    ----------
-    heading : str
-        Heading of the table.
-    columns : mapping of str to sequence
-        Columns by name.
-    """
+class Table:
+    """Columns of equal length by name, of numbers or strings; as a string, lines of one width."""
 
     heading: str
     columns: Mapping[str, Sequence | np.ndarray]
@@ -101,7 +70,7 @@ class Table(Block):
     @cached_property
     def _is_number(self) -> list[bool]:
         return [
-            not any(isinstance(value, str) for value in values) for values in self.columns.values()
+            all(not isinstance(cell, str) for cell in column) for column in self.columns.values()
         ]
 
     def __str__(self) -> str:
@@ -126,15 +95,10 @@ class Table(Block):
 
 
 @dataclass(frozen=True)
-class Picture(Block):
+class Picture:
     """A figure, drawn when it is needed.
 
-    Parameters
-    ----------
-    heading : str
-        Heading of the figure.
-    draw : callable
-        Function that returns matplotlib Axes, or an array of them, of a figure of their own.
+    `draw` returns matplotlib Axes, or an array of them, of a figure of their own.
     """
 
     heading: str
@@ -142,48 +106,29 @@ class Picture(Block):
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
-        data = base64.b64encode(self._png()).decode()
-        alt = html.escape(self.heading, quote=True)
-        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-
-    def _png(self) -> bytes:
         figure = np.ravel(np.asarray(self.draw(), dtype=object))[0].figure
         file = io.BytesIO()
         try:
             figure.savefig(file, format="png", dpi=DPI)
         finally:
             pyplot().close(figure)
-        return file.getvalue()
+        data = base64.b64encode(file.getvalue()).decode()
+        alt = html.escape(self.heading, quote=True)
+        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+Block = Text | Table | Picture
 
 
 @dataclass(frozen=True)
 class Page:
-    """Blocks under a title.
-
-    Parameters
-    ----------
-    title : str
-        Title of the page.
-    blocks : sequence of Block
-        What stands below it, in this order.
-    """
+    """Blocks under a title, in this order."""
 
     title: str
     blocks: Sequence[Block]
 
     def write(self, path: str | Path) -> None:
-        """Write the page.
-
-        Parameters
-        ----------
-        path : path
-            File to write, ending in .html. It holds the pictures.
-
-        Raises
-        ------
-        ValueError
-            For another ending, and for a folder that is not there.
-        """
+        """Write the page to a file that ends in .html and holds the pictures."""
         check_report_path("path", path).write_text(self.html(), encoding="utf-8")
 
     def html(self) -> str:
@@ -210,13 +155,7 @@ def _shown(value: object) -> str:
 
 
 def check_report_path(name: str, path: str | Path) -> Path:
-    """Return a path to write a page to.
-
-    Raises
-    ------
-    ValueError
-        For another ending than .html, and for a folder that is not there.
-    """
+    """Return a path to write a page to; raise a ValueError for another than .html."""
     if Path(path).suffix != ".html":
         raise ValueError(
             f"{name} must end in .html, a page for a browser; got {Path(path).name}. "

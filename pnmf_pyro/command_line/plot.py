@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from pnmf_pyro.command_line.files import read_fit
-from pnmf_pyro.command_line.options import Exit, add_command
+from pnmf_pyro.command_line.options import Commands, Exit, add_command
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(
         commands,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from itertools import starmap
 
 import numpy as np
 
 from pnmf_pyro import plotting
-from pnmf_pyro.analysis.predictive_checks import PredictiveCheck, StatisticCheck
+from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
 from pnmf_pyro.estimator.results import Fit, results_of
@@ -28,11 +30,6 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
     unit : str
         Unit of the coordinates, for scale bars.
 
-    Raises
-    ------
-    ValueError
-        For an AnnData object without such a fit.
-
     Examples
     --------
     >>> import numpy as np
@@ -46,35 +43,25 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
     """
     found = results_of(fit, key)
     summary = {name: str(value) for name, value in found.summary().items()}
-    blocks: list[Block] = [
-        Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
-    ]
+    drawn: dict[str, Callable] = {
+        "Features by specificity": partial(plotting.plot_top_features, found, by="specificity"),
+        "Loadings": partial(plotting.plot_loadings, found),
+        "Correlation of factors": partial(plotting.plot_factor_correlation, found),
+    }
     if found.coordinates is not None and found.coordinates.shape[1] == 2:
-        blocks += [
-            Picture("Factors", partial(plotting.plot_factors, found, unit=unit)),
-            Picture(
-                "Uncertainty of log-factors", partial(plotting.plot_uncertainty, found, unit=unit)
-            ),
-        ]
-    top_features = partial(plotting.plot_top_features, found, by="specificity")
-    blocks += [
-        Picture("Features by specificity", top_features),
-        Picture("Loadings", partial(plotting.plot_loadings, found)),
-        Picture("Correlation of factors", partial(plotting.plot_factor_correlation, found)),
-    ]
+        maps = {
+            "Factors": partial(plotting.plot_factors, found, unit=unit),
+            "Uncertainty of log-factors": partial(plotting.plot_uncertainty, found, unit=unit),
+        }
+        drawn = maps | drawn
     if found.elbo_history is not None:
-        blocks.append(Picture("ELBO", partial(plotting.plot_elbo, found)))
-    return Page("Poisson factorisation", blocks)
+        drawn["ELBO"] = partial(plotting.plot_elbo, found)
+    table = Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
+    return Page("Poisson factorisation", [table, *starmap(Picture, drawn.items())])
 
 
 def check_report(check: PredictiveCheck) -> Page:
-    """Return a page on a predictive check: verdict, statistics, and what is farthest off.
-
-    Parameters
-    ----------
-    check : PredictiveCheck
-        Check to describe.
-    """
+    """Return a page on a predictive check: verdict, statistics, and what is farthest off."""
     return Page(
         f"{check.kind.capitalize()} predictive check",
         [
@@ -103,28 +90,24 @@ def check_words(check: PredictiveCheck) -> list[Text | Table]:
 
 def _farthest_off(check: PredictiveCheck) -> list[Block]:
     """What is farthest from the model, for each flagged statistic that has several numbers."""
-    flagged = [one for one in check.flagged if len(one.observed) > 1]
-    if not flagged:
-        return []
     explained = (
         "Numbers that are farthest from those of the model's tables; z is the distance from their "
         "mean in standard deviations."
     )
-    return [Text("Farthest off", explained), *map(_farthest, flagged)]
-
-
-def _farthest(one: StatisticCheck) -> Table:
-    chosen = np.argsort(-np.abs(one.z), kind="stable")[:NAMED]
-    name, of = one.statistic.name.replace("_", " "), one.statistic.of
-    return Table(
-        f"{name} of each {of}",
-        {
+    blocks: list[Block] = [Text("Farthest off", explained)]
+    for one in check.flagged:
+        if len(one.observed) == 1:
+            continue
+        chosen = np.argsort(-np.abs(one.z), kind="stable")[:NAMED]
+        name, of = one.statistic.name.replace("_", " "), one.statistic.of
+        columns = {
             of: [_name(one.labels[i]) for i in chosen],
             "data": one.observed[chosen],
             "model": one.replicated[:, chosen].mean(0, dtype=np.float64),
             "z": one.z[chosen].round(1),
-        },
-    )
+        }
+        blocks.append(Table(f"{name} of each {of}", columns))
+    return blocks if len(blocks) > 1 else []
 
 
 def _name(label: object) -> str:
@@ -133,13 +116,7 @@ def _name(label: object) -> str:
 
 
 def selection_report(selection: ComponentSelection) -> Page:
-    """Return a page on a choice of the number of components: curves, table and what they tell.
-
-    Parameters
-    ----------
-    selection : ComponentSelection
-        Choice to describe.
-    """
+    """Return a page on a choice of the number of components: curves, table and what they tell."""
     table, summary = selection_words(selection)
     curves = Picture("Curves", partial(plotting.plot_selection, selection))
     return Page("Number of components", [summary, curves, table])

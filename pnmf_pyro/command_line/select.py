@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from pnmf_pyro.analysis.selection import select_n_components
-from pnmf_pyro.command_line.options import (
-    Exit,
-    add_command,
-    add_settings,
-    places,
-    read_table,
-    say,
-    settings,
-)
+from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import selection_report, selection_words
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = add_command(
+    parser = shared.add_command(
         commands,
         "select",
         run,
@@ -53,16 +44,16 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="fits at the same time (default: 1)")
     parser.add_argument("--out", "-o", help="write a report, .html")
-    add_settings(parser)
+    shared.add_settings(parser)
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: argparse.Namespace) -> shared.Exit:
     """Compare, say what was found, and write it."""
     if options.out:
         check_report_path("--out", options.out)
-    table = read_table(options)
-    coordinates, groups = places(options, table)
-    chosen = {"n_components": options.range, **settings(options, table)}
+    table = shared.read_table(options)
+    coordinates, groups = shared.places(options, table)
+    chosen = {"n_components": options.range, **shared.settings(options, table)}
     selection = select_n_components(
         table.X,
         coordinates=coordinates,
@@ -71,11 +62,11 @@ def run(options: argparse.Namespace) -> Exit:
         n_jobs=options.jobs,
         **chosen,
     )
-    say(options, "\n\n".join(map(str, selection_words(selection))))
+    shared.say(options, "\n\n".join(map(str, selection_words(selection))))
     if options.out:
         selection_report(selection).write(options.out)
-        say(options, f"\nwrote {options.out}")
-    return Exit.LOOK if selection.beyond else Exit.FINE
+        shared.say(options, f"\nwrote {options.out}")
+    return shared.Exit.LOOK if selection.beyond else shared.Exit.FINE
 
 
 def _numbers(text: str) -> Sequence[int]:

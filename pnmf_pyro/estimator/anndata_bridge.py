@@ -18,6 +18,8 @@ from pnmf_pyro.training.fitted import Fitted, fitted_module
 if TYPE_CHECKING:
     from anndata import AnnData
 
+MaybeArray = np.ndarray | None
+
 logger = logging.getLogger("pnmf_pyro")
 
 
@@ -35,21 +37,10 @@ def import_anndata() -> Any:
 
 @dataclass(frozen=True)
 class AnnDataKeys:
-    """What to read from an AnnData object and where to write.
+    """What to read from an AnnData object and where to write, by the parameters of `pnmf_pyro.fit`.
 
-    Parameters
-    ----------
-    layer : str, optional
-        Layer of the counts; X unless given.
-    spatial_key : str or None
-        Name of the coordinates in obsm; None for a fit without space. The conventional name need
-        not be there, any other must.
-    batch_key : str, optional
-        Column of obs with the group of each sample.
-    key_added : str
-        Name of the results.
-    copy : bool
-        Whether results are written to a copy.
+    `spatial_key` is the name of the coordinates in obsm, or None for a fit without space. The
+    conventional name need not be there, any other must.
     """
 
     layer: str | None = None
@@ -67,37 +58,18 @@ class AnnDataKeys:
                 "groups= for arrays."
             )
 
-    def read(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any, Any]:
-        """Return the counts, coordinates and groups of an AnnData object.
+    def read(
+        self, adata: AnnData, spatial: bool | None = None
+    ) -> tuple[Any, MaybeArray, MaybeArray]:
+        """Return the counts (N, D), coordinates (N, p) or None, and groups (N,) or None of a fit.
 
-        Parameters
-        ----------
-        adata : AnnData
-            Object with the counts.
-        spatial : bool, optional
-            Whether the fit is to be spatial; if the coordinates are there, unless given.
-
-        Returns
-        -------
-        X : ndarray or sparse matrix of shape (n_samples, n_features)
-        coordinates : ndarray of shape (n_samples, p), or None
-        groups : ndarray of shape (n_samples,), or None
-
-        Raises
-        ------
-        ValueError
-            For keys that are not there, groups of a fit without space, and results that could not
-            be written.
-
-        Warns
-        -----
-        UserWarning
-            Where there is a layer of counts and X is none, and where there seem to be several
-            sections that no `batch_key` tells apart.
+        `spatial` says whether the fit is to be spatial; if None, it is where the coordinates are
+        there. Keys that are not there, and groups of a fit without space, are ValueErrors. It warns
+        where X is not counts and a layer is, and where no `batch_key` tells several sections apart.
         """
         return self._counts(adata), *self.places(adata, spatial)
 
-    def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[Any, Any]:
+    def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)
@@ -131,8 +103,13 @@ class AnnDataKeys:
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
-            if coordinates is not None:
-                _warn_several_sections(adata)
+            sections = adata.uns.get("spatial")
+            if coordinates is not None and isinstance(sections, dict) and len(sections) > 1:
+                warn(
+                    f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key "
+                    "tells them apart: places of different sections count as neighbours. Pass "
+                    "batch_key=."
+                )
             return None
         if self.batch_key not in adata.obs:
             raise ValueError(
@@ -161,15 +138,6 @@ class AnnDataKeys:
 def _is_whole(X: Any) -> bool:
     entries = X.data if sp.issparse(X) else X
     return bool((entries == np.round(entries)).all())
-
-
-def _warn_several_sections(adata: AnnData) -> None:
-    sections = adata.uns.get("spatial")
-    if isinstance(sections, dict) and len(sections) > 1:
-        warn(
-            f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key tells them "
-            "apart: places of different sections count as neighbours. Pass batch_key=."
-        )
 
 
 def results(fit: Fit) -> dict[str, np.ndarray]:
@@ -207,8 +175,7 @@ def settings(fit: Fitted) -> dict[str, Any]:
     -------
     dict
         `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo` and
-        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`, such as
-        the lengthscale of each component.
+        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`.
     """
     found: dict[str, Any] = {"version": __version__}
     get_params = getattr(fit, "get_params", None)
@@ -248,15 +215,15 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
     key : str
         Name of the results.
     """
-    arrays = results(fit)
+    found = results_of(fit)
     with warnings.catch_warnings():  # that a view becomes an object of its own
         warnings.simplefilter("ignore", import_anndata().ImplicitModificationWarning)
-        adata.obsm[f"X_{key}"] = arrays["factors"]
-        adata.obsm[f"X_{key}_sd"] = arrays["factors_sd"]
-        adata.obsm[f"X_{key}_log_sd"] = arrays["log_factors_sd"]
-        adata.varm[f"{key.upper()}_loadings"] = arrays["loadings"]
+        adata.obsm[f"X_{key}"] = found.factors
+        adata.obsm[f"X_{key}_sd"] = found.factors_sd
+        adata.obsm[f"X_{key}_log_sd"] = found.log_factors_sd
+        adata.varm[f"{key.upper()}_loadings"] = found.loadings
         adata.uns[key] = settings(fit)
-        if "elbo_history" in arrays:
-            adata.uns[key]["elbo_history"] = arrays["elbo_history"]
+        if found.elbo_history is not None:
+            adata.uns[key]["elbo_history"] = found.elbo_history
         if fitted_module(fit).size_factors is not None:
-            adata.obs[f"{key}_size_factors"] = results_of(fit).size_factors
+            adata.obs[f"{key}_size_factors"] = found.size_factors

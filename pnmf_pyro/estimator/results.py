@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 
-from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.checks import check_array, check_counts
+from pnmf_pyro.data.counts import Counts, CountsLike
 from pnmf_pyro.training.fitted import Fitted, fitted_module, module_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
 
@@ -44,8 +45,7 @@ class Results(ABC):
     size_factors : ndarray of shape (n_samples,)
         Size factors; 1 where the fit had none.
     coordinates : ndarray of shape (n_samples, p), or None
-        Places of the samples of a spatial fit; of any fit in an AnnData object that has them in
-        obsm["spatial"].
+        Places of the samples of a spatial fit, or obsm["spatial"] of an AnnData object.
     groups : ndarray of shape (n_samples,), or None
         Groups of the samples of a multi-group fit: their names, or codes where there are none.
     """
@@ -83,23 +83,11 @@ class Results(ABC):
 
     @abstractmethod
     def counts(self, X: Any = None) -> Any:
-        """Return the counts of the fit: X itself, unless the source keeps them.
-
-        Raises
-        ------
-        ValueError
-            Where X is needed.
-        """
+        """Return X itself, or, where it is None, the counts that the source keeps."""
 
 
 class ModelResults(Results):
-    """Results that are read off a model.
-
-    Parameters
-    ----------
-    fit : PNMF, ModelFit or PoissonFactorization
-        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
-    """
+    """Results that are read off a model; `fit` is any of what holds one."""
 
     def __init__(self, fit: Fitted):
         self.module = fitted_module(fit, "fit")
@@ -112,7 +100,7 @@ class ModelResults(Results):
         self.group_names = getattr(fit, "groups_", None)
 
     @cached_property
-    def factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102 - the interface says it
+    def factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102 - as in Results
         return np.asarray(get_factors(self.module))
 
     @cached_property
@@ -142,15 +130,7 @@ class ModelResults(Results):
 
 
 class AnnDataResults(Results):
-    """Results that a fit wrote into an AnnData object.
-
-    Parameters
-    ----------
-    adata : AnnData
-        Object that holds the results.
-    key : str
-        `key_added` of the fit.
-    """
+    """Results that a fit wrote into an AnnData object under `key`, its `key_added`."""
 
     def __init__(self, adata: AnnData, key: str):
         if key not in adata.uns or f"X_{key}" not in adata.obsm:
@@ -225,8 +205,7 @@ def is_anndata(thing: object) -> TypeIs[AnnData]:
 def plain(value: object) -> Any:
     """Return a value as numbers, text and lists of these, which files hold.
 
-    Arrays become lists. None stands for what has no such form, such as a generator of random
-    numbers that a seed came from.
+    None stands for what has no such form, such as a generator that draws random numbers.
     """
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -237,14 +216,8 @@ def plain(value: object) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def counts_of(adata: Any, layer: str | None = None) -> Any:
-    """Return X or a layer of an AnnData object in memory, sparse where it is sparse.
-
-    Raises
-    ------
-    ValueError
-        For a layer that is not there.
-    """
+def counts_of(adata: AnnData, layer: str | None = None) -> Any:
+    """Return X or a layer of an AnnData object in memory, sparse where it is sparse."""
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"layer={layer!r} is not there; its layers are {list(adata.layers)}.")
     X = adata.X if layer is None else adata.layers[layer]
@@ -256,21 +229,24 @@ def counts_of(adata: Any, layer: str | None = None) -> Any:
     return X if sp.issparse(X) else np.asarray(X)
 
 
-def chosen_components(components: Sequence[int] | int | None, n_components: int) -> list[int]:
-    """Return numbers of components, counted from 0; all of them if None.
-
-    Raises
-    ------
-    ValueError
-        For numbers of components that are not there.
-    """
-    if components is None:
-        return list(range(n_components))
-    chosen = check_array("components", np.atleast_1d(components))
-    whole = chosen.astype(np.int64)
-    fits = chosen.ndim == 1 and len(chosen) and (whole == chosen).all()
-    if not fits or (whole < 0).any() or (whole >= n_components).any():
+def counts_of_fit(X: ArrayLike | CountsLike, shape: tuple[int, int]) -> Counts:
+    """Return X as counts; raise a ValueError unless they have the fit's shape (N, D)."""
+    counts = check_counts(X)
+    if counts.shape != shape:
         raise ValueError(
-            f"components must be whole numbers from 0 to {n_components - 1}; got {components!r}."
+            f"X must be the counts of the fit, of shape {shape}; got {counts.shape}. For other "
+            "samples, fit them or select those of the fit."
         )
-    return whole.tolist()
+    return counts
+
+
+def chosen_numbers(name: str, chosen: ArrayLike | None, size: int) -> np.ndarray:
+    """Return numbers of components, samples or features, counted from 0; all of them if None."""
+    if chosen is None:
+        return np.arange(size)
+    numbers = check_array(name, np.atleast_1d(np.asarray(chosen)))
+    whole = numbers.astype(np.int64)
+    fits = numbers.ndim == 1 and len(numbers) and (whole == numbers).all()
+    if not fits or (whole < 0).any() or (whole >= size).any():
+        raise ValueError(f"{name} must be whole numbers from 0 to {size - 1}; got {chosen!r}.")
+    return whole

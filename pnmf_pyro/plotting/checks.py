@@ -53,16 +53,10 @@ def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.n
 def _scatter(ax: Axes, one: StatisticCheck) -> None:
     expected, odd = one.replicated.mean(0), one.p_values < 0.05
     many = len(expected) > RASTERIZED
+    size, alpha = (4, 0.5) if many else (12, 0.8)
     for chosen, colour in ((~odd, USUAL), (odd, ODD)):
-        ax.scatter(
-            expected[chosen],
-            one.observed[chosen],
-            s=4 if many else 12,
-            color=colour,
-            alpha=0.5 if many else 0.8,
-            lw=0,
-            rasterized=many,
-        )
+        x, y = expected[chosen], one.observed[chosen]
+        ax.scatter(x, y, s=size, color=colour, alpha=alpha, lw=0, rasterized=many)
     both = np.concatenate([expected, one.observed])
     low, high = both.min(), both.max()
     if low > 0 and high > max(1, 30 * low):  # shares stay on a linear scale
@@ -95,16 +89,8 @@ def plot_selection(selection: ComponentSelection, axes: AxesLike = None) -> np.n
     """
     left, right = panels(2, (4, 3.2), 2, axes)
     numbers = selection.n_components
-    left.errorbar(
-        numbers,
-        selection.mean_deviance,
-        selection.standard_error,
-        fmt="o-",
-        color=USUAL,
-        ecolor=SEEN,
-        capsize=3,
-        ms=5,
-    )
+    mean, error = selection.mean_deviance, selection.standard_error
+    left.errorbar(numbers, mean, error, fmt="o-", color=USUAL, ecolor=SEEN, capsize=3, ms=5)
     left.set_ylabel("held-out deviance\n(± 1 s.e. of the difference)")
     lowest, highest = selection.stability.min(1), selection.stability.max(1)
     right.fill_between(numbers, lowest, highest, color=USUAL, alpha=0.3, lw=0)

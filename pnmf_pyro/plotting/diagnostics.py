@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+# What the marks below a profile are.
+LEARNED = "learned, by component"
+
+
 def plot_elbo(
     history: Fit | ArrayLike, ax: Axes | None = None, *, label: str | None = None, key: str = "pnmf"
 ) -> Axes:
@@ -39,11 +43,6 @@ def plot_elbo(
     Returns
     -------
     matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        For a fit without a history, and for what is neither fit nor numbers.
     """
     values = _elbo_values(history, key)
     ax = one_axes(ax, (5, 3.2))
@@ -86,11 +85,6 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     Returns
     -------
     matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        For anything but a profile.
     """
     if not isinstance(profile, LengthscaleProfile):
         raise ValueError(
@@ -100,16 +94,8 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     ax = one_axes(ax, (5, 3.2))
     excess = profile.loss - profile.loss.min()
     ax.plot(profile.lengthscales, excess, color=BLUE, lw=1.5, marker="o", ms=3)
-    ax.plot(
-        profile.learned,
-        np.full(len(profile.learned), 0.03),
-        "|",
-        color="black",
-        ms=12,
-        mew=1.5,
-        transform=ax.get_xaxis_transform(),
-        label="learned, by component",
-    )
+    height, from_below = np.full(len(profile.learned), 0.03), ax.get_xaxis_transform()
+    ax.plot(profile.learned, height, "k|", ms=12, mew=1.5, transform=from_below, label=LEARNED)
     ax.set(xscale="log", xlabel="lengthscale", ylabel="loss above the best (nats per sample)")
     top = 3 * np.median(excess)
     if top > 0:

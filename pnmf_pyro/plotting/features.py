@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pnmf_pyro.analysis.interpretation import contributions, feature_scores, top_features
-from pnmf_pyro.data.checks import check_count
-from pnmf_pyro.estimator.results import Fit, Results, chosen_components, is_fit, results_of
+from pnmf_pyro.analysis.interpretation import ranked_features, top_features
+from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
 from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
@@ -56,7 +56,7 @@ def plot_top_features(
     """
     found = results_of(fit, key)
     table = top_features(found, n, by)
-    chosen = chosen_components(components, found.n_components)
+    chosen = chosen_numbers("components", components, found.n_components)
     axes = panels(len(chosen), (2.0, 0.6 + 0.15 * n), 5, axes)
     for ax, number in zip(axes, chosen, strict=True):
         rows = table[table["component"] == number]
@@ -86,8 +86,8 @@ def plot_loadings(
 
     Parameters
     ----------
-    fit : PNMF, AnnData, ModelFit or PoissonFactorization
-        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
+    fit, key
+        As for :func:`plot_top_features`.
     n : int, optional
         Number of features of each component; as many as can be read unless given, from 2 to 8.
     by : {'weight', 'specificity'}
@@ -96,8 +96,6 @@ def plot_loadings(
         Axes to draw in; those of a new figure unless given.
     cmap : str
         Colour map.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------
@@ -105,28 +103,26 @@ def plot_loadings(
     """
     found = results_of(fit, key)
     L = found.n_components
-    n = int(np.clip(ROWS // L, 2, 8)) if n is None else check_count("n", n)
-    rows = first_features(found, n, by)
-    expected = contributions(found, "feature")[rows]
-    share = expected / np.maximum(expected.sum(1, keepdims=True), np.finfo(float).tiny)
+    n = int(np.clip(ROWS // L, 2, 8)) if n is None else n
+    scores, ranked = ranked_features(found, n, by)
+    _, first = np.unique(ranked, return_index=True)
+    rows = ranked.ravel()[np.sort(first)]  # without repetition
     ax = one_axes(ax, (1.6 + 0.3 * L, 0.8 + 0.15 * len(rows)))
+    share = scores["share"][rows]
     image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(rows)), found.feature_names[rows], fontsize=7)
-    ax.set_xticks(range(L))
-    ax.tick_params(length=0, labelsize=7)
-    ax.set_xlabel("component", fontsize=9)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.5, aspect=20, pad=0.02)
-    bar.set_label("share of a feature's counts", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _explain(ax, image, L, "share of a feature's counts", 0.5)
     return ax
 
 
-def first_features(found: Results, n: int, by: str) -> np.ndarray:
-    """Return numbers of the first n features of each component, without repetition."""
-    scores = np.asarray([feature_scores(found, by)[f"pnmf{l}"] for l in range(found.n_components)])
-    ranked = np.argsort(-scores, axis=1, kind="stable")[:, :n].ravel()
-    _, first = np.unique(ranked, return_index=True)
-    return ranked[np.sort(first)]
+def _explain(ax: Axes, image: AxesImage, n_components: int, label: str, shrink: float) -> None:
+    """Number the components below a heat map, and draw the bar of its colours."""
+    ax.set_xticks(range(n_components))
+    ax.tick_params(length=0, labelsize=7)
+    ax.set_xlabel("component", fontsize=9)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=shrink, aspect=20, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def plot_factor_correlation(
@@ -136,14 +132,12 @@ def plot_factor_correlation(
 
     Parameters
     ----------
-    fit : PNMF, AnnData, ModelFit or PoissonFactorization
-        Fit to draw, see :func:`~pnmf_pyro.estimator.results.results_of`.
+    fit, key
+        As for :func:`plot_top_features`.
     ax : matplotlib Axes, optional
         Axes to draw in; those of a new figure unless given.
     cmap : str
         Diverging colour map.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------
@@ -160,13 +154,9 @@ def plot_factor_correlation(
             value = correlation[row, column]
             colour = "white" if abs(value) > 0.6 else "black"
             ax.text(column, row, f"{value:.1f}", color=colour, ha="center", va="center", fontsize=7)
-    ax.set(xticks=range(L), yticks=range(L))
-    ax.tick_params(length=0, labelsize=7)
-    ax.set_xlabel("component", fontsize=9)
+    ax.set_yticks(range(L))
     ax.set_ylabel("component", fontsize=9)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, aspect=20, pad=0.02)
-    bar.set_label("correlation of log-factors", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _explain(ax, image, L, "correlation of log-factors", 0.7)
     return ax
 
 
@@ -185,16 +175,13 @@ def plot_component_images(
     Parameters
     ----------
     components : array-like of shape (n_components, n_features), or fit
-        Non-negative loadings, or a fit that has them, see
-        :func:`~pnmf_pyro.estimator.results.results_of`.
+        Non-negative loadings, or a fit that has them, as for :func:`plot_top_features`.
     shape : tuple of int
         Height and width; their product is n_features.
-    axes : array of matplotlib Axes, optional
-        Axes to draw in, one for each component; those of a new figure unless given.
+    axes, key
+        As for :func:`plot_top_features`.
     cmap : str
         Colour map.
-    key : str
-        `key_added` of the fit, for AnnData.
 
     Returns
     -------

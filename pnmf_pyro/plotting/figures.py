@@ -46,35 +46,17 @@ def one_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def panels(n: int, size: tuple[float, float], columns: int, axes: AxesLike = None) -> np.ndarray:
-    """Return axes of n panels, in rows of a new figure unless they are given.
+    """Return axes of n panels, (n,), in rows of a new figure unless they are given.
 
-    Parameters
-    ----------
-    n : int
-        Number of panels.
-    size : tuple of float
-        Width and height of a panel in inches; all are smaller where a row would be wider than a
-        page.
-    columns : int
-        Largest number of panels in a row.
-    axes : array of matplotlib Axes, optional
-        At least n axes to draw in; those that are left over are hidden.
-
-    Returns
-    -------
-    ndarray of matplotlib Axes, shape (n,)
+    A row has at most `columns` panels of `size` inches; all are smaller where it would be wider
+    than a page. Axes that are given and left over are hidden.
     """
     if axes is None:
         columns = min(columns, n)
         rows = -(-n // columns)
         width, height = np.array(size) * min(1.0, WIDEST / (size[0] * columns))
-        _, axes = pyplot().subplots(
-            rows,
-            columns,
-            figsize=(width * columns, height * rows),
-            squeeze=False,
-            layout="constrained",
-        )
+        whole = (width * columns, height * rows)
+        _, axes = pyplot().subplots(rows, columns, figsize=whole, layout="constrained")
     flat = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
     if len(flat) < n:
         raise ValueError(f"axes must be at least {n}, one for each panel; got {len(flat)}.")

@@ -13,7 +13,7 @@ from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     Fit,
     Results,
-    chosen_components,
+    chosen_numbers,
     counts_of,
     is_anndata,
     is_fit,
@@ -63,9 +63,9 @@ def plot_factors(
     -------
     ndarray of matplotlib Axes, one for each panel
     """
-    found, chosen, drawn = _component_maps(fit, components, coordinates, groups, key)
-    return plot_spatial(
-        values=found.factors[:, chosen], axes=axes, **drawn, **{"lowest": 0.0, **style}
+    found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
+    return _plot_components(
+        found, found.factors, "", components, where, axes, {"lowest": 0.0, **style}
     )
 
 
@@ -90,30 +90,32 @@ def plot_uncertainty(
     -------
     ndarray of matplotlib Axes, one for each panel
     """
-    found, chosen, drawn = _component_maps(fit, components, coordinates, groups, key)
-    sd = found.log_factors_sd[:, chosen]
-    drawn["titles"] = [f"{title}: sd of F" for title in drawn["titles"]]
-    return plot_spatial(values=sd, axes=axes, **drawn, **{"cmap": "cividis", **style})
+    found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
+    style = {"cmap": "cividis", **style}
+    return _plot_components(
+        found, found.log_factors_sd, ": sd of F", components, where, axes, style
+    )
 
 
-def _component_maps(
-    fit: Fit,
+def _plot_components(
+    found: Results,
+    values: np.ndarray,
+    quantity: str,
     components: Sequence[int] | int | None,
-    coordinates: ArrayLike | None,
-    groups: ArrayLike | None,
-    key: str,
-) -> tuple[Results, list[int], dict[str, Any]]:
-    """Results, which components, and what their maps have in common."""
-    found = results_of(fit, key)
-    chosen = chosen_components(components, found.n_components)
-    return (
-        found,
-        chosen,
-        {
-            "places": found.coordinates if coordinates is None else coordinates,
-            "groups": found.groups if groups is None else _labels(fit, groups),
-            "titles": [f"component {number}" for number in chosen],
-        },
+    where: tuple[ArrayLike | None, ArrayLike | None],
+    axes: AxesLike,
+    style: dict[str, Any],
+) -> np.ndarray:
+    """Map chosen columns of values (N, L) at the coordinates and groups given, or the fit's."""
+    chosen = chosen_numbers("components", components, found.n_components)
+    coordinates, groups = where
+    return plot_spatial(
+        found.coordinates if coordinates is None else coordinates,
+        values[:, chosen],
+        found.groups if groups is None else groups,
+        titles=[f"component {number}{quantity}" for number in chosen],
+        axes=axes,
+        **style,
     )
 
 
@@ -141,19 +143,12 @@ def plot_spatial(
         Section of each sample; for AnnData, also a column of obs.
     titles : sequence of str, optional
         Titles of the panels.
-    axes : array of matplotlib Axes, optional
-        Axes to draw in, one for each panel; those of a new figure unless given.
-    **style
-        See :class:`MapStyle`.
+    axes, **style
+        As for :func:`plot_factors`.
 
     Returns
     -------
     ndarray of matplotlib Axes, one for each panel
-
-    Raises
-    ------
-    ValueError
-        For values, coordinates or groups that do not fit one another.
     """
     look = MapStyle(**style)
     if isinstance(values, str) or isinstance(values[0], str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import EllipseCollection
     from matplotlib.image import AxesImage
 
-# Samples up to which each is drawn as a disc. Of more, the mean in each pixel of an image is shown:
-# discs would be smaller than a pixel of the screen.
+# Samples up to which each is drawn as a disc; of more, the mean in each pixel of an image is shown.
 DISCS = 20_000
 
 # Samples up to which discs are drawn apart; of more, they cover the gaps of a square lattice.
@@ -158,29 +158,17 @@ class Tissue:
     def annotate(self, ax: Axes) -> None:
         """Write the names of the sections, and draw the scale bar."""
         edge = -self.disc / 2 if self.look.y_down else self.disc / 2
+        write = partial(ax.annotate, textcoords="offset points", fontsize=7)
         for name, (x, y) in zip(self.names, self.tops, strict=False):
-            ax.annotate(
-                name,
-                (x, y + edge),
-                (0, 2),
-                textcoords="offset points",
-                fontsize=7,
-                ha="center",
-                va="bottom",
-                annotation_clip=False,
-            )
+            write(name, (x, y + edge), (0, 2), ha="center", va="bottom", annotation_clip=False)
         if not self.look.scale_bar:
             return
         length = round_length(0.4 * self.width * self.look.unit_length)
         left, below = self.limits[0][0] + self.disc, self.limits[1][0]
+        right = left + length / self.look.unit_length
         y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
-        ax.plot(
-            [left, left + length / self.look.unit_length], [y, y], "k-", lw=2, solid_capstyle="butt"
-        )
-        text = f"{length:g} {self.look.unit}".strip()
-        ax.annotate(
-            text, (left, y), (0, -3), textcoords="offset points", fontsize=7, va="top", ha="left"
-        )
+        ax.plot([left, right], [y, y], "k-", lw=2, solid_capstyle="butt")
+        write(f"{length:g} {self.look.unit}".strip(), (left, y), (0, -3), va="top", ha="left")
 
 
 def disc_width(sections: Sequence[np.ndarray]) -> float:
@@ -195,28 +183,12 @@ def disc_width(sections: Sequence[np.ndarray]) -> float:
 
 
 def side_by_side(
-    points: np.ndarray,
-    sections: Sequence[np.ndarray],
-    disc: float = 0.0,
-    y_down: bool = True,
+    points: np.ndarray, sections: Sequence[np.ndarray], disc: float = 0.0, y_down: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move sections into cells of a grid, in rows from the top, without changing their scale.
 
-    Parameters
-    ----------
-    points : ndarray of shape (n, 2)
-    sections : sequence of ndarray
-        Numbers of the points of each.
-    disc : float
-        Room between sections, beside a share of their size.
-    y_down : bool
-        Rows from the top go up in the second coordinate.
-
-    Returns
-    -------
-    points : ndarray of shape (n, 2)
-    tops : ndarray of shape (n_sections, 2)
-        Middle of the upper side of each section.
+    `points` (n, 2) are moved by the numbers of each section's points, with `disc` as room beside a
+    share of their size. Also returned is the middle (n_sections, 2) of each section's upper side.
     """
     low = np.stack([points[members].min(0) for members in sections])
     size = np.stack([points[members].max(0) for members in sections]) - low

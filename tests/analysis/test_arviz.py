@@ -63,7 +63,7 @@ def test_names_and_defaults():
         ({"features": [0.5]}, "features must be whole numbers from 0 to 24"),
         ({"n_draws": 0}, "n_draws must be a whole number"),
         ({"n_draws": 10**5}, "samples and features must be fewer"),
-        ({"X": np.ones((3, 3))}, "X must have shape"),
+        ({"X": np.ones((3, 3))}, "X must be the counts of the fit"),
     ],
 )
 def test_bad_input(fitted, arguments, message):

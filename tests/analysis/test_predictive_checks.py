@@ -369,7 +369,7 @@ def test_bad_input(misfit, arguments, message):
 
 def test_other_data_than_those_of_the_fit(misfit):
     X, model, result = misfit
-    with pytest.raises(ValueError, match="X must be the data that the model was fitted to"):
+    with pytest.raises(ValueError, match="X must be the counts of the fit"):
         posterior_predictive_check(model, X[:10])
     with pytest.raises(ValueError, match="of must be one of"):
         result.table("gene")
