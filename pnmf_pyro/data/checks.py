@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike, as_counts
 
 Choice = TypeVar("Choice")
 
@@ -74,7 +75,7 @@ def check_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def check_array(name: str, values: Any) -> np.ndarray:
+def check_array(name: str, values: CountsLike) -> np.ndarray:
     """Return real numbers as an array on the CPU; raise a ValueError for anything else.
 
     Sparse input becomes dense. float32 stays float32, and everything else becomes float64.
@@ -144,7 +145,7 @@ def some_of(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:NAMED_AT_MOST])) + more
 
 
-def check_counts(X: Any) -> Counts:
+def check_counts(X: CountsLike) -> Counts:
     """Check a matrix of counts of shape (N, D) and return it for computing.
 
     Parameters
@@ -172,7 +173,7 @@ def check_counts(X: Any) -> Counts:
     return counts
 
 
-def check_matrix(X: Any) -> Counts:
+def check_matrix(X: CountsLike) -> Counts:
     """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
     counts = as_counts(_numeric_matrix(X))
     _check_entries(counts.values)
@@ -187,11 +188,16 @@ def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> No
     _warn_empty("features", column_totals, feature_names)
 
 
-def _numeric_matrix(X: Any) -> Any:
+def _numeric_matrix(X: CountsLike) -> Counts | MatrixLike:
     """Return counts, a tensor, a sparse matrix or an array of numbers, of two dimensions."""
+    matrix: Counts | MatrixLike
     if isinstance(X, (Counts, Tensor)) or hasattr(X, "tocsr"):
-        matrix = X
-    elif hasattr(X, "sparse") and all("Sparse" in str(kind) for kind in X.dtypes):
+        matrix = cast(Counts | MatrixLike, X)
+    elif (
+        hasattr(X, "sparse")
+        and hasattr(X, "dtypes")
+        and all("Sparse" in str(kind) for kind in X.dtypes)
+    ):
         matrix = X.sparse.to_coo()
     else:
         matrix = np.asarray(X)
@@ -244,7 +250,9 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
         )
 
 
-def check_size_factors(size_factors: Any, n_samples: int, like: Counts) -> Tensor | None:
+def check_size_factors(
+    size_factors: ArrayLike | None, n_samples: int, like: Counts
+) -> Tensor | None:
     """Return size factors, n_samples positive numbers or None, with the type and device of `like`.
 
     A wrong length or an entry that is not positive and finite raises a ValueError.
@@ -278,7 +286,7 @@ def library_size_factors(counts: Counts) -> np.ndarray:
 MODES = ("simple", "expanded", "lower-bound")
 
 
-def check_data(y: Any) -> None:
+def check_data(y: object) -> None:
     """Raise a ValueError unless `y` is a tensor of shape (D, N)."""
     if not isinstance(y, Tensor) or y.ndim != 2:
         shape = f" of shape {tuple(y.shape)}" if hasattr(y, "shape") else ""
@@ -288,7 +296,7 @@ def check_data(y: Any) -> None:
         )
 
 
-def like_data(module: nn.Module, y: Any) -> nn.Module:
+def like_data(module: nn.Module, y: Tensor) -> nn.Module:
     """Move a module to the floating-point type and the device of the data `y`, in place."""
     module.to(y.dtype if y.dtype.is_floating_point else torch.get_default_dtype())
     return module if y.device.type == "meta" else module.to(y.device)

@@ -20,11 +20,12 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cache, cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pnmf_pyro.data.tensor_like import TensorLike
@@ -242,7 +243,7 @@ class SparseCounts(Counts):
     def rows(self, index: Tensor | slice) -> SparseCounts:  # noqa: D102
         if isinstance(index, slice):
             starts = self.row_starts[index.start : index.stop + 1]
-            entries: Any = slice(int(starts[0]), int(starts[-1]))
+            entries: Tensor | slice = slice(int(starts[0]), int(starts[-1]))
             starts = starts - starts[0]
         else:
             first, lengths = self.row_starts[index], self._lengths[index]
@@ -274,9 +275,12 @@ class SparseCounts(Counts):
         return sorted({0, *torch.searchsorted(self.row_starts, marks).tolist(), self.shape[0]})
 
 
-# Matrices that `transposed_counts` and `as_counts` take.
+# Matrices that torch, numpy and scipy have, and what `Counts.numpy` returns.
 MatrixLike: TypeAlias = Tensor | np.ndarray | sp.spmatrix | sp.sparray
-CountsLike: TypeAlias = Counts | MatrixLike
+Table: TypeAlias = np.ndarray | sp.csr_matrix | sp.csr_array
+
+# What a fit takes: tables of pandas and lists of rows as well.
+CountsLike: TypeAlias = Counts | MatrixLike | ArrayLike
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -304,7 +308,7 @@ def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def as_counts(X: CountsLike) -> Counts:
+def as_counts(X: Counts | MatrixLike) -> Counts:
     """View a matrix of shape (n, d) as counts, without checking its entries.
 
     Parameters
@@ -344,7 +348,7 @@ def _floating(X: Tensor) -> Tensor:
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
-def _real(X: Any) -> Any:
+def _real(X: Table) -> Table:
     if X.dtype.kind not in "biuf":
         raise ValueError(f"X must hold real numbers; got {X.dtype}.")
     return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)

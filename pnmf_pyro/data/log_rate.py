@@ -94,7 +94,7 @@ class _LogRate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, counts: Counts, factors: Tensor, loadings: Tensor, with_moments: bool
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         values, *gradients = log_rate_with_gradients(counts, factors, loadings)
         ctx.counts = counts
         ctx.save_for_backward(factors, loadings, *gradients)
@@ -106,7 +106,7 @@ class _LogRate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weights: Tensor, *unused: Any) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx: Any, weights: Tensor, *unused: Tensor) -> tuple[None, Tensor, Tensor, None]:
         factors, loadings, factors_gradient, loadings_gradient = ctx.saved_tensors
         weights = weights.to(factors.dtype)
         if bool((weights == weights[0]).all()):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -79,7 +80,9 @@ class Places:
         return Places(self.coordinates.to(device), groups)
 
 
-def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None = None) -> Tensor:
+def check_coordinates(
+    coordinates: ArrayLike | None, n_samples: int, dimensions: int | None = None
+) -> Tensor:
     """Return coordinates as a float64 tensor of shape (n_samples, dimensions).
 
     Coordinates that are missing, of another shape or not finite raise a ValueError. Any number of
@@ -110,15 +113,15 @@ def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None =
 class GroupCodes:
     """Names of groups, whose codes 0, 1, ... are their positions in this sequence."""
 
-    def __init__(self, names: Sequence[Any]):
+    def __init__(self, names: Sequence[Hashable]):
         self.names = list(names)
 
     @classmethod
-    def of(cls, groups: Any, n_samples: int) -> GroupCodes:
+    def of(cls, groups: ArrayLike | None, n_samples: int) -> GroupCodes:
         """Return the codes for the groups that occur, in sorted order."""
         return cls(sorted(set(_group_labels(groups, n_samples)), key=lambda g: (str(type(g)), g)))
 
-    def encode(self, groups: Any, n_samples: int) -> Tensor:
+    def encode(self, groups: ArrayLike | None, n_samples: int) -> Tensor:
         """Return the code of each sample's group, int64, (n_samples,).
 
         Groups that are missing, of a wrong length or not among the names raise a ValueError.
@@ -134,7 +137,7 @@ class GroupCodes:
         return torch.tensor([code[label] for label in labels], dtype=torch.int64)
 
 
-def _group_labels(groups: Any, n_samples: int) -> list[Any]:
+def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
     if groups is None:
         raise ValueError(
             "groups must be given for a model with multigroup=True, one for each of the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pyro.ops.provenance import extract_provenance
 from torch import Tensor
@@ -30,11 +30,11 @@ class TensorLike(ABC):
     @classmethod
     def __torch_function__(
         cls,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Call a function of torch with dense tensors in its arguments."""
         given = (tuple(args), dict(kwargs or {}))
         args, kwargs = tree_map_only(TensorLike, lambda matrix: matrix.to_dense(), given)
