@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -18,10 +16,11 @@ from pnmf_pyro.data.checks import (
     check_size_factors,
     check_training,
 )
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
@@ -187,7 +186,7 @@ def uncertainty_from_prior(
 
 
 def transform_F(
-    X: Any,
+    X: CountsLike,
     W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
@@ -202,7 +201,7 @@ def transform_F(
     size_factors: ArrayLike | None = None,
     scale_pf: float = 1.0,
     random_state: RandomState = 0,
-) -> Array | GaussianPrior:
+) -> Array | Prior:
     """Infer q(F) for data, given loadings.
 
     A few natural-gradient steps, first in `lower-bound` mode and then in `mode`, bring q near its
@@ -263,11 +262,11 @@ def transform_F(
         convergence=Convergence(tol),
         verbose=int(verbose),
     )
-    return model.prior if return_prior else factors_from_prior(model.prior)  # type: ignore
+    return model.prior if return_prior else factors_from_prior(model.prior)
 
 
 def transform_W(
-    X: Any,
+    X: CountsLike,
     F: ArrayLike,
     W_init: ArrayLike | None = None,
     n_components: int | None = None,
@@ -324,7 +323,7 @@ def transform_W(
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
     with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
-    return _output(W, False)  # type: ignore[return-value]
+    return np.asarray(_output(W, False))
 
 
 def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:

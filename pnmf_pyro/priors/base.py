@@ -216,6 +216,6 @@ class Prior(nn.Module):
 
 
 def _watched(q: Normal) -> Normal:
-    """Return q(F) of a batch, of shape (L, n), with a mean and a scale that keep their gradients."""
+    """Return q(F) of a batch, (L, n), with a mean and a scale that keep their gradients."""
     loc, scale = (moment.detach().requires_grad_() for moment in (q.loc, q.scale))
     return Normal(loc, scale, validate_args=False)

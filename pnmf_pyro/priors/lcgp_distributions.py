@@ -193,7 +193,7 @@ class LocalPosterior(Repeated, Normal):
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density of each component, shared out over places, of shape (..., L, n)."""
+        """Return the log density of each component, shared out over places, (..., L, n)."""
         m, d, V = (part.double() for part in self._present)
         r, scaled = value - m, V / d[..., None]
         tril = torch.linalg.cholesky(_capacitance(V, d))
