@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pnmf_pyro.data.batches import Index
 from pnmf_pyro.data.checks import MODES, check_choice
-from pnmf_pyro.data.counts import Counts, transposed_counts
+from pnmf_pyro.data.counts import Counts, MatrixLike, transposed_counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients
 
 Shape = int | tuple[int, ...]
 Map = Callable[[Tensor], Tensor]
+
+
+class Terms(TypedDict, total=False):
+    """What the expected log-likelihood is made of, see :class:`~pnmf_pyro.models.reference`."""
+
+    exp_mu: Tensor
+    exp_mu_sigma: Tensor
+    exp_F_samples: Tensor
+    size_factors: Tensor | None
+    log_rate: Tensor
+    total_rate: Tensor
+    log_likelihood: Tensor
+    rate_mean: Tensor
+    rate_samples: Tensor
 
 
 class ConstrainedParameter(nn.Module):
@@ -115,7 +130,7 @@ class ConstrainedParameter(nn.Module):
         """Train this parameter again."""
         self._raw.requires_grad_(True)
 
-    def __getitem__(self, idx: Any) -> Tensor:
+    def __getitem__(self, idx: Index | tuple[Index, ...]) -> Tensor:
         """Index into the constrained value."""
         return self.data[idx]
 
@@ -123,7 +138,7 @@ class ConstrainedParameter(nn.Module):
         """Return the number of dimensions."""
         return self._raw.dim()
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the shape, or the size of one dimension."""
         return self._raw.shape if dim is None else self._raw.shape[dim]
 
@@ -224,8 +239,8 @@ class PositiveParameter(ConstrainedParameter):
 
     def multiplicative_update(
         self,
-        X: Tensor | Counts,
-        terms: dict[str, Any],
+        X: Counts | MatrixLike,
+        terms: Terms,
         idy: Tensor | None = None,
         eps: float = 1e-8,
         *,
@@ -267,9 +282,7 @@ class PositiveParameter(ConstrainedParameter):
             value[slice(None) if idy is None else idy] = W
             self.assign(value)
 
-    def _update_terms(
-        self, counts: Counts, W: Tensor, terms: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _update_terms(self, counts: Counts, W: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
         """Numerator (D, L) and denominator (L,) of the multiplicative update."""
         needed = {"exp_mu", "exp_mu_sigma"}
         if self.elbo_mode != "lower-bound":
@@ -283,8 +296,8 @@ class PositiveParameter(ConstrainedParameter):
         expected = terms["exp_mu_sigma"]
         if self.elbo_mode == "simple":
             expected = torch.stack(tuple(fields)).mean(0)
-        if terms.get("size_factors") is not None:
-            expected = expected * terms["size_factors"]
+        if (s := terms.get("size_factors")) is not None:
+            expected = expected * s
         numerator = torch.zeros_like(W)
         for field in fields:
             numerator += log_rate_with_gradients(counts, field.T.contiguous(), W)[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,13 +11,12 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_choice, check_count, check_matrix, check_positive
-from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.counts import Counts, CountsLike, Table
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 
 # Smallest total of a sample or feature that is divided by, relative to their mean.
 LEAST_TOTAL = 0.05
 
-Matrix = Any  # an ndarray or a CSR matrix
 Factors = tuple[np.ndarray, np.ndarray]
 
 # Smallest factor kept before taking logs, relative to the component's mean.
@@ -26,7 +24,7 @@ FLOOR = 1e-2
 
 
 def initialize_factors(
-    X: Any,
+    X: CountsLike,
     n_components: int,
     init: str | None = None,
     random_state: RandomState = None,
@@ -123,20 +121,20 @@ def start_values(
     return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
 
 
-def _divide_rows(matrix: Matrix, divisors: np.ndarray) -> Matrix:
+def _divide_rows(matrix: Table, divisors: np.ndarray) -> Table:
     if isinstance(matrix, np.ndarray):
         return matrix / divisors[:, None]
     return sp.csr_matrix(sp.diags_array(1 / divisors, dtype=matrix.dtype) @ matrix)
 
 
-def _random(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
     typical = np.sqrt(X.mean() / L)
     exp_F = typical * np.abs(random.standard_normal((X.shape[0], L)))
     W = typical * np.abs(random.standard_normal((X.shape[1], L)))
     return exp_F.astype(X.dtype), W.astype(X.dtype)
 
 
-def _nndsvd(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
     U, S, Vt = randomized_svd(X, L, random_state=random)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
@@ -158,12 +156,12 @@ def _without_rounding(part: np.ndarray) -> np.ndarray:
     return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * part.max(), part, 0)
 
 
-def _nndsvda(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _nndsvda(X: Table, L: int, random: np.random.RandomState) -> Factors:
     exp_F, W = _nndsvd(X, L, random)
     return np.where(exp_F > 0, exp_F, X.mean()), np.where(W > 0, W, X.mean())
 
 
-def _nndsvdar(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
     def fill(part: np.ndarray) -> np.ndarray:
         small = np.abs(X.mean() * random.standard_normal(part.shape) / 100)
         return np.where(part > 0, part, small.astype(part.dtype))
@@ -172,7 +170,7 @@ def _nndsvdar(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
     return fill(exp_F), fill(W)
 
 
-def _biwhitened(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _biwhitened(X: Table, L: int, random: np.random.RandomState) -> Factors:
     rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
     a, b = (np.sqrt(one / np.sqrt(rows.sum())).astype(X.dtype) for one in (rows, columns))
     exp_F, W = _nndsvda(_divide_rows(_divide_rows(X, a).T, b).T, L, random)
@@ -184,7 +182,7 @@ def _floored(totals: np.ndarray) -> np.ndarray:
     return np.maximum(totals, LEAST_TOTAL * (totals.mean() or 1.0))
 
 
-def _k_means(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
+def _k_means(X: Table, L: int, random: np.random.RandomState) -> Factors:
     from sklearn.cluster import KMeans  # slow to import, and seldom needed
 
     clusters = KMeans(L, n_init=1, random_state=random).fit(X)

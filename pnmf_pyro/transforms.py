@@ -20,7 +20,7 @@ from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
@@ -182,7 +182,7 @@ def uncertainty_from_prior(
 
 
 def transform_F(
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     W: ArrayLike,
     n_components: int | None = None,
     mode: str = "expanded",
@@ -197,7 +197,7 @@ def transform_F(
     size_factors: ArrayLike | None = None,
     scale_pf: float = 1.0,
     random_state: RandomState = 0,
-) -> Array | GaussianPrior:
+) -> Array | Prior:
     """Infer q(F) for data, given loadings.
 
     A few natural-gradient steps bring q near its optimum; Adam goes on from there.
@@ -256,11 +256,11 @@ def transform_F(
         convergence=Convergence(tol),
         verbose=int(verbose),
     )
-    return model.prior if return_prior else factors_from_prior(model.prior)  # type: ignore
+    return model.prior if return_prior else factors_from_prior(model.prior)
 
 
 def transform_W(
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     F: ArrayLike,
     W_init: ArrayLike | None = None,
     n_components: int | None = None,
@@ -307,7 +307,7 @@ def transform_W(
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
     with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
-    return _output(W, False)  # type: ignore[return-value]
+    return np.asarray(_output(W, False))
 
 
 def _field(model: Fitted | Prior, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:

@@ -1,10 +1,10 @@
-"""What is no tensor, and stands for a dense one where torch or Pyro wants a tensor."""
+"""A base class of what is no tensor, and stands for one where torch or Pyro wants a tensor."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pyro.ops.provenance import extract_provenance
 from torch import Tensor
@@ -14,16 +14,11 @@ Self = TypeVar("Self", bound="TensorLike")
 
 
 class TensorLike(ABC):
-    """A matrix that a function of torch may be given, and Pyro as an observed value.
+    """A matrix of shape (n, d) that functions of torch take, and Pyro as an observed value.
 
-    The rule: a function of torch sees :meth:`to_dense`, so that `torch.stack([X, X])` is a dense
-    tensor. Of the methods of a tensor there are those that Pyro calls on an observed value, and of
-    these only `expand` and `reshape` make it dense.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (n, d).
+    A function of torch sees :meth:`to_dense`, so that `torch.stack([X, X])` is a dense tensor. The
+    methods are those of a tensor that Pyro calls on an observed value; only `expand` and `reshape`
+    make it dense.
     """
 
     shape: tuple[int, int]
@@ -35,11 +30,11 @@ class TensorLike(ABC):
     @classmethod
     def __torch_function__(
         cls,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Call a function of torch with dense tensors in its arguments."""
         given = (tuple(args), dict(kwargs or {}))
         args, kwargs = tree_map_only(TensorLike, lambda matrix: matrix.to_dense(), given)
@@ -62,11 +57,11 @@ class TensorLike(ABC):
         """Return the number of entries n d, stored or not."""
         return self.shape[0] * self.shape[1]
 
-    def expand(self, *shape: Any) -> Tensor:
+    def expand(self, *shape: int) -> Tensor:
         """Return the matrix as a dense tensor, expanded."""
         return self.to_dense().expand(*shape)
 
-    def reshape(self, *shape: Any) -> Tensor:
+    def reshape(self, *shape: int) -> Tensor:
         """Return the matrix as a dense tensor, reshaped."""
         return self.to_dense().reshape(*shape)
 

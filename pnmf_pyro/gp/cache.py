@@ -20,9 +20,9 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[Any, ...]] = {}
+        self._made: dict[str, tuple[list[tuple[int, int]], list[Tensor], Any]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, dict]:
         return {"_made": {}}  # a copy makes its own
 
     def __call__(self, name: str, tensors: Iterable[Tensor], make: Callable[[], Made]) -> Made:
@@ -43,7 +43,7 @@ class Cache:
             self._made[name] = (state, held, make())
         return self._made[name][-1]
 
-    def renew(self, name: str, tensors: Iterable[Tensor], value: Any) -> None:
+    def renew(self, name: str, tensors: Iterable[Tensor], value: object) -> None:
         """Keep a value that somebody else has made of these tensors."""
         self._made.pop(name, None)
         self(name, tensors, lambda: value)

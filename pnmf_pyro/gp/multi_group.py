@@ -12,6 +12,7 @@ field for all groups, a large a an independent field for each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class MultiGroupKernel(Kernel):
         self.kern = kern
         a = group_diff_param if isinstance(group_diff_param, Tensor) else float(group_diff_param)
         param = PyroParam(torch.as_tensor(a), constraints.nonnegative)
-        self.group_diff_param = param  # type: ignore[assignment]  # it reads as a tensor
+        self.group_diff_param = cast(Tensor, param)  # it reads as a tensor
         checked = check_group_distances(group_distances, len(np.asarray(group_distances)))
         self.register_buffer("group_distances", torch.from_numpy(checked))
 

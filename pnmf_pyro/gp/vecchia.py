@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -43,7 +43,7 @@ LEAST = 1e-8
 FEW_PRODUCTS = 4_000_000
 
 Array = np.ndarray | Tensor
-Operation = Callable[[Any, np.ndarray], np.ndarray]
+Matrix = TypeVar("Matrix", bound=sp.csr_matrix | SuperLU)
 
 
 def conditional_weights(
@@ -169,7 +169,7 @@ class VecchiaFactor:
         view._into = view._back = slice(None)
         return view
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_solvers": []}  # SuperLU's objects cannot be pickled
 
     @cached_property
@@ -240,12 +240,19 @@ class VecchiaFactor:
         matrices = [sp.csr_matrix((A.data, columns, A.indptr), shape=shape) for A in parts]
         return self.graph.order[used], matrices
 
-    def _each(self, operation: Operation, matrices: Sequence[Any], x: Array) -> np.ndarray:
+    def _each(
+        self,
+        operation: Callable[[Matrix, np.ndarray], np.ndarray],
+        matrices: Sequence[Matrix],
+        x: Array,
+    ) -> np.ndarray:
         x = np.asarray(x, dtype=np.float64)[:, self._into]
         return on_components(operation, matrices, x)[:, self._back]
 
 
-def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) -> np.ndarray:
+def on_components(
+    operation: Callable[[Matrix, np.ndarray], np.ndarray], matrices: Sequence[Matrix], x: np.ndarray
+) -> np.ndarray:
     """Apply one matrix to all components of x, (L, N) or (L, N, R), or one to each.
 
     Parameters

@@ -25,6 +25,7 @@ from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
@@ -43,7 +44,7 @@ logger = logging.getLogger("pnmf_pyro")
 
 NORMAL_MARGINALS = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
-Program = Callable[..., Any]
+Program = Callable[..., object]
 Statement = Any  # a node of a trace: Pyro's own type says no more
 Traces = tuple[Trace, Trace]
 
@@ -82,7 +83,9 @@ class FactorizationELBO(ELBO):
         self.kl_weight = kl_weight
         self._told: set[str] = set()
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def terms(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         """Return the two terms of the bound, differentiable, in float64.
 
         Returns
@@ -119,7 +122,7 @@ class FactorizationELBO(ELBO):
                 found[term] = found[term] + _weighted_sum(value, statement) / n_runs
         return found
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Traces:
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Traces:
         """Run the guide, and the model on its values."""
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
@@ -174,18 +177,20 @@ class FactorizationELBO(ELBO):
         )
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: object, **kwargs: object
     ) -> Tensor:
         """Return the negative ELBO as a tensor to differentiate."""
         terms = self.terms(model, guide, *args, **kwargs)
         return self.kl_weight * terms["kl"] - terms["log_likelihood"]
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *args: object, **kwargs: object) -> float:
         """Return the negative ELBO as a number."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> float:
         """Add the gradients of the negative ELBO to those of the parameters; return its value.
 
         Raises
@@ -209,7 +214,7 @@ class _MarginalMeans(Messenger):
         super().__init__()
         self.used = False
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         q = _marginal(msg)
         if msg["value"] is None and q is not None:
             msg["value"] = q.mean.view_as(q.mean)  # a tensor of its own, by which it is known
@@ -261,7 +266,7 @@ def _sampled(statement: Statement, guide_trace: Trace) -> Tensor:
     log_density = statement["fn"].log_prob(statement["value"])
     if statement["is_observed"]:
         return log_density
-    guided = guide_trace.nodes[statement["name"]]
+    guided: Statement = guide_trace.nodes[statement["name"]]
     if guided is statement:  # auxiliary: the model knows only what the guide makes of it
         return log_density
     return guided["fn"].log_prob(statement["value"]) - log_density

@@ -7,19 +7,20 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn.module import PyroModule, PyroParam, PyroSample
+from pyro.params.param_store import StateDict
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES, PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.checks import MODES, check_choice, check_data, like_data
-from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.random_state import RandomState, torch_generator
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
@@ -29,7 +30,7 @@ logger = logging.getLogger("pnmf_pyro")
 
 ALL = Batch()
 
-Likelihood = Callable[[PoissonFactors, Batch], Distribution]
+Likelihood = Callable[[PoissonFactors, Batch], TorchDistributionMixin]
 
 _numbers = count()
 
@@ -38,7 +39,7 @@ def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a program of a model begin with the registration of the model's parameters."""
 
     @functools.wraps(program)
-    def run(self: PoissonFactorization, batch: Any = ALL) -> Tensor:
+    def run(self: PoissonFactorization, batch: Batch | Counts | MatrixLike = ALL) -> Tensor:
         self._register(trains_q=program.__name__ == "guide")
         return program(self, batch if isinstance(batch, Batch) else Batch(as_counts(batch)))
 
@@ -104,7 +105,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     def __init__(
         self,
         prior: Prior,
-        y: Any,
+        y: Tensor,
         L: int = 10,
         loadings_mode: str = "softplus",
         mode: str = "expanded",
@@ -115,7 +116,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     ):
         super().__init__()
         self.name = f"factorization_{next(_numbers)}"
-        self._statements: dict[str, dict] = {"params": {}, "constraints": {}}
+        self._statements: StateDict = {"params": {}, "constraints": {}}
         self._may_warn = True
         self.observation = likelihood
         check_choice("loadings_mode", loadings_mode, POSITIVE_MODES)
@@ -137,7 +138,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
         self.register_buffer("size_factors", s)
 
-    def __init_subclass__(cls, **keywords: Any):
+    def __init_subclass__(cls, **keywords: object):
         """Register the parameters in programs of a subclass as well."""
         super().__init_subclass__(**keywords)
         for name in {"model", "guide"} & vars(cls).keys():
@@ -156,8 +157,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
             )
         super().__setattr__(name, value)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
         self.name = f"factorization_{next(_numbers)}"
         self._may_warn = True
 
@@ -181,10 +182,10 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         F = self.prior.model(batch, samples)
         with samples, poutine.scale(scale=batch.likelihood_scale):
             X = self.likelihood(F, batch)
-            seen: Any = batch.counts if isinstance(X, PoissonFactors) else batch.dense_counts
-            return pyro.sample("X", X, obs=seen)
+            seen = batch.counts if isinstance(X, PoissonFactors) else batch.dense_counts
+            return pyro.sample("X", X, obs=cast(Tensor | None, seen))
 
-    def likelihood(self, F: Tensor, batch: Batch = ALL) -> Distribution:
+    def likelihood(self, F: Tensor, batch: Batch = ALL) -> TorchDistributionMixin:
         """Return the distribution of the batch's counts given F.
 
         Overriding this method is enough for another likelihood. What the method of this class
@@ -220,19 +221,24 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         state = self._statements
         if inherit:
             outer = store.get_state()
-            state = {kind: {**outer[kind], **state[kind]} for kind in state}  # type: ignore
+            state = {
+                "params": outer["params"] | state["params"],
+                "constraints": outer["constraints"] | state["constraints"],
+            }
         before, self._may_warn = self._may_warn, False
         try:
-            with store.scope(state):  # type: ignore[arg-type]
+            with store.scope(state):
                 yield
         finally:
             self._may_warn = before
         if not inherit:
             mine = f"{self.name}$$$"
-            self._statements = {
-                kind: {k: v for k, v in values.items() if not k.startswith(mine)}
-                for kind, values in state.items()
-            }
+
+            def others(values: dict) -> dict:
+                return {k: v for k, v in values.items() if not k.startswith(mine)}
+
+            params, constraints = others(state["params"]), others(state["constraints"])
+            self._statements = {"params": params, "constraints": constraints}
 
     def trained_parameters(self) -> list[Tensor]:
         """Return the parameters of the module, and those of `pyro.param` statements in programs."""

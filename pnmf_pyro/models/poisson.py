@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pnmf_pyro.data.checks import MODES, check_choice
-from pnmf_pyro.data.counts import Counts, CountsLike, as_counts
+from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
 from pnmf_pyro.models.events import count_events
 
@@ -181,7 +181,7 @@ class PoissonFactors(TorchDistribution):
                     return count_events(rows, loadings).reshape(shape)
             return torch.poisson(self.mean.expand(shape))
 
-    def log_prob(self, value: CountsLike) -> Tensor:
+    def log_prob(self, value: Counts | MatrixLike) -> Tensor:
         """Return the log density of each sample's row.
 
         Parameters
@@ -209,7 +209,7 @@ class PoissonFactors(TorchDistribution):
         values = torch.stack(rows).reshape(*leading, n).to(loadings.dtype)
         return values.expand(torch.broadcast_shapes(values.shape, self.batch_shape))
 
-    def _tables(self, value: CountsLike) -> tuple[torch.Size, list[Counts]]:
+    def _tables(self, value: Counts | MatrixLike) -> tuple[torch.Size, list[Counts]]:
         """Leading dimensions of a value, and its tables of shape (n, d) one after another."""
         batch, d = self.batch_shape, self.event_shape[0]
         shape, n = tuple(value.shape), batch[-1]
@@ -231,7 +231,7 @@ class PoissonFactors(TorchDistribution):
 
     def expected_log_prob(
         self,
-        value: CountsLike,
+        value: Counts | MatrixLike,
         q: Distribution,
         mode: str = "expanded",
         n_draws: int = 3,
@@ -299,12 +299,14 @@ class PoissonFactors(TorchDistribution):
         """Expected total rate of each sample from each component, h_il, of shape (n, L)."""
         return self._scaled(expected).T * self.loadings.detach().sum(0)
 
-    def _expectation(self, value: CountsLike, fields: Sequence[Tensor], expected: Tensor) -> Tensor:
+    def _expectation(
+        self, value: Counts | MatrixLike, fields: Sequence[Tensor], expected: Tensor
+    ) -> Tensor:
         log_rate, total_rate, constant = self.expected_terms(value, fields, expected)
         return log_rate - total_rate + constant
 
     def expected_terms(
-        self, value: CountsLike, fields: Sequence[Tensor], expected: Tensor
+        self, value: Counts | MatrixLike, fields: Sequence[Tensor], expected: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three terms of the expected log-likelihood of each sample.
 
@@ -340,7 +342,7 @@ class PoissonFactors(TorchDistribution):
             return -counts.log_factorials
         return counts.row_totals * self.size_factors.double().log() - counts.log_factorials
 
-    def _table(self, value: CountsLike) -> Counts:
+    def _table(self, value: Counts | MatrixLike) -> Counts:
         """Return the counts whose expected density is asked for."""
         if self.loadings.ndim > 2 or (self.size_factors is not None and self.size_factors.ndim > 1):
             raise ValueError(f"loadings (d, L) and size factors (n,) are needed; got {self}.")
@@ -350,7 +352,7 @@ class PoissonFactors(TorchDistribution):
             raise ValueError(f"counts must have shape {expected}; got {counts.shape}.")
         return counts
 
-    def _counts(self, value: CountsLike) -> Counts:
+    def _counts(self, value: Counts | MatrixLike) -> Counts:
         if torch.jit.is_tracing():
             raise NotImplementedError(
                 "PoissonFactors cannot be traced by torch.jit: take Trace_ELBO in place of "

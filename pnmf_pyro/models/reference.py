@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.batches import Batch, Index, take
 from pnmf_pyro.data.checks import check_count
-from pnmf_pyro.data.counts import Counts, transposed_counts
+from pnmf_pyro.data.counts import Counts, MatrixLike, transposed_counts
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.models.poisson import PoissonFactors
 
 if TYPE_CHECKING:
-    from pnmf_pyro.custom_modules import PositiveParameter
+    from pnmf_pyro.custom_modules import PositiveParameter, Terms
     from pnmf_pyro.priors.base import Prior
 
 
@@ -33,7 +35,7 @@ class ReferenceModel:
     mode: str
     size_factors: Tensor | None
 
-    def get_rate(self, prior_samples: Tensor, idy: Any = None) -> Tensor:
+    def get_rate(self, prior_samples: Tensor, idy: Index | None = None) -> Tensor:
         """Return the Poisson rate of draws of F, without size factors.
 
         Parameters
@@ -51,14 +53,14 @@ class ReferenceModel:
 
     def forward(
         self,
-        idx: Any = None,
-        idy: Any = None,
+        idx: Index | None = None,
+        idy: Index | None = None,
         E: int = 10,
-        X: Any = None,
-        coordinates: Any = None,
-        groups: Any = None,
+        X: Counts | MatrixLike | None = None,
+        coordinates: Tensor | None = None,
+        groups: Tensor | None = None,
         spatial: bool = False,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Terms | Distribution, ...]:
         """Return the terms of the expected log-likelihood, and the distributions of the prior.
 
         Parameters
@@ -103,12 +105,12 @@ class ReferenceModel:
         self,
         qF: Distribution,
         E: int = 10,
-        X: Any = None,
+        X: Counts | MatrixLike | None = None,
         *,
-        idx: Any = None,
-        idy: Any = None,
+        idx: Index | None = None,
+        idy: Index | None = None,
         return_samples: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Terms:
         """Return what the expected log-likelihood under q(F) is made of.
 
         Parameters
@@ -146,11 +148,11 @@ class ReferenceModel:
             terms.pop("exp_F_samples", None)
         return terms
 
-    def _distributions(self, idx: Any) -> tuple[Distribution, ...]:
+    def _distributions(self, idx: Index | None) -> tuple[Distribution, ...]:
         """q(F) and p(F) at samples, or q(F), q(u) and p(u): what the programs of the prior draw."""
         index = None if idx is None else take(torch.arange(self.N, device=self.W.device), idx)
         batch = Batch(samples=index)
-        q, p = _Statements(), _Statements()
+        q, p = _Statements(self.W.device), _Statements(self.W.device)
         with q:
             self.prior.guide(batch, batch.plate(self.N))
         with p:
@@ -161,20 +163,18 @@ class ReferenceModel:
     def _elsewhere(self, places: Places) -> tuple[Distribution, Distribution]:
         """q(F) at other places, and the marginals of p(F) there."""
         q = self.prior.at(places).marginal()
-        level = self.prior.mean[:, None].to(q.loc).expand_as(q.loc)
+        level = cast(Tensor, self.prior.mean)[:, None].to(q.loc).expand_as(q.loc)
         scale = self.prior.kernel.variance(places).sqrt().to(q.loc).expand_as(q.loc)
         return q, Normal(level, scale, validate_args=False)
 
-    def _moments(self, qF: Distribution, n_draws: int) -> dict[str, Any]:
-        terms = {"exp_mu": qF.mean.exp(), "exp_mu_sigma": (qF.mean + qF.variance / 2).exp()}
+    def _moments(self, qF: Distribution, n_draws: int) -> Terms:
+        terms: Terms = {"exp_mu": qF.mean.exp(), "exp_mu_sigma": (qF.mean + qF.variance / 2).exp()}
         if self.mode != "lower-bound":
             check_count("E", n_draws)
             terms["exp_F_samples"] = qF.rsample(torch.Size([n_draws])).exp()
         return terms
 
-    def _likelihood(
-        self, likelihood: PoissonFactors, counts: Counts, terms: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _likelihood(self, likelihood: PoissonFactors, counts: Counts, terms: Terms) -> Terms:
         fields = terms.get("exp_F_samples", terms["exp_mu"][None])
         expected = fields.mean(0) if self.mode == "simple" else terms["exp_mu_sigma"]
         log_rate, total_rate, constant = likelihood.expected_terms(counts, list(fields), expected)
@@ -185,14 +185,17 @@ class ReferenceModel:
 class _Statements(Messenger):
     """Note the distributions of the latent sample statements of a program, without a draw."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.found: dict[str, Distribution] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if not site_is_subsample(msg):
-            msg["value"], msg["done"] = torch.zeros(msg["fn"].shape()), True
+            shape = cast(TorchDistribution, msg["fn"]).shape()
+            msg["value"], msg["done"] = torch.zeros(shape, device=self.device), True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if not site_is_subsample(msg):
-            self.found[msg["name"]] = msg["infer"].get("marginal", msg["fn"])
+            stated = (msg["infer"] or {}).get("marginal", msg["fn"])
+            self.found[str(msg["name"])] = cast(Distribution, stated)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.kernels import SpatialKernel
 
 Draws = Callable[[Tensor | None], Tensor]
 
@@ -75,8 +78,8 @@ class Prior(nn.Module):
     ----------
     L, N : int
         Number of components, and of samples.
-    places : Places of shape (N,) or None
-        Where the samples are; None for a prior that knows nothing of places.
+    kernel : SpatialKernel
+        Covariance of the fields, which only a prior over places has.
     matrix_entries : int
         Number of entries of the matrices that a step multiplies or factorises, beside the counts.
     steps_apart : int
@@ -94,7 +97,7 @@ class Prior(nn.Module):
 
     L: int
     N: int
-    places: Places | None = None
+    kernel: SpatialKernel
     matrix_entries: int = 0
     steps_apart: int = 1
     cheap_mean: bool = False
@@ -102,8 +105,13 @@ class Prior(nn.Module):
     watched: Normal | None = None
     attended: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "watched": None, "attended": False}
+
+    @property
+    def places(self) -> Places | None:
+        """Places of the samples, (N,); None for a prior that knows nothing of places."""
+        return None
 
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Make the generative statements and return F of the batch, shape (L, n).
@@ -215,7 +223,12 @@ class Prior(nn.Module):
             yield
 
 
+def stating(marginal: TorchDistributionMixin) -> InferDict:
+    """Return the `infer` of a sample statement by which a guide states the marginal of a value."""
+    return cast(InferDict, {"marginal": marginal})
+
+
 def _watched(q: Normal) -> Normal:
-    """Return q(F) of a batch, of shape (L, n), with a mean and a scale that keep their gradients."""
+    """Return q(F) of a batch, (L, n), with a mean and a scale that keep their gradients."""
     loc, scale = (moment.detach().requires_grad_() for moment in (q.loc, q.scale))
     return Normal(loc, scale, validate_args=False)

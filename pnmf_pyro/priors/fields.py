@@ -136,7 +136,8 @@ class WhitenedPrior(Independent):
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> WhitenedPrior:
         """Return independent repetitions of u, of this batch shape."""
-        return WhitenedPrior(*self.event_shape, self.mean.device, batch_shape)
+        L, M = self.event_shape
+        return WhitenedPrior(L, M, self.mean.device, batch_shape)
 
 
 def times(matrices: Tensor, vectors: Tensor) -> Tensor:

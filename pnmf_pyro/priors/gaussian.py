@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import torch
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
-from pnmf_pyro.data.batches import Batch, put, take
+from pnmf_pyro.data.batches import Batch, Index, put, take
 from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
 from pnmf_pyro.priors.base import Prior, Sites
 
@@ -23,7 +21,7 @@ class _MeanScale(nn.Module):
         self.mean = nn.Parameter(torch.zeros(L, N))
         self.scale = PositiveParameter((L, N))
 
-    def normal(self, index: Tensor | None) -> Normal:
+    def normal(self, index: Index | None) -> Normal:
         loc, scale = take(self.mean, index), take(self.scale.data, index)
         return Normal(loc, scale, validate_args=False)
 
@@ -49,7 +47,7 @@ class _Natural(nn.Module):
         self.theta1 = nn.Parameter(torch.zeros(L, N))
         self.theta2 = nn.Parameter(torch.full((L, N), -0.5))
 
-    def normal(self, index: Tensor | None) -> Normal:
+    def normal(self, index: Index | None) -> Normal:
         theta1, theta2 = take(self.theta1, index), take(self.theta2, index)
         variance = -0.5 * theta2.reciprocal()
         return Normal(theta1 * variance, variance.sqrt(), validate_args=False)
@@ -109,7 +107,7 @@ class GaussianPrior(Prior):
     scale_pf: Tensor
 
     def __init__(
-        self, y: Any, L: int = 10, scale_pf: float = 1.0, use_natural_gradients: bool = False
+        self, y: Tensor, L: int = 10, scale_pf: float = 1.0, use_natural_gradients: bool = False
     ):
         super().__init__()
         check_data(y)
@@ -129,7 +127,7 @@ class GaussianPrior(Prior):
         return self.q.mean
 
     @property
-    def scale(self) -> Any:
+    def scale(self) -> Tensor | PositiveParameter:
         """Standard deviation of q, (L, N)."""
         return self.q.scale
 
@@ -147,7 +145,7 @@ class GaussianPrior(Prior):
         """Return q(F) and p(F), each of shape (L, N)."""
         return self.forward_batched(None)
 
-    def forward_batched(self, idx: Any) -> tuple[Normal, Normal]:
+    def forward_batched(self, idx: Index | None) -> tuple[Normal, Normal]:
         """Return q(F) and p(F) of the samples `idx`, each of shape (L, n).
 
         Parameters
@@ -157,7 +155,7 @@ class GaussianPrior(Prior):
         q = self.marginal(idx)
         return q, Normal(torch.zeros_like(q.loc), self.scale_pf, validate_args=False)
 
-    def marginal(self, index: Tensor | None = None) -> Normal:
+    def marginal(self, index: Index | None = None) -> Normal:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
         return self.q.normal(index)
 

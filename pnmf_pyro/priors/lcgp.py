@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import pyro
 import torch
@@ -15,7 +15,7 @@ from pnmf_pyro.data.batches import Batch, put, take
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
-from pnmf_pyro.priors.base import Draws, Prior, Sites
+from pnmf_pyro.priors.base import Draws, Prior, Sites, stating
 from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, VecchiaNormal, draw_given
 
 # How well conjugate gradients solve for means, in posterior standard deviations, and how many
@@ -31,6 +31,10 @@ class _SitePosterior(nn.Module):
     """Mean m and variance d, with the sites whose posterior they are: curvature h and pull b."""
 
     natural = True
+    loc: nn.Parameter
+    diagonal: nn.Parameter
+    curvature: nn.Parameter
+    pull: nn.Parameter
 
     def __init__(self, L: int, N: int, cholesky_mode: str):
         super().__init__()
@@ -165,7 +169,7 @@ class LCGP(Prior):
         """Draw F from q, shape (L, n)."""
         q = self.marginal(batch.samples)
         with self.local_plates(batch, samples):
-            return pyro.sample("F", q, infer={"marginal": self.watch(q)})
+            return pyro.sample("F", q, infer=stating(self.watch(q)))
 
     def marginal(self, index: Tensor | None = None) -> LocalPosterior:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
@@ -272,7 +276,9 @@ class LCGP(Prior):
         loc, diagonal = take(self.q.loc, index), take(self.q.diagonal, index)
         return draw_given(shared, loc, diagonal, take(self.low_rank, index, dim=1))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+    ) -> None:
         self.low_rank = torch.empty_like(state_dict[f"{prefix}low_rank"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

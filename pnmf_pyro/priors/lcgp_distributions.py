@@ -85,7 +85,7 @@ class VecchiaNormal(TorchDistribution):
         n = factor.N if index is None else len(index)
         super().__init__(torch.Size((factor.L, n)), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> VecchiaNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> VecchiaNormal:
         """Return independent repetitions of the field, of batch shape (..., L, n).
 
         Raises
@@ -110,7 +110,7 @@ class VecchiaNormal(TorchDistribution):
         """Mean, of the batch shape."""
         return self.loc[:, None].expand(self.batch_shape).to(self.dtype)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw mean + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + batch shape."""
         shape = (*self._extended_shape(torch.Size(sample_shape))[:-1], self.factor.N)
         noise = torch.randn(shape, dtype=torch.float64, device=self.loc.device)
@@ -193,7 +193,7 @@ class LocalPosterior(Repeated, Normal):
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density of each component, shared out over places, of shape (..., L, n)."""
+        """Return the log density of each component, shared out over places, (..., L, n)."""
         m, d, V = (part.double() for part in self._present)
         r, scaled = value - m, V / d[..., None]
         tril = torch.linalg.cholesky(_capacitance(V, d))
@@ -283,7 +283,7 @@ class _Product(torch.autograd.Function):
         return _tensor(on_components(lambda A, x: A @ x, matrices, _numpy(x)), x.device)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         product = on_components(lambda A, x: A.T @ x, ctx.matrices, _numpy(gradient))
         return _tensor(product, ctx.like.device).to(ctx.like.dtype), None

@@ -13,7 +13,7 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
-from pnmf_pyro.priors.base import Draws, Prior, Sites
+from pnmf_pyro.priors.base import Draws, Prior, Sites, stating
 from pnmf_pyro.priors.fields import FieldGivenInducing, FieldMarginals, WhitenedPrior, times
 from pnmf_pyro.priors.svgp_posterior import (
     CholeskyInducing,
@@ -112,7 +112,7 @@ class SVGP(Prior):
         self._once = Cache()
 
     @property
-    def places(self) -> Places:  # type: ignore[override]
+    def places(self) -> Places:
         """Places of the samples."""
         return Places(self.place_coordinates, self.place_groups)
 
@@ -130,11 +130,11 @@ class SVGP(Prior):
     def guide(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Draw u from q(u) and F from what follows; return F of the batch, shape (L, n)."""
         q = self._posterior()
-        u = pyro.sample("u", q, infer={"marginal": q})
+        u = pyro.sample("u", q, infer=stating(q))
         marginal = self.watch(self._at_samples(q, batch.samples))
         with self.local_plates(batch, samples):
             field = self._given(u, batch.samples)
-            return pyro.sample("F", field, infer={"marginal": marginal})
+            return pyro.sample("F", field, infer=stating(marginal))
 
     def marginal(self, index: Tensor | None = None) -> FieldMarginals:
         """Return q(F_il) for the samples `index` (all if None), with loc and scale (L, n)."""
@@ -163,19 +163,24 @@ class SVGP(Prior):
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""
-        self.check_sites()
-        w, level = self.q.site_precision, self.mean[:, None]
+        q, level = self._held_in_sites(), self.mean[:, None]
         mean, _ = self._posterior().at_samples()
-        return Sites(w, self.q.site_shift + w * level, level + mean)
+        w = q.site_precision
+        return Sites(w, q.site_shift + w * level, level + mean)
 
     @torch.no_grad()
     def posterior_from_sites(
         self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
     ) -> None:
         """Set q(u) to the posterior given sites, see :mod:`pnmf_pyro.priors.svgp_posterior`."""
+        q = self._held_in_sites()
+        w = take(q.site_precision, index) if precision is None else precision
+        q.move(self._design(None)[0], precision, shift - w * self.mean[:, None], index)
+
+    def _held_in_sites(self) -> SiteInducing:
         self.check_sites()
-        w = take(self.q.site_precision, index) if precision is None else precision
-        self.q.move(self._design(None)[0], precision, shift - w * self.mean[:, None], index)
+        assert isinstance(self.q, SiteInducing)
+        return self.q
 
     def _prior(self) -> WhitenedPrior:
         return WhitenedPrior(self.L, self.M, self.mean.device)

@@ -313,6 +313,8 @@ class SiteInducing(InducingPosterior):
     """
 
     natural = True
+    site_shift: nn.Parameter
+    site_precision: nn.Parameter
 
     def __init__(self, L: int, M: int, N: int):
         super().__init__()
@@ -328,8 +330,8 @@ class SiteInducing(InducingPosterior):
         w, b = self.site_precision, self.site_shift
         if self.over_samples:
             gram = self._once("gram", (A,), lambda: A.mT @ A)
-            spread = self._once("spread", (w, A), lambda: SpreadOverSamples(w, A, gram))
-            return NormalOverSamples(b.detach(), spread)
+            known = self._once("spread", (w, A), lambda: SpreadOverSamples(w, A, gram))
+            return NormalOverSamples(b.detach(), known)
         spread = self._once("spread", (w, A), lambda: SpreadOverInducing(self._precision(A), A))
         return NormalOverInducing(times(A, b.detach()), spread)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
@@ -27,7 +28,7 @@ START_STEPS = 30
 
 
 def check_fixed(
-    values: Any, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
+    values: ArrayLike, counts: Counts, n_rows: int, n_components: int | None, name: str, rows: str
 ) -> Tensor:
     """Check the side of the factorisation that is given, and return it like the counts.
 
@@ -234,7 +235,7 @@ def posterior_given_loadings(
     counts: Counts,
     loadings: Tensor,
     size_factors: Tensor | None = None,
-    scale_pf: Any = 1.0,
+    scale_pf: float | Tensor = 1.0,
     *,
     max_iter: int = 500,
     tol: float = 1e-6,
@@ -348,7 +349,10 @@ def natural_steps(
 
 
 def held_out_bound(
-    counts: Counts, loadings: Tensor, size_factors: Tensor | None = None, scale_pf: Any = 1.0
+    counts: Counts,
+    loadings: Tensor,
+    size_factors: Tensor | None = None,
+    scale_pf: float | Tensor = 1.0,
 ) -> float:
     """Return a lower bound on log p(X | W) for data that were not fitted, in nats.
 

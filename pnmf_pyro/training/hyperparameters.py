@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import Places, extent, spacing
 from pnmf_pyro.gp.cache import Cache
-from pnmf_pyro.gp.kernels import Pairs, SpatialKernel, fill_symmetric
+from pnmf_pyro.gp.kernels import Pairs, fill_symmetric
 from pnmf_pyro.gp.neighbors import nearest
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
+from pnmf_pyro.priors import LCGP, SVGP
 
 CRITERIA = ("leave-one-out", "elbo")
 
@@ -186,9 +187,8 @@ class HyperparameterSearch:
     random: np.random.RandomState
 
     def __post_init__(self) -> None:
-        self.prior = cast(Any, self.model.prior)
-        self.kernel: SpatialKernel = self.prior.kernel
-        self.places: Places = self.prior.places
+        self.prior = cast(SVGP | LCGP, self.model.prior)
+        self.kernel, self.places = self.prior.kernel, self.prior.places
         N = len(self.places)
         chosen = np.sort(self.random.permutation(N)[:JUDGED])
         self.judged = torch.from_numpy(chosen).to(self.counts.device)
@@ -248,14 +248,14 @@ class HyperparameterSearch:
     def _observe(self, source: PoissonFactorization) -> None:
         self.y, self.noise = sites(source, self.counts)
 
-    def profile(self, source: PoissonFactorization, lengthscales: Any) -> np.ndarray:
+    def profile(self, source: PoissonFactorization, lengthscales: np.ndarray) -> np.ndarray:
         """Return the criterion at lengthscales shared by all components, the rest as it is.
 
         Parameters
         ----------
         source : PoissonFactorization
             As for :meth:`learn_from`.
-        lengthscales : array-like of shape (n,)
+        lengthscales : ndarray of shape (n,)
 
         Returns
         -------
@@ -285,7 +285,7 @@ class HyperparameterSearch:
         weights = 1 / self.noise
         return (weights * self.y).sum(1) / weights.sum(1)
 
-    def _grids(self) -> dict[str, Any]:
+    def _grids(self) -> dict[str, Sequence[float] | np.ndarray]:
         low, high = self._limits()["lengthscale"]
         return {
             "lengthscale": np.geomspace(2 * low, high / 5, GRID_LENGTHSCALES),

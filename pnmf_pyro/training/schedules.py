@@ -35,7 +35,7 @@ class GradientSteps(Step):
         self.learning_rates = [group["lr"] for group in optimizer.param_groups]
 
     @property
-    def lr(self) -> float:  # type: ignore[override]
+    def lr(self) -> float:
         """Size of the next step, relative to the learning rate that the optimiser was made with."""
         return self.optimizer.param_groups[0]["lr"] / self.learning_rates[0]
 
