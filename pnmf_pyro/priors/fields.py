@@ -39,12 +39,8 @@ class Repeated:
 class FieldMarginals(Repeated, Normal):
     """Marginals of a field whose draws are joint.
 
-    Parameters
-    ----------
-    loc, scale : Tensor of shape (L, n)
-        Mean and standard deviation of the marginals, which are all that a likelihood needs.
-    draw : callable
-        Function that returns a number of joint draws, (n_draws, L, n).
+    The mean and standard deviation of shape (L, n) are all that a likelihood needs; `draw` returns
+    a number of joint draws, (n_draws, L, n).
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, draw: Callable[[int], Tensor]):
@@ -141,29 +137,16 @@ class WhitenedPrior(Independent):
 
 
 def times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return the product of each matrix with its vector; one by one, batches of them are slow.
+    """Return the products (..., L, M) of matrices (L or 1, M, n) with vectors (..., L, n).
 
-    Parameters
-    ----------
-    matrices : Tensor of shape (L or 1, M, n)
-    vectors : Tensor of shape (..., L, n)
-
-    Returns
-    -------
-    Tensor of shape (..., L, M)
+    One by one: batches of them are slow.
     """
     pairs = zip(each(matrices, vectors.shape[-2]), vectors.unbind(-2), strict=True)
     return torch.stack([(vector @ matrix.mT) for matrix, vector in pairs], -2)
 
 
 def weighted_gram(A: Tensor, weights: Tensor) -> Tensor:
-    """Return A diag(w) A^T, of shape (L, M, M), by blocks below the diagonal: M^2 n operations.
-
-    Parameters
-    ----------
-    A : Tensor of shape (L or 1, M, n)
-    weights : Tensor of shape (L, n)
-    """
+    """Return A diag(w) A^T, of shape (L, M, M), by blocks below the diagonal: M^2 n operations."""
     M = A.shape[-2]
     product = A.new_empty(len(weights), M, M)
     for a, weight, out in zip(each(A, len(weights)), weights, product, strict=True):

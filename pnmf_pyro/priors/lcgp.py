@@ -200,15 +200,7 @@ class LCGP(Prior):
         self.q.assign(*self.solve(curvature, pull, level), curvature, pull)
 
     def solve(self, curvature: Tensor, pull: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the best d of a q whose sites are given, each (L, N).
-
-        Parameters
-        ----------
-        curvature, pull : Tensor of shape (L, N)
-            Precision of each site, and that times what it observed.
-        start : Tensor of shape (L, N)
-            Near the mean.
-        """
+        """Return the mean and the best d of a q with sites h and b; all of shape (L, N)."""
         posterior, level = self.neighborhoods.posterior, self.mean[:, None]
         h = curvature.cpu()
         found = posterior.solve(
@@ -284,13 +276,7 @@ class LCGP(Prior):
 
 
 class LocalFieldAt:
-    """q(F) of an LCGP at other places than those of its samples.
-
-    Parameters
-    ----------
-    prior : LCGP
-    places : Places of shape (N,)
-    """
+    """q(F) of an :class:`LCGP` at other places than those of its samples."""
 
     def __init__(self, prior: LCGP, places: Places):
         self.prior, self.places = prior, places

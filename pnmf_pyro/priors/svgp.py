@@ -266,13 +266,7 @@ class SVGP(Prior):
 
 
 class FieldAt:
-    """q(F) of a prior at other places than those of its samples.
-
-    Parameters
-    ----------
-    prior : SVGP
-    places : Places of shape (N,)
-    """
+    """q(F) of an :class:`SVGP` at other places than those of its samples."""
 
     def __init__(self, prior: SVGP, places: Places):
         self.prior, self.places = prior, places
