@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pnmf_pyro import PNMF
+from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.initialization import initialize_factors
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
@@ -136,7 +137,7 @@ def test_modes_are_accepted(row):
     given = {parameter: ast.literal_eval(row["value"])}
     y = torch.ones(6, 8)
     if call == "PNMF.PNMF":
-        PNMF(**given)._validate_params()
+        check_parameters(PNMF(**given))
     elif call == "PNMF.initialization.initialize_factors":
         initialize_factors(np.ones((6, 5)) + np.eye(6, 5), 2, random_state=0, **given)
     elif call == "PNMF.models.PoissonFactorization":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,14 @@ import scipy.sparse as sp
 
 from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.results import SPATIAL_KEY, Fit, counts_of, plain, results_of
+from pnmf_pyro.estimator.results import (
+    SPATIAL_KEY,
+    STAGE_COLUMNS,
+    Fit,
+    counts_of,
+    plain,
+    results_of,
+)
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 
 if TYPE_CHECKING:
@@ -197,8 +204,12 @@ def settings(fit: Fitted) -> dict[str, Any]:
 
 
 def _stored(value: object) -> Any:
-    """A parameter as HDF5 can hold it: text in place of a list with None in it."""
-    return str(value) if isinstance(value, (list, tuple)) and None in value else plain(value)
+    """A parameter as HDF5 can hold it: text for a list with None in it, names for objects."""
+    if isinstance(value, (list, tuple)):
+        return str(value) if None in value else [_stored(one) for one in value]
+    if is_dataclass(value):  # a stage
+        return repr(value)
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else plain(value)
 
 
 def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
@@ -208,8 +219,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
     ----------
     adata : AnnData of shape (n_samples, n_features)
         Receives obsm["X_{key}"], obsm["X_{key}_sd"], obsm["X_{key}_log_sd"],
-        varm["{KEY}_loadings"], uns[key], with settings and ELBO history, and, where the fit had
-        size factors, obs["{key}_size_factors"]. A view becomes an object of its own.
+        varm["{KEY}_loadings"], uns[key], with settings, ELBO history and stages, and, where the
+        fit had size factors, obs["{key}_size_factors"]. A view becomes an object of its own.
     fit : PNMF, ModelFit or PoissonFactorization
         Fit of these samples and features.
     key : str
@@ -225,5 +236,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         adata.uns[key] = settings(fit)
         if found.elbo_history is not None:
             adata.uns[key]["elbo_history"] = found.elbo_history
+        if stages := found.stages:
+            columns = zip(STAGE_COLUMNS, zip(*stages, strict=True), strict=True)
+            adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
         if fitted_module(fit).size_factors is not None:
             adata.obs[f"{key}_size_factors"] = found.size_factors

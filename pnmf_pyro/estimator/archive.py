@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,7 +183,9 @@ def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
 
 
 def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
-    model = kind(**{**header["parameters"], "stages": _stages(header["parameters"]["stages"])})
+    listed = header["parameters"].items()
+    parameters = {name: tuple(v) if isinstance(v, list) else v for name, v in listed}
+    model = kind(**{**parameters, "stages": _stages(parameters["stages"])})
     state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
     model.groups_ = header["groups"]
     W = state["W._raw"]
@@ -228,11 +231,12 @@ def _prior(
     return prior
 
 
-def _stages(plain: list[dict[str, Any]] | None) -> list[Stage] | None:
+def _stages(plain: Sequence[dict[str, Any]] | None) -> tuple[Stage, ...] | None:
     if plain is None:
         return None
     kinds = {stage.__name__: stage for stage in STAGES}
-    return [kinds[one["stage"]](**{k: v for k, v in one.items() if k != "stage"}) for one in plain]
+    fields = ({k: v for k, v in one.items() if k != "stage"} for one in plain)
+    return tuple(kinds[one["stage"]](**f) for one, f in zip(plain, fields, strict=True))
 
 
 def _of_version_1(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Union
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Where AnnData objects have their coordinates by convention.
 SPATIAL_KEY = "spatial"
 
+# Columns of the table of stages in an AnnData object.
+STAGE_COLUMNS = ("name", "first", "last")
+
 
 class Results(ABC):
     """Factors, loadings and places of a fit.
@@ -40,6 +44,9 @@ class Results(ABC):
         W.
     elbo_history : ndarray of shape (n_iter,), or None
         ELBO at each step, in nats; None for a model that was handed over without its history.
+    stages : list of (str, int, int)
+        Name of each stage of the fit that trained, the number of its first step, counted from 0,
+        and that after its last; empty where they are not known.
     feature_names : ndarray of str, shape (n_features,)
         Names of the features; "0", "1", ... where the data had none.
     size_factors : ndarray of shape (n_samples,)
@@ -54,6 +61,7 @@ class Results(ABC):
     log_factors_sd: np.ndarray
     loadings: np.ndarray
     elbo_history: np.ndarray | None
+    stages: list[tuple[str, int, int]]
     feature_names: np.ndarray
     size_factors: np.ndarray
     coordinates: np.ndarray | None
@@ -94,6 +102,7 @@ class ModelResults(Results):
         self.loadings = np.asarray(get_loadings(self.module))
         history = getattr(fit, "history_", getattr(fit, "history", None))
         self.elbo_history = None if history is None else np.asarray(history, dtype=np.float64)
+        self.stages = getattr(history, "stages", [])
         names = getattr(fit, "feature_names_in_", range(len(self.loadings)))
         self.feature_names = np.asarray([str(name) for name in names])
         self.places = getattr(self.module.prior, "places", None)
@@ -145,6 +154,7 @@ class AnnDataResults(Results):
         self.loadings = np.asarray(adata.varm[f"{key.upper()}_loadings"])
         history = self.settings.get("elbo_history")
         self.elbo_history = None if history is None else np.asarray(history)
+        self.stages = _stages(self.settings.get("stages", {}))
         self.feature_names = np.asarray(adata.var_names, dtype=str)
         stored = adata.obs.get(f"{key}_size_factors")
         self.size_factors = np.ones(adata.n_obs) if stored is None else stored.to_numpy()
@@ -153,6 +163,12 @@ class AnnDataResults(Results):
 
     def counts(self, X: Any = None) -> Any:  # noqa: D102
         return counts_of(self.adata, self.settings.get("layer")) if X is None else X
+
+
+def _stages(columns: Mapping[str, Sequence[Any]]) -> list[tuple[str, int, int]]:
+    """Read the table of stages that a fit wrote; empty columns where it wrote none."""
+    named = (columns.get(name, ()) for name in STAGE_COLUMNS)
+    return [(str(name), int(first), int(last)) for name, first, last in zip(*named, strict=True)]
 
 
 def _column(table: Any, name: str | None) -> np.ndarray | None:

@@ -25,10 +25,6 @@ from pnmf_pyro.training.schedules import (
     Schedule,
 )
 
-# Size of the first step of q and W where batches see parts of a field: from a cold start, a whole
-# step that the samples of one batch ask for carries the others too far.
-PARTIAL = 0.3
-
 
 @dataclass
 class Training:
@@ -76,7 +72,7 @@ def training_of(
     exact = loadings is ClosedFormLoadings  # others do not maximise the bound
     monotone = natural and mode == "lower-bound" and not batched and exact
     every = model.prior.steps_apart if monotone and warm and moves_factors else 1
-    for_q, for_W = _sizes(settings, model, mode)
+    for_q, for_W = _sizes(settings, mode)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
         steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
@@ -95,15 +91,12 @@ def training_of(
     return Training(model, objective, steps, Convergence(tol, **settled), monotone)
 
 
-def _sizes(settings: Settings, model: PoissonFactorization, mode: str) -> tuple[Schedule, Schedule]:
+def _sizes(settings: Settings, mode: str) -> tuple[Schedule, Schedule]:
     """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
     noisy = mode != "lower-bound" or settings.y_batch_size is not None
-    batched = settings.batch_size is not None
-    parts_of_fields = batched and model.prior.places is not None
-    start = PARTIAL if parts_of_fields else 1.0
-    for_q = Decreasing(start=start) if noisy or parts_of_fields else Constant()
+    for_q = Decreasing() if noisy else Constant()
     # Each batch sees W anew: average over many of them.
-    return for_q, Decreasing(delay=100.0, start=start) if batched else for_q
+    return for_q, for_q if settings.batch_size is None else Decreasing(delay=100.0)
 
 
 def _trained_by_gradient(

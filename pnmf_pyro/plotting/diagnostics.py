@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,8 @@ from pnmf_pyro.plotting.figures import BLUE, one_axes, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Stage = tuple[str, int, int]
+
 
 # What the marks below a profile are.
 LEARNED = "learned, by component"
@@ -26,7 +29,8 @@ def plot_elbo(
     """Plot the ELBO against the steps of a fit.
 
     The vertical axis shows the last nine tenths of the steps in full; the first, often far below,
-    may leave the picture.
+    may leave the picture. Where a fit went through several stages, each begins at a light vertical
+    line with its name: from one to the next the ELBO may jump, for it is that of what is trained.
 
     Parameters
     ----------
@@ -44,27 +48,50 @@ def plot_elbo(
     -------
     matplotlib Axes
     """
-    values = _elbo_values(history, key)
+    values, stages = _elbo_values(history, key)
     ax = one_axes(ax, (5, 3.2))
     ax.plot(np.arange(1, len(values) + 1), values, label=label, lw=1.5)
     late = values[len(values) // 10 :]
     margin = 0.08 * (np.ptp(late) or 1.0)
     ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.set(xlabel="iteration", ylabel="ELBO (nats)")
+    if len(stages) > 1:
+        _mark_stages(ax, stages)
     plain(ax)
     return ax
 
 
-def _elbo_values(history: Fit | ArrayLike, key: str) -> np.ndarray:
+def _mark_stages(ax: Axes, stages: Sequence[Stage]) -> None:
+    """Draw a light line where each stage begins, and write its name along it."""
+    for name, first, last in stages:
+        if last > first:
+            ax.axvline(first + 0.5, color="0.85", lw=0.8, zorder=0)
+            ax.annotate(
+                name,
+                (first + 0.5, 0.03),
+                xycoords=ax.get_xaxis_transform(),
+                xytext=(2, 0),
+                textcoords="offset points",
+                rotation=90,
+                va="bottom",
+                fontsize=7,
+                color="0.45",
+            )
+
+
+def _elbo_values(history: Fit | ArrayLike, key: str) -> tuple[np.ndarray, Sequence[Stage]]:
+    """Values of the ELBO, and the stages that they are of where these are known."""
     if not is_fit(history):
-        return check_array("history", history).astype(np.float64)
-    values = results_of(history, key).elbo_history
+        values = check_array("history", history).astype(np.float64)
+        return values, getattr(history, "stages", ())
+    found = results_of(history, key)
+    values = found.elbo_history
     if values is None:
         raise ValueError(
             f"history must be the ELBO at each step, or a fit that keeps it; a "
             f"{type(history).__name__} does not. Pass what fit_model returned, or the values."
         )
-    return values
+    return values, found.stages
 
 
 def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None) -> Axes:

@@ -335,8 +335,8 @@ def _report(
         warn(message, ConvergenceWarning)
     elif warn_unsettled and not result.converged and convergence.still_rising(result.history):
         message = (
-            f"The fit did not converge in max_iter={max_iter} iterations: the ELBO was still "
-            "rising. Increase max_iter or learning_rate, or accept a larger tol."
+            f"The fit did not converge: the ELBO was still rising after {max_iter} iterations. "
+            "Increase max_iter or learning_rate, or accept a larger tol."
         )
         warn(message, ConvergenceWarning)
     else:

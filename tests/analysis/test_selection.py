@@ -11,11 +11,12 @@ from sklearn.metrics import mean_poisson_deviance
 import pnmf_pyro
 from pnmf_pyro import PNMF, match_factors, select_n_components
 from pnmf_pyro.analysis.selection import ComponentSelection, thin_counts
+from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors, get_loadings
 from tests.support.data import simulate
 from tests.support.settings import NATURAL
 
-FEW = {"max_iter": 40, "tol": 0, "scale_pf": 1.0, "warm_up": False}
+FEW = {"max_iter": 40, "tol": 0, "scale_pf": 1.0, "stages": [Settle()]}
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -136,7 +137,7 @@ def test_a_spatial_selection():
     places = random.uniform(size=(40, 2))
     X = random.poisson(5 * np.exp(np.sin(6 * places)) @ random.gamma(0.3, size=(2, 15)) + 0.5)
     parameters = {"max_iter": 10, "train_lengthscale": False, "lengthscale": 0.3}
-    parameters |= {"train_sigma": False, "warm_up": False, "tol": 0}
+    parameters |= {"learn": (), "stages": [Settle()], "tol": 0}
     found = select_n_components(
         X, [1, 2], coordinates=places, n_seeds=2, random_state=0, **parameters
     )

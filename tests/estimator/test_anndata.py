@@ -7,10 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from pyro.contrib.gp.kernels import RBF, Matern32
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.estimator.results import ModelResults, results_of
+from pnmf_pyro.estimator.stages import Settle, WarmUp
+from pnmf_pyro.gp.multi_group import MultiGroupKernel
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
 from tests.support.data import tissue
 
@@ -139,6 +142,7 @@ def test_results_survive_a_file(format, spatial, tmp_path):
     back = results_of(read)
     for name in ("factors", "factors_sd", "loadings", "coordinates", "elbo_history"):
         np.testing.assert_array_equal(getattr(back, name), getattr(results_of(adata), name))
+    assert back.stages == results_of(adata).stages == model.history_.stages
     assert list(back.feature_names) == list(adata.var_names)
 
 
@@ -148,9 +152,15 @@ def test_the_settings_are_plain(spatial):
     for leaf in leaves(adata.uns["pnmf"]):
         assert isinstance(leaf, plain), leaf
         assert np.asarray(leaf).dtype != object
-    with_array = section()
-    pnmf_pyro.fit(with_array, batch_key="section", group_distances=np.zeros((1, 1)), **QUICK)
-    assert with_array.uns["pnmf"]["parameters"]["group_distances"] == [[0.0]]
+    with_objects = section()
+    kernels = (MultiGroupKernel(Matern32(2), np.zeros((1, 1))), [RBF(2), "Matern12"])
+    for kernel, name in zip(kernels, ("MultiGroupKernel", ["RBF", "Matern12"]), strict=True):
+        groups = "section" if kernel is kernels[0] else None
+        stages = [WarmUp(), Settle(kl_weight=0.5)]
+        pnmf_pyro.fit(with_objects, batch_key=groups, kernel=kernel, stages=stages, **QUICK)
+        parameters = with_objects.uns["pnmf"]["parameters"]
+        assert parameters["kernel"] == name
+        assert parameters["stages"] == ["WarmUp(kl_weight=1.0)", "Settle(mode=None, kl_weight=0.5)"]
 
 
 @pytest.mark.parametrize("matrix", [sp.csr_matrix, sp.csc_matrix, np.asarray])

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator.stages import Settle, SettleLoadings
 from pnmf_pyro.transforms import get_factors, log_factors
 from tests.support.data import simulate
 from tests.support.settings import NATURAL, quick
@@ -172,9 +173,10 @@ def test_natural_steps_never_lower_the_bound(fitted):
     ],
 )
 def test_shrunk_loadings_come_last_and_leave_the_factors(settings, counts):
-    settings = {**NATURAL, "max_iter": 100, "tol": 1e-4, **settings}
-    plain = quick(**settings).fit(counts)
-    shrunk = quick(**settings, shrink_loadings=True).fit(counts)
+    settings = {**NATURAL, "tol": 1e-4, **settings}
+    plain = quick(**settings, max_iter=100).fit(counts)
+    stages = [Settle(), SettleLoadings(shrink=True)]
+    shrunk = quick(**settings, max_iter=200, stages=stages).fit(counts)
     np.testing.assert_array_equal(log_factors(shrunk), log_factors(plain))
     assert shrunk.history_[: plain.n_iter_] == plain.history_
     assert shrunk.n_iter_ > plain.n_iter_
@@ -204,20 +206,17 @@ def test_shrunk_loadings_are_nearer_the_truth_where_counts_are_few():
         return min(squares.trace(), squares[::-1].trace())
 
     settings = {**NATURAL, "init": "nndsvda", "scale_pf": "auto", "tol": 1e-4, "random_state": 0}
-    plain, shrunk = (PNMF(2, **settings, shrink_loadings=a).fit(X[:, seen]) for a in (False, True))
+    settings |= {"max_iter": 400}
+    shrinking = [Settle(), SettleLoadings(shrink=True)]
+    plain, shrunk = (PNMF(2, **settings, stages=a).fit(X[:, seen]) for a in (None, shrinking))
     assert error(shrunk) < 0.8 * error(plain)
 
 
 def test_a_fit_that_has_not_converged_warns_although_its_loadings_have(counts):
-    settings = {**NATURAL, "max_iter": 20, "tol": 1e-7, "shrink_loadings": True}
-    with pytest.warns(ConvergenceWarning, match="max_iter=20") as caught:
-        quick(**settings).fit(counts)
+    stages = [Settle(), SettleLoadings(shrink=True)]
+    with pytest.warns(ConvergenceWarning, match="rising after 20 iterations") as caught:
+        quick(**NATURAL, max_iter=40, tol=1e-7, stages=stages).fit(counts)
     assert len(caught) == 1
-
-
-def test_shrinking_needs_loadings_in_closed_form(counts):
-    with pytest.raises(ValueError, match="shrink_loadings needs loadings in closed form"):
-        quick(loadings_mode="softplus", shrink_loadings=True).fit(counts)
 
 
 def test_minibatches_reach_the_same_bound(counts):
@@ -251,7 +250,7 @@ def test_size_factors_move_depth_out_of_the_factors():
 
 
 def test_convergence_warning_only_with_a_trend_left(counts):
-    with pytest.warns(ConvergenceWarning, match="max_iter=15"):
+    with pytest.warns(ConvergenceWarning, match="rising after 15 iterations"):
         quick(max_iter=15, tol=1e-4).fit(counts)
     quick(max_iter=400, learning_rate=0.05, tol=1e-9).fit(counts)  # settled: no warning
 

@@ -11,7 +11,8 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
-from pnmf_pyro.estimator.recipe import CLOSER, RECIPE, SPATIAL
+from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE, SPATIAL
+from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import evaluate_elbo
 from tests.support.data import simulate
@@ -74,9 +75,8 @@ def test_fit_follows_samples_more_closely_with_an_inducing_point_at_each(
     places = np.random.default_rng(0).uniform(size=(80, 2))
     parameters = {"tol": 1e-2, "kernel": "Matern32", **parameters}
     model = pnmf_pyro.fit(counts, places, n_components=2, **parameters)
-    chosen = {name: getattr(model, name) for name in CLOSER}
-    plain = {"kl_weight": 1.0, "restore_spread": False, "shrink_loadings": False}
-    assert chosen == (CLOSER if closer else plain)
+    assert (model.stages == CLOSER) is closer
+    assert model.stages == CLOSER or all(stage in NEIGHBORS for stage in model.stages)
 
 
 def test_fit_takes_size_factors(counts):
@@ -109,8 +109,8 @@ def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
     """Settled to the tolerance of the fields, which it comes before."""
     places = np.random.default_rng(0).uniform(size=(80, 2))
     shared = {"n_components": 2, "init": "nndsvda", "tol": SPATIAL["tol"]}
-    weight = {"kl_weight": CLOSER["kl_weight"]}
-    alone = PNMF(**{**RECIPE, **shared, **weight, "mode": "lower-bound"}).fit(counts)
+    alone = {"mode": "lower-bound", "stages": [Settle(kl_weight=CLOSER[0].kl_weight)]}
+    alone = PNMF(**{**RECIPE, **shared, **alone}).fit(counts)
     spatial = pnmf_pyro.fit(counts, places, n_components=2, init="nndsvda")
     np.testing.assert_allclose(spatial.history_[: alone.n_iter_], alone.history_, rtol=1e-6)
     assert spatial.n_iter_ > alone.n_iter_

@@ -49,9 +49,11 @@ def test_every_form_holds_the_same(form, forms):
     assert found.groups is None
     if form == "module":
         assert found.elbo_history is None
+        assert found.stages == []
         assert "steps" not in found.summary()
     else:
         np.testing.assert_array_equal(found.elbo_history, expected.elbo_history)
+        assert found.stages == expected.stages == [("settle", 0, 15)]
         assert found.summary() == expected.summary()
 
 

@@ -10,6 +10,8 @@ import torch
 
 import pnmf_pyro
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator.recipe import CLOSER
+from pnmf_pyro.estimator.stages import LearnHyperparameters
 from pnmf_pyro.training.hyperparameters import CRITERIA
 from pnmf_pyro.transforms import log_factors_from_prior, transform_F, uncertainty_from_prior
 from tests.support import dense_fields
@@ -52,7 +54,11 @@ def coverage_at_new_places(seed: int, criterion: str, N: int = 300, held_out: in
     F = tril @ rng.normal(size=(len(x), 3))
     W = separated_loadings(60, 3, 0.0, 2.0, rng)
     X = rng.poisson(np.exp(F) @ W.T)
-    fit = pnmf_pyro.fit(X[:N], x[:N], n_components=3, criterion=criterion, tol=1e-6)
+    stages = [
+        LearnHyperparameters(criterion) if isinstance(stage, LearnHyperparameters) else stage
+        for stage in CLOSER
+    ]
+    fit = pnmf_pyro.fit(X[:N], x[:N], n_components=3, stages=stages, tol=1e-6, max_iter=1500)
     owner = np.abs(np.corrcoef(fit.components_, W.T)[:3, 3:]).argmax(1)
     truth = F[:, owner].T
     level = np.log(fit.components_.sum(1) / W.sum(0)[owner])
