@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -200,6 +202,14 @@ def is_anndata(thing: object) -> TypeIs[AnnData]:
     """Say whether something is an AnnData object, without importing anndata."""
     anndata = sys.modules.get("anndata")
     return anndata is not None and isinstance(thing, anndata.AnnData)
+
+
+def import_optional(name: str, need: str, extra: str) -> ModuleType:
+    """Import a package that not everybody needs, or say how to install it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{need}. Install it with: pip install 'pnmf-pyro[{extra}]'") from error
 
 
 def plain(value: object) -> Any:
