@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
 from pnmf_pyro.data.checks import check_count
@@ -25,7 +24,7 @@ MOST_COUNTS = 1 << 27
 
 def to_arviz(
     model: Fitted,
-    X: ArrayLike | CountsLike | None = None,
+    X: CountsLike | None = None,
     samples: Sequence[int] | None = None,
     features: Sequence[int] | None = None,
     n_draws: int = 200,

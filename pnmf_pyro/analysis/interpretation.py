@@ -144,7 +144,7 @@ def _positive(totals: np.ndarray | float) -> np.ndarray:
 
 def spatial_scores(
     fit: Fit,
-    X: ArrayLike | CountsLike | None = None,
+    X: CountsLike | None = None,
     of: str = "components",
     *,
     coordinates: ArrayLike | None = None,

@@ -17,7 +17,6 @@ import scipy.io
 import scipy.sparse as sp
 
 from pnmf_pyro.data.checks import check_output_path
-from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.estimator.anndata_bridge import add_results, import_anndata, results, settings
 from pnmf_pyro.estimator.archive import write_archive
 from pnmf_pyro.estimator.pnmf import PNMF
@@ -34,7 +33,7 @@ class CountTable:
     `annotation` is that of the samples and features in an .h5ad file, without the counts.
     """
 
-    X: CountsLike
+    X: np.ndarray | sp.spmatrix | sp.sparray
     sample_names: list[str] | None = None
     feature_names: list[str] | None = None
     annotation: AnnData | None = None

@@ -239,7 +239,7 @@ def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     return X if sp.issparse(X) else np.asarray(X)
 
 
-def counts_of_fit(X: ArrayLike | CountsLike, shape: tuple[int, int]) -> Counts:
+def counts_of_fit(X: CountsLike, shape: tuple[int, int]) -> Counts:
     """Return X as counts; raise a ValueError unless they have the fit's shape (N, D)."""
     counts = check_counts(X)
     if counts.shape != shape:
