@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
-from pnmf_pyro.estimator.results import chosen_numbers, counts_of_fit
+from pnmf_pyro.estimator.results import chosen_numbers, counts_of_fit, import_optional
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.transforms import get_loadings
@@ -26,7 +24,7 @@ MOST_COUNTS = 1 << 27
 
 def to_arviz(
     model: Fitted,
-    X: ArrayLike | CountsLike | None = None,
+    X: CountsLike | None = None,
     samples: Sequence[int] | None = None,
     features: Sequence[int] | None = None,
     n_draws: int = 200,
@@ -58,7 +56,8 @@ def to_arviz(
         `counts` (chain, draw, sample, feature), replicated from the same draws; `constant_data`
         with `loadings` (feature, component); and, with X, `observed_data` with `counts`.
     """
-    arviz, xarray = _packages()
+    need = "Export needs ArviZ"
+    arviz, xarray = (import_optional(name, need, "arviz") for name in ("arviz", "xarray"))
     module = fitted_module(model)
     rows = chosen_numbers("samples", samples, module.N)
     columns = chosen_numbers("features", features, module.D)
@@ -114,14 +113,3 @@ def _draws(
             drawn = draw_counts(module, latents, samples)
             counts.append(drawn[..., torch.from_numpy(columns).to(device)].cpu().numpy())
     return np.concatenate(factors), np.concatenate(counts)
-
-
-def _packages() -> tuple[ModuleType, ModuleType]:
-    try:
-        import arviz
-        import xarray
-    except ImportError as error:
-        raise ImportError(
-            "Export needs ArviZ. Install it with: pip install 'pnmf-pyro[arviz]'"
-        ) from error
-    return arviz, xarray

@@ -144,7 +144,7 @@ def _positive(totals: np.ndarray | float) -> np.ndarray:
 
 def spatial_scores(
     fit: Fit,
-    X: ArrayLike | CountsLike | None = None,
+    X: CountsLike | None = None,
     of: str = "components",
     *,
     coordinates: ArrayLike | None = None,
@@ -191,10 +191,10 @@ def spatial_scores(
     -------
     DataFrame
         One row for each component or feature, with columns `component` or `feature`, `score` from
-        0 to 1, `smooth` and `variance`. The score is NaN where the variance beyond noise is less
-        than twice its standard error under a Poisson, :math:`\sqrt{2 / N}` times the mean noise:
-        there is nothing to explain; and for a component that contributes less than one count in
-        all. A structured array without pandas.
+        0 to 1, `smooth` and `variance`. The score is NaN where there is nothing to explain: the
+        variance beyond noise is less than twice its standard error under a Poisson,
+        :math:`\sqrt{2 / N}` times the mean noise, or a component contributes less than one count.
+        A structured array without pandas.
     """
     check_choice("of", of, ("components", "features"))
     found = results_of(fit, key)
@@ -205,37 +205,34 @@ def spatial_scores(
     codes = np.zeros(N, dtype=np.int64) if places.groups is None else places.groups.numpy()
     means = neighbor_weights(places, check_count("n_neighbors", n_neighbors))
     rates = sp.diags(1 / found.size_factors) @ sp.csr_matrix(counts.numpy(), dtype=np.float64)
-    names: dict[str, np.ndarray]
+    s = found.size_factors[:, None]
     if of == "features":
-        names, blocks = {"feature": found.feature_names}, _feature_blocks(rates)
+        names = {"feature": found.feature_names}
+        parts = [_smooth_part(z, z / s, codes, means) for z in _feature_blocks(rates)]
+        score, smooth, variance = np.concatenate(parts, 1)
     else:
         names = {"component": np.arange(found.n_components)}
-        blocks = iter([_component_block(found, rates)])
-    s = found.size_factors[:, None]
-    parts = [_smooth_part(z, noise / s, codes, means) for z, noise in blocks]
-    score, smooth, variance = np.concatenate(parts, 1)
-    if of == "components":
+        A = _least_squares(found)
+        score, smooth, variance = _smooth_part(rates @ A, rates @ np.square(A) / s, codes, means)
         score[contributions(found).sum(0) < 1] = np.nan
     return as_table({**names, "score": score, "smooth": smooth, "variance": variance})
 
 
-def _feature_blocks(rates: sp.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of features as z and s times their noise; the whole is never dense."""
+def _feature_blocks(rates: sp.csr_matrix) -> Iterator[np.ndarray]:
+    """Rates of blocks of features, dense; the whole is never dense."""
     by_columns = rates.tocsc()
     N, D = rates.shape
     size = max(1, BLOCK_ENTRIES // N)
     for start in range(0, D, size):
-        z = by_columns[:, start : start + size].toarray()
-        yield z, z
+        yield by_columns[:, start : start + size].toarray()
 
 
-def _component_block(found: Results, rates: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares estimates of all factors as z, and s times their noise."""
+def _least_squares(found: Results) -> np.ndarray:
+    """The matrix (D, L) that estimates all factors of a sample from its rates."""
     W = found.loadings.astype(np.float64)
     mean = W @ found.factors.mean(0)
     weighted = W / _positive(mean)[:, None]
-    A = weighted @ np.linalg.pinv(W.T @ weighted)
-    return rates @ A, rates @ np.square(A)
+    return weighted @ np.linalg.pinv(W.T @ weighted)
 
 
 def _smooth_part(

@@ -45,7 +45,7 @@ class LengthscaleProfile:
 
 
 def lengthscale_profile(
-    fit: Fitted, X: ArrayLike | CountsLike, lengthscales: ArrayLike | None = None
+    fit: Fitted, X: CountsLike, lengthscales: ArrayLike | None = None
 ) -> LengthscaleProfile:
     """Predict samples without themselves, with all components at one lengthscale or another.
 

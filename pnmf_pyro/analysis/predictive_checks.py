@@ -221,7 +221,7 @@ class PredictiveCheck:
 
 def posterior_predictive_check(
     model: Fitted,
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     statistics: Wanted = None,
@@ -275,7 +275,7 @@ def posterior_predictive_check(
 
 def prior_predictive_check(
     model: Fitted,
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     statistics: Wanted = None,
@@ -306,7 +306,7 @@ def prior_predictive_check(
 def _check(
     kind: str,
     model: Fitted,
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     where: tuple[ArrayLike | None, ArrayLike | None],
     statistics: Wanted,
     n_draws: int,

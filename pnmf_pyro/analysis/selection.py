@@ -130,7 +130,7 @@ class ComponentSelection:
 
 
 def select_n_components(
-    X: ArrayLike | CountsLike,
+    X: CountsLike,
     n_components: Iterable[int] = range(2, 13),
     *,
     coordinates: ArrayLike | None = None,
@@ -258,7 +258,7 @@ def _checked_numbers(n_components: Iterable[int], largest: int) -> list[int]:
 
 
 def thin_counts(
-    X: ArrayLike | CountsLike, fraction: float, random: np.random.RandomState
+    X: CountsLike, fraction: float, random: np.random.RandomState
 ) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray | sp.csr_matrix]:
     """Split counts X (n, d) into two tables that are independent if X is Poisson.
 

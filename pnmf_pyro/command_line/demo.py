@@ -40,9 +40,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     """Fit, compare and draw."""
-    train, test = thin_counts(
-        load_digits().data, TRAIN_FRACTION, np.random.RandomState(options.seed)
-    )
+    random = np.random.RandomState(options.seed)
+    train, test = thin_counts(load_digits().data, TRAIN_FRACTION, random)
     kept = train.sum(0) > 0
     train, test = train[:, kept], test[:, kept]
     model = fit(

@@ -10,7 +10,7 @@ import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.io
@@ -33,7 +33,7 @@ class CountTable:
     `annotation` is that of the samples and features in an .h5ad file, without the counts.
     """
 
-    X: Any
+    X: np.ndarray | sp.spmatrix | sp.sparray
     sample_names: list[str] | None = None
     feature_names: list[str] | None = None
     annotation: AnnData | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, fields, is_dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pnmf_pyro.estimator.results import (
     STAGE_COLUMNS,
     Fit,
     counts_of,
+    import_optional,
     plain,
     results_of,
 )
@@ -30,16 +32,10 @@ MaybeArray = np.ndarray | None
 logger = logging.getLogger("pnmf_pyro")
 
 
-def import_anndata() -> Any:
+def import_anndata() -> ModuleType:
     """Import anndata, or say how to install it."""
-    try:
-        import anndata
-    except ImportError as error:
-        raise ImportError(
-            "Reading and writing .h5ad files needs anndata. Install it with: "
-            "pip install 'pnmf-pyro[anndata]'"
-        ) from error
-    return anndata
+    need = "Reading and writing .h5ad files needs anndata"
+    return import_optional("anndata", need, "anndata")
 
 
 @dataclass(frozen=True)

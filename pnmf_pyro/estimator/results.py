@@ -9,6 +9,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -218,6 +220,14 @@ def is_anndata(thing: object) -> TypeIs[AnnData]:
     return anndata is not None and isinstance(thing, anndata.AnnData)
 
 
+def import_optional(name: str, need: str, extra: str) -> ModuleType:
+    """Import a package that not everybody needs, or say how to install it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{need}. Install it with: pip install 'pnmf-pyro[{extra}]'") from error
+
+
 def plain(value: object) -> Any:
     """Return a value as numbers, text and lists of these, which files hold.
 
@@ -245,7 +255,7 @@ def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     return X if sp.issparse(X) else np.asarray(X)
 
 
-def counts_of_fit(X: ArrayLike | CountsLike, shape: tuple[int, int]) -> Counts:
+def counts_of_fit(X: CountsLike, shape: tuple[int, int]) -> Counts:
     """Return X as counts; raise a ValueError unless they have the fit's shape (N, D)."""
     counts = check_counts(X)
     if counts.shape != shape:

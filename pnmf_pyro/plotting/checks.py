@@ -22,10 +22,9 @@ RASTERIZED = 1000
 def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.ndarray:
     """Draw a panel for each statistic of a check.
 
-    Where a statistic has a number for each feature or sample, its observed value stands over the
-    mean of the replicated ones, on the line where the model reproduces it; red ones are beyond 95%
-    of their replicated values. A statistic with one number shows the histogram of the replicated
-    ones and a line for the data.
+    Where a statistic has many numbers, observed values stand over the mean of the replicated ones,
+    on the line where the model reproduces them; red ones are beyond 95% of their replicated values.
+    A statistic with one number shows the histogram of the replicated ones and a line for the data.
 
     Parameters
     ----------

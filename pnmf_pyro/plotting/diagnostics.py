@@ -28,8 +28,8 @@ def plot_elbo(
 ) -> Axes:
     """Plot the ELBO against the steps of a fit.
 
-    The vertical axis shows the last nine tenths of the steps in full; the first, often far below,
-    may leave the picture. Where a fit went through several stages, each begins at a light vertical
+    The vertical axis shows the last nine tenths of the steps; the first may leave the picture.
+    Where a fit went through several stages, each begins at a light vertical
     line with its name: from one to the next the ELBO may jump, for it is that of what is trained.
 
     Parameters
@@ -97,10 +97,9 @@ def _elbo_values(history: Fit | ArrayLike, key: str) -> tuple[np.ndarray, Sequen
 def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None) -> Axes:
     """Plot how well samples are predicted without themselves, against the lengthscale.
 
-    All components have the lengthscale of the horizontal axis, all else is as in the fit; marks
-    below show what the fit has learned for each component. Lower is better: what is shown is the
-    distance from the best, up to three times that of the median; more may leave the picture. A flat
-    stretch says that the data do not tell its lengthscales apart.
+    All components have the lengthscale of the horizontal axis; marks below show what the fit has
+    learned for each. Lower is better: shown is the distance from the best, up to three times that
+    of the median. A flat stretch says that the data do not tell its lengthscales apart.
 
     Parameters
     ----------

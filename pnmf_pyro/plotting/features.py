@@ -41,8 +41,7 @@ def plot_top_features(
     n : int
         Number of features of each component.
     by : {'weight', 'specificity'}
-        Score that ranks them and that the bars show, see
-        :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
+        Score that ranks them and that the bars show, see :func:`~pnmf_pyro.feature_scores`.
     components : sequence of int, optional
         Numbers of the components to draw, counted from 0; all unless given.
     axes : array of matplotlib Axes, optional
@@ -91,7 +90,7 @@ def plot_loadings(
     n : int, optional
         Number of features of each component; as many as can be read unless given, from 2 to 8.
     by : {'weight', 'specificity'}
-        Score that ranks them, see :func:`~pnmf_pyro.analysis.interpretation.feature_scores`.
+        Score that ranks them, see :func:`~pnmf_pyro.feature_scores`.
     ax : matplotlib Axes, optional
         Axes to draw in; those of a new figure unless given.
     cmap : str

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
+from pnmf_pyro.estimator.results import import_optional
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -23,13 +25,7 @@ WIDEST = 12.0
 
 def pyplot() -> ModuleType:
     """Import pyplot, or say how to install matplotlib."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib. Install it with: pip install 'pnmf-pyro[plot]'"
-        ) from error
-    return plt
+    return import_optional("matplotlib.pyplot", "Plots need matplotlib", "plot")
 
 
 def new_figure(size: tuple[float, float]) -> Figure:

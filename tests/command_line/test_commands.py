@@ -251,7 +251,7 @@ def test_fit_writes_a_model_and_a_report(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--save-model", "--report"])
 def test_outputs_of_fit_are_checked_before_it(option, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fit, "read_table", lambda options: pytest.fail("it began"))
+    monkeypatch.setattr(fit.shared, "read_table", lambda options: pytest.fail("it began"))
     for name in ("a.txt", "absent/a.npz"):
         arguments = ("--out", tmp_path / "a.h5ad", option, tmp_path / name)
         assert run("fit", folder / "poisson.csv", *arguments) == 2
@@ -262,7 +262,7 @@ def test_a_fault_is_no_answer(folder, monkeypatch, capsys):
     def fail(options):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(fit, "read_table", fail)
+    monkeypatch.setattr(fit.shared, "read_table", fail)
     assert run("fit", folder / "poisson.csv", "--out", folder / "a.npz") == 3
     assert "RuntimeError: broken" in capsys.readouterr().err
 
