@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Change the model
 #
-# The model is a Pyro program of a few lines. A subclass writes another `model`, or the prior writes
-# another one for the factors; `fit_model` trains what comes out. Three changes, each on data
-# simulated from it: a likelihood with overdispersion, the effect of a covariate, and a prior that
-# knows of conditions.
+# The model is a Pyro program of a few lines. A subclass overrides its likelihood, or the prior
+# writes another `model` for the factors; `fit_model` trains what comes out, and so does Pyro's own
+# SVI. Three changes, each on data simulated from it: a likelihood with overdispersion, the effect
+# of a covariate, and a prior that knows of conditions. The page
+# [The model as a Pyro program](../pyro.md) has more.
 
 # %%
 import os
@@ -27,14 +28,13 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from sklearn.metrics import mean_poisson_deviance
+from pyro.infer import SVI
 from torch import nn
 
-from pnmf_pyro import fit_model, match_factors, transforms
+from pnmf_pyro import deviance, fit_model, match_factors, transforms
 from pnmf_pyro.analysis.selection import thin_counts
-from pnmf_pyro.data.batches import take
-from pnmf_pyro.models import ALL, PoissonFactorization
+from pnmf_pyro.data import take
+from pnmf_pyro.models import ALL, FactorizationELBO, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
 
 small = bool(os.environ.get("PNMF_SMALL"))  # fewer samples and steps, for continuous integration
@@ -53,32 +53,23 @@ rate = np.exp(F) @ random.gamma(0.5, 8.0, size=(L, D))
 X = random.negative_binomial(2, 2 / (2 + rate))
 
 # %% [markdown]
-# What `PoissonFactorization` has: `prior.model` draws F and `likelihood` is the Poisson given F,
-# for the samples and features of a batch. Its mean is all that the other likelihood needs. The
-# dispersion is a parameter of the module and is learned with the rest.
+# `likelihood` returns the distribution of the counts given F, for the samples and features of a
+# batch. The Poisson that `PoissonFactorization` has there knows its mean, which is all that the
+# other likelihood needs. The dispersion is a `pyro.param`, and is learned with the rest.
 
 
 # %%
 class NegativeBinomialFactorization(PoissonFactorization):
-    """X_ij ~ NegativeBinomial with mean s_i sum_l W_jl exp F_il and one dispersion r."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.log_r = nn.Parameter(torch.zeros(()))
-
-    def model(self, batch=ALL):
-        samples = batch.plate(self.N)
-        F = self.prior.model(batch, samples)
-        mean, r = self.likelihood(F, batch).mean, self.log_r.exp()
-        with samples, poutine.scale(scale=batch.likelihood_scale):
-            counts = dist.GammaPoisson(r, r / mean).to_event(1)
-            return pyro.sample("X", counts, obs=batch.dense_counts)
+    def likelihood(self, F, batch=ALL):
+        mean, r = super().likelihood(F, batch).mean, pyro.param("log_r", torch.tensor(0.0)).exp()
+        return dist.GammaPoisson(r, r / mean).to_event(1)
 
 
 # %% [markdown]
-# The objective sees that it has no closed form for this likelihood and averages it over draws. The
-# shape is all that a model is told of the data before it is trained, so a tensor without memory
-# will do.
+# The objective sees that it has no closed form for this likelihood, averages it over draws, and
+# says so in the log. The shape is all that a model is told of the data before it is trained, so a
+# tensor without memory will do. A fit has a parameter store of its own, which is that inside
+# `model.apart()`.
 
 # %%
 y = torch.empty(D, N, device="meta")
@@ -88,7 +79,8 @@ for kind in (PoissonFactorization, NegativeBinomialFactorization):
     result = fit_model(model, X, max_iter=steps)
     fits[kind.__name__] = model
     print(f"{result.elbo:10.0f} nats  {kind.__name__}")
-print(f"dispersion {float(model.log_r.detach().exp()):.2f}, 2 in the simulation")
+with model.apart():
+    print(f"dispersion {pyro.param('log_r').detach().exp():.2f}, 2 in the simulation")
 
 # %% [markdown]
 # The bounds are on one scale, constants included, so the difference says how much better these
@@ -137,6 +129,18 @@ for name, model in fits.items():
     print(f"{name}\n{check.verdict()}\n")
 
 # %% [markdown]
+# Nothing here is bound to `fit_model`. Programs and objective are Pyro's, and so may be the
+# training: the parameters are then in the parameter store of the session.
+
+# %%
+torch.manual_seed(0)
+model = NegativeBinomialFactorization(GaussianPrior(y, L), y, L, random_state=0)
+svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 0.05}), FactorizationELBO())
+losses = [svi.step(X) for _ in range(steps)]
+print(f"{-np.mean(losses[-50:]):10.0f} nats by plain SVI, from a random start")
+print(f"dispersion {pyro.param('log_r').detach().exp():.2f}")
+
+# %% [markdown]
 # ## A covariate: two laboratories
 #
 # Half of the samples come from a second laboratory, which sees some features more and others less
@@ -174,12 +178,6 @@ class CovariateFactorization(PoissonFactorization):
         effect = take(self.z, batch.samples, dim=0) @ take(self.B, batch.features)
         return dist.Poisson(super().likelihood(F, batch).mean * effect.exp()).to_event(1)
 
-    def model(self, batch=ALL):
-        samples = batch.plate(self.N)
-        F = self.prior.model(batch, samples)
-        with samples, poutine.scale(scale=batch.likelihood_scale):
-            return pyro.sample("X", self.likelihood(F, batch), obs=batch.dense_counts)
-
 
 # %%
 def expected_counts(model):
@@ -190,11 +188,9 @@ def expected_counts(model):
 
 def train_and_judge(model, train, test, **options):
     result = fit_model(model, train, max_iter=steps, **options)
-    deviance = mean_poisson_deviance(test.ravel(), expected_counts(model).ravel())
-    print(
-        f"{result.elbo:10.0f} nats, held-out deviance {deviance:.3f}  "
-        f"{type(model).__name__}, {type(model.prior).__name__}"
-    )
+    judged = deviance(test, expected_counts(model))
+    names = f"{type(model).__name__}, {type(model.prior).__name__}"
+    print(f"{result.elbo:10.0f} nats, held-out deviance {judged:.3f}  {names}")
 
 
 y = torch.empty(D, N, device="meta")
@@ -202,8 +198,7 @@ plain = PoissonFactorization(GaussianPrior(y, L), y, L)
 adjusted = CovariateFactorization(GaussianPrior(y, L), y, L, covariates=z)
 for model in (plain, adjusted):
     train_and_judge(model, train, test, init="random")
-best = mean_poisson_deviance(test.ravel(), rate.ravel() / 2)
-print(f"{'':17}held-out deviance {best:.3f} of the true rates")
+print(f"{'':17}held-out deviance {deviance(test, rate / 2):.3f} of the true rates")
 
 # %% [markdown]
 # The effects are found. Without them the factors have to tell the laboratories apart, and are worth
@@ -257,7 +252,7 @@ class ConditionPrior(GaussianPrior):
         standard = dist.Normal(torch.zeros_like(self.level_mean), 1.0).to_event(2)
         level = pyro.sample("level", standard)
         mean = take(level, take(self.condition, batch.samples))
-        with self.local_sites(batch, samples):
+        with self.local_plates(batch, samples):
             return pyro.sample("F", dist.Normal(mean, self.scale_pf))
 
     def guide(self, batch, samples):
