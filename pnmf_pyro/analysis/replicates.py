@@ -76,7 +76,7 @@ def replicated_counts(
     generator = torch_generator(random_state)
     while left > 0:
         n = min(group, left)
-        with drawing_from(generator, module.W.device):
+        with module.apart(inherit=True), drawing_from(generator, module.W.device):
             latents = draw_latents(program, n)
             drawn = [_as_tables(draw_counts(module, latents, block), sparse) for block in blocks]
         tables = [_joined(parts) for parts in zip(*drawn, strict=True)]

@@ -43,7 +43,7 @@ class HeavyTailed(GaussianPrior):
     """F_il from a Student t distribution, with the same normal q."""
 
     def model(self, batch, samples):
-        with self.local_sites(batch, samples):
+        with self.local_plates(batch, samples):
             return pyro.sample("F", dist.StudentT(4.0, torch.zeros_like(self.scale_pf), 1.0))
 
 

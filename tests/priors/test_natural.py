@@ -121,9 +121,7 @@ def test_one_step_solves_a_conjugate_problem():
     prior = GaussianPrior(torch.empty(3, 5, dtype=torch.float64), 2, use_natural_gradients=True)
     start = posterior_mean + double(random.uniform(0.1, 2, (2, 5)))
     prior.assign(start, double(random.uniform(0.2, 3, (2, 5))))
-    step_on(
-        prior, lambda q: (((q.loc - y) ** 2 + q.variance) / (2 * t**2)).sum(), SiteSteps(prior)
-    )
+    step_on(prior, lambda q: (((q.loc - y) ** 2 + q.variance) / (2 * t**2)).sum(), SiteSteps(prior))
     q = prior.marginal()
     torch.testing.assert_close(q.loc.detach(), posterior_mean)
     torch.testing.assert_close(q.variance.detach(), torch.full_like(y, 1 / precision))

@@ -70,9 +70,7 @@ def test_draws_have_the_mean_and_covariance(form):
     assert draws.shape == (40_000, 2, 4)
     for l in range(2):
         own = np.diag(S[l])
-        np.testing.assert_array_less(
-            np.abs(draws[:, l].mean(0) - m[l]), 5 * np.sqrt(own / 40_000)
-        )
+        np.testing.assert_array_less(np.abs(draws[:, l].mean(0) - m[l]), 5 * np.sqrt(own / 40_000))
         error = np.sqrt((S[l] ** 2 + np.outer(own, own)) / 40_000)
         np.testing.assert_array_less(np.abs(np.cov(draws[:, l].T) - S[l]), 5 * error)
 
@@ -191,8 +189,6 @@ def test_training_over_samples_is_training_over_inducing_points(batch_size, monk
             warn=False,
         ).history
         ends.append((torch.tensor(history), *prior.marginal().loc, *prior.marginal().scale))
-        assert isinstance(
-            prior._posterior(), NormalOverSamples if most else NormalOverInducing
-        )
+        assert isinstance(prior._posterior(), NormalOverSamples if most else NormalOverInducing)
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other)
