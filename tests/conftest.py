@@ -112,6 +112,13 @@ def kernel(request, monkeypatch) -> str:
 # --- global state
 
 
+@pytest.fixture(autouse=True)
+def own_store():
+    """A parameter store for each test."""
+    with pyro.get_param_store().scope():
+        yield
+
+
 @pytest.fixture
 def users_parameter():
     """A parameter in Pyro's store whose name is one that a careless fit would take for its own."""

@@ -106,7 +106,7 @@ def _draws(
     device = module.W.device
     samples = torch.from_numpy(rows).to(device)
     factors, counts = [], []
-    with drawing_from(torch_generator(random_state), device), module.apart(inherit=True):
+    with module.apart(inherit=True), drawing_from(torch_generator(random_state), device):
         for start in range(0, n_draws, GROUP):
             latents = draw_latents(module.guide, min(GROUP, n_draws - start))
             factors.append(latents.of(samples)["F"].mT.cpu().numpy())

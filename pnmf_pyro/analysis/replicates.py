@@ -72,7 +72,7 @@ def replicated_counts(
     generator = torch_generator(random_state)
     while left > 0:
         n = min(group, left)
-        with drawing_from(generator, module.W.device), module.apart(inherit=True):
+        with module.apart(inherit=True), drawing_from(generator, module.W.device):
             latents = draw_latents(program, n)
             drawn = [_tables(draw_counts(module, latents, block), sparse) for block in blocks]
         tables = [_joined(parts) for parts in zip(*drawn, strict=True)]

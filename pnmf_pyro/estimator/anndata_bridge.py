@@ -70,14 +70,15 @@ class AnnDataKeys:
         there. Keys that are not there, and groups of a fit without space, are ValueErrors. It warns
         where X is not counts and a layer is, and where no `batch_key` tells several sections apart.
         """
-        return self._counts(adata), *self.places(adata, spatial)
+        return self.counts(adata), *self.places(adata, spatial)
 
     def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)
 
-    def _counts(self, adata: AnnData) -> Any:
+    def counts(self, adata: AnnData) -> Any:
+        """Return the counts of an AnnData object, see :meth:`read`."""
         if adata.isbacked and adata.is_view and not self.copy:
             raise ValueError(
                 "adata is a view of a file, to which results cannot be written. Use copy=True, or "

@@ -6,11 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro import poutine
 
-from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import check_counts, check_training
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.random_state import RandomState, check_random_state, torch_generator
+from pnmf_pyro.data.random_state import (
+    RandomState,
+    check_random_state,
+    drawing_from,
+    torch_generator,
+)
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -29,9 +36,12 @@ class ModelFit(TrainingResult):
     ----------
     elbo : float
         ELBO of the trained model in nats, from 50 draws, constants included.
+    model : PoissonFactorization
+        The trained model.
     """
 
     elbo: float = field(kw_only=True)
+    model: PoissonFactorization = field(kw_only=True, repr=False)
 
 
 def fit_model(
@@ -50,16 +60,18 @@ def fit_model(
 
     The steps of :func:`pnmf_pyro.fit` are those of one model, the Poisson factorisation. These need
     nothing but a `model` and a `guide`, so they are for what has been changed: another likelihood,
-    a covariate, another prior. Every parameter of the module is learned; the ELBO is taken in
-    closed form where it has one, see :class:`~pnmf_pyro.models.elbo.FactorizationELBO`.
+    a covariate, another prior. Every parameter of the module is learned, and every parameter of a
+    `pyro.param` statement in its programs; buffers, such as the hyperparameters of kernels, stay.
+    The ELBO is taken in closed form where it has one, see
+    :class:`~pnmf_pyro.models.elbo.FactorizationELBO`.
 
     Parameters
     ----------
     model : PoissonFactorization
         Trained in place; where its loadings and factors stood before plays no part. A change that
         explains what a decomposition of X would put into the factors starts better at random.
-    X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
-        Counts.
+    X : array-like, Tensor, DataFrame, sparse matrix or AnnData of shape (n_samples, n_features)
+        Counts; of an AnnData object its X.
     max_iter : int
         Number of steps. The learning rate rises in the first three tenths and falls to nothing at
         the end (one cycle).
@@ -82,7 +94,8 @@ def fit_model(
     Raises
     ------
     ValueError
-        If X is not of the size that the model was made for, or its loadings have no gradient steps.
+        If X is not of the size that the model was made for, or its loadings or q(F) have no
+        gradient steps.
 
     Warns
     -----
@@ -105,22 +118,32 @@ def fit_model(
     """
     check_training(max_iter=max_iter, tol=0.0, learning_rate=learning_rate)
     objective = FactorizationELBO(model.mode, n_draws)
+    X = AnnDataKeys().counts(X) if hasattr(X, "obsm") else X
     counts = _check_fits(check_counts(X), model).to(model.W.dtype).to(model.W.device)
     random = check_random_state(random_state)
     model.assign(*start_values(counts, model.L, init, random, model.size_factors))
+    _run_once(model, next(Batches(counts, batch_size).one_pass()))
     generator = torch_generator(random)
+    adam = torch.optim.Adam(model.trained_parameters(), lr=learning_rate)
     trained = train(
         model,
         Batches(counts, batch_size, shuffle=batch_size is not None, generator=generator),
         objective,
-        [(GradientSteps(torch.optim.Adam(model.parameters(), lr=learning_rate)), OneCycle())],
+        [(GradientSteps(adam), OneCycle())],
         generator,
         max_iter=max_iter,
         verbose=int(verbose),
     )
     final = FactorizationELBO(model.mode, FINAL_DRAWS)
     elbo = evaluate_elbo(model, Batches(counts, batch_size), final, generator)
-    return ModelFit(trained.history, trained.converged, trained.failure, elbo=elbo)
+    return ModelFit(trained.history, trained.converged, trained.failure, elbo=elbo, model=model)
+
+
+def _run_once(model: PoissonFactorization, batch: Batch) -> None:
+    """Run guide and model, so that their `pyro.param` statements have made their parameters."""
+    with model.apart(), torch.no_grad(), drawing_from(torch_generator(0), model.W.device):
+        trace = poutine.trace(model.guide).get_trace(batch)
+        poutine.replay(model.model, trace=trace)(batch)
 
 
 def _check_fits(counts: Counts, model: PoissonFactorization) -> Counts:
@@ -128,6 +151,11 @@ def _check_fits(counts: Counts, model: PoissonFactorization) -> Counts:
         raise ValueError(
             "loadings_mode='multiplicative' has closed-form steps of the Poisson factorisation "
             "alone; make the model with 'softplus', 'exp' or 'projected'."
+        )
+    if model.prior.natural:
+        raise ValueError(
+            "the prior holds q(F) for natural-gradient steps, and fit_model trains by gradients; "
+            "make it with use_natural_gradients=False."
         )
     if counts.shape != (model.N, model.D):
         raise ValueError(

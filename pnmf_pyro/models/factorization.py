@@ -16,6 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn.module import PyroModule, PyroParam, PyroSample
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES, PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
@@ -163,10 +164,18 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         self._may_warn = True
 
     def _register(self, trains_q: bool) -> None:
-        """Register the parameters in Pyro's store; say so where gradients leave q as it is."""
+        """Register the parameters in Pyro's store, and those that `pyro.param` statements learned.
+
+        Say so, once, where gradients leave q as it is.
+        """
         training, self.training = self.training, False  # or Pyro warns of each frozen parameter
         pyro.module(self.name, self)
         self.training = training
+        store, learned = pyro.get_param_store(), self._statements["params"]
+        for name in learned.keys() - store.keys():
+            constraint = self._statements["constraints"][name]
+            value = transform_to(constraint)(learned[name].detach())
+            learned[name] = pyro.param(name, value, constraint=constraint).unconstrained()
         told = training and self._may_warn and torch.is_grad_enabled()
         if trains_q and told and self.prior.natural and not self.prior.attended:
             self._may_warn = False  # once is enough
@@ -241,8 +250,17 @@ class PoissonFactorization(ReferenceModel, nn.Module):
             self._statements = {"params": params, "constraints": constraints}
 
     def trained_parameters(self) -> list[Tensor]:
-        """Return the parameters of the module, and those of `pyro.param` statements in programs."""
+        """Return the parameters of the module, and those of `pyro.param` statements in programs.
+
+        Statements that have run in :meth:`apart`, that is; the parameters are unconstrained.
+        """
         return [*self.parameters(), *self._statements["params"].values()]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all trained parameters."""
+        super().zero_grad(set_to_none)
+        for parameter in self._statements["params"].values():
+            parameter.grad = None
 
     def assign(self, W: Tensor, exp_F: Tensor, scale: float = 0.1) -> None:
         """Start from loadings W (D, L) and factors exp F (N, L), with a common scale of q(F)."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import Message, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Normal
@@ -87,7 +87,17 @@ class ReferenceModel:
             For a prior without inducing points.
         qF, qU, pU
             For one with them: of the field, and of its whitened values there.
+
+        Raises
+        ------
+        ValueError
+            For places without a spatial prior, and where Pyro calls the module for a program.
         """
+        if am_i_wrapped() or isinstance(idx, Batch | Counts):
+            raise ValueError(
+                "calling the module returns terms of its log-likelihood and makes no sample "
+                "statement. Give Pyro its programs, model.model and model.guide."
+            )
         placed = spatial or coordinates is not None or groups is not None
         if placed and self.prior.places is None:
             raise ValueError(

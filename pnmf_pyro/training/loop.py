@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import pyro
@@ -50,7 +50,7 @@ class TrainingResult:
         What stopped the fit early, where something did.
     """
 
-    history: list[float]
+    history: list[float] = field(repr=False)
     converged: bool = False
     failure: str | None = None
 
@@ -326,7 +326,7 @@ def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
 def _report(
     result: TrainingResult, convergence: Convergence, max_iter: int, warn_unsettled: bool
 ) -> None:
-    n_iter = len(result.history)
+    n_iter, tol = len(result.history), convergence.tol
     if result.failure:
         message = (
             f"The fit stopped: {result.failure}. It is left as it was at iteration {n_iter}, the "
@@ -336,7 +336,7 @@ def _report(
     elif warn_unsettled and not result.converged and convergence.still_rising(result.history):
         message = (
             f"The fit did not converge: the ELBO was still rising after {max_iter} iterations. "
-            "Increase max_iter or learning_rate, or accept a larger tol."
+            f"Increase max_iter or learning_rate{', or accept a larger tol' * bool(tol)}."
         )
         warn(message, ConvergenceWarning)
     else:

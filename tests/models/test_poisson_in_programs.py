@@ -36,12 +36,6 @@ from tests.support.state import drawing
 N, D, L = 20, 5, 2
 
 
-@pytest.fixture(autouse=True)
-def own_store():
-    with pyro.get_param_store().scope():
-        yield
-
-
 @pytest.fixture
 def problem() -> ref.Problem:
     return ref.simulate_problem(3, N=N, D=D, L=L)
