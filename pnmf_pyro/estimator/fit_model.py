@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.checks import check_counts, check_training
-from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.counts import Counts, CountsLike
 from pnmf_pyro.data.random_state import RandomState, check_random_state, torch_generator
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
@@ -36,7 +35,7 @@ class ModelFit(TrainingResult):
 
 def fit_model(
     model: PoissonFactorization,
-    X: Any,
+    X: CountsLike,
     *,
     max_iter: int = 1000,
     learning_rate: float = 0.2,
