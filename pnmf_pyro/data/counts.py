@@ -279,8 +279,9 @@ class SparseCounts(Counts):
 MatrixLike: TypeAlias = Tensor | np.ndarray | sp.spmatrix | sp.sparray
 Table: TypeAlias = np.ndarray | sp.csr_matrix | sp.csr_array
 
-# What a fit takes: tables of pandas and lists of rows as well.
+# What a fit takes: as counts tables of pandas and lists of rows as well, and beside them arrays.
 CountsLike: TypeAlias = Counts | MatrixLike | ArrayLike
+MaybeArray: TypeAlias = ArrayLike | None
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

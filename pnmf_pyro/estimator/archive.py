@@ -10,13 +10,14 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.parameters import FittedEstimator
@@ -32,16 +33,35 @@ from pnmf_pyro.estimator.stages import (
     WarmUp,
 )
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.priors import SVGP, GaussianPrior
+from pnmf_pyro.priors import GaussianPrior, Prior
 
-Model = TypeVar("Model", bound=FittedEstimator)
+
+class Saved(FittedEstimator, Protocol):
+    """A fitted :class:`~pnmf_pyro.PNMF`, with what else a file holds of it."""
+
+    history_: History
+    n_iter_: int
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name."""
+
+    def _publish(self, model: PoissonFactorization) -> None:
+        """Make a model readable as this estimator's."""
+
+
+Model = TypeVar("Model", bound=Saved)
+Arrays = dict[str, np.ndarray]
 
 FORMAT = "pnmf_pyro"
 FORMAT_VERSION = 2
 _HEADER = "header"
 
 
-def write_archive(path: str | os.PathLike, header: dict[str, Any], arrays: dict[str, Any]) -> None:
+def write_archive(
+    path: str | os.PathLike, header: dict[str, Any], arrays: Mapping[str, ArrayLike]
+) -> None:
     """Write arrays and a JSON header to one file, which appears whole or not at all.
 
     A folder that does not exist, and arrays of objects, are a ValueError.
@@ -49,14 +69,14 @@ def write_archive(path: str | os.PathLike, header: dict[str, Any], arrays: dict[
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path must be in an existing folder; there is no {path.parent}.")
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
+    held = {name: np.asarray(array) for name, array in arrays.items()}
+    if objects := [name for name, array in held.items() if array.dtype.hasobject]:
         raise ValueError(f"arrays must hold numbers or text; {objects} hold Python objects.")
     text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **header})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            content: dict[str, Any] = {_HEADER: np.array(text), **arrays}
+            content: dict[str, Any] = {_HEADER: np.array(text), **held}
             np.savez_compressed(file, **content)
         os.replace(temporary, path)
     except BaseException:
@@ -125,7 +145,7 @@ NAMES = {
 }
 
 
-def write_model(path: str | os.PathLike, model: FittedEstimator) -> None:
+def write_model(path: str | os.PathLike, model: Saved) -> None:
     """Write a fitted estimator to one file; an object of the user in it is a ValueError."""
     names = {held: name for name, held in NAMES.items()}
     header = {
@@ -143,7 +163,7 @@ def write_model(path: str | os.PathLike, model: FittedEstimator) -> None:
     write_archive(path, header, arrays)
 
 
-def plain_parameters(model: FittedEstimator) -> dict[str, Any]:
+def plain_parameters(model: Saved) -> dict[str, Any]:
     """Return the parameters of an estimator as values that JSON can hold.
 
     An object of the user, for which a file has no name, is a ValueError.
@@ -153,7 +173,7 @@ def plain_parameters(model: FittedEstimator) -> dict[str, Any]:
         if name == "random_state" and not isinstance(value, int | np.integer):
             value = None  # it is only where a seed came from
         elif name == "stages" and value is not None:
-            value = [{"stage": type(one).__name__, **asdict(one)} for one in value]
+            value = [_plain(one) for one in value]
         elif isinstance(value, np.generic):
             value = value.item()
         elif isinstance(value, tuple | np.ndarray):
@@ -210,9 +230,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.nd
     return model
 
 
-def _prior(
-    model: FittedEstimator, state: dict[str, torch.Tensor], y: torch.Tensor
-) -> GaussianPrior | SVGP | Any:
+def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Prior:
     """Make the prior that the arrays of a file belong to."""
     if "prior.place_coordinates" not in state:
         natural = "prior.q.theta1" in state
@@ -229,6 +247,11 @@ def _prior(
     for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
         getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
     return prior
+
+
+def _plain(stage: Any) -> dict[str, Any]:
+    """A stage as its name and values."""
+    return {"stage": type(stage).__name__, **asdict(stage)}
 
 
 def _stages(plain: Sequence[dict[str, Any]] | None) -> tuple[Stage, ...] | None:
@@ -270,21 +293,21 @@ def _stages_of_version_1(extra: dict[str, Any], old: dict[str, Any]) -> list[dic
     searches = learns or extra["warm_up"] or not isinstance(old["kernel"], str)
     restores = extra["restore_spread"] and weight != 1
     last = Settle(kl_weight=weight)
-    stages: list[Any] = [WarmUp(weight)] if extra["warm_up"] else []
+    stages: list[Stage] = [WarmUp(weight)] if extra["warm_up"] else []
     if old["spatial"] and searches:
         stages = stages or [Settle("lower-bound", weight)]
         stages.append(LearnHyperparameters(extra["criterion"]))
     elif old["mode"] == "lower-bound":  # a warm-up would have been the same
         stages = []
     stages.append(last)
-    refined: list[Any] = [RestoreSpread()] if restores else []
+    refined: list[Stage] = [RestoreSpread()] if restores else []
     if old["local"] and extra["rank"]:
         refined.append(Correlate(extra["rank"]))
     if refined:
         stages += [*refined, SettleLoadings(shrink) if restores else last]
     if shrink and not restores:
         stages.append(SettleLoadings(True))
-    return [{"stage": type(one).__name__, **asdict(one)} for one in stages]
+    return [_plain(one) for one in stages]
 
 
 def _covariance_form(theta1: np.ndarray, theta2: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from pyro import poutine
 
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import check_counts, check_training
-from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.counts import Counts, CountsLike
 from pnmf_pyro.data.random_state import (
     RandomState,
     check_random_state,
@@ -46,7 +45,7 @@ class ModelFit(TrainingResult):
 
 def fit_model(
     model: PoissonFactorization,
-    X: Any,
+    X: CountsLike,
     *,
     max_iter: int = 1000,
     learning_rate: float = 0.2,

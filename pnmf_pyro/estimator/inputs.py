@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import scipy.sparse as sp
 import torch
@@ -17,7 +16,7 @@ from pnmf_pyro.data.checks import (
     warn,
     warn_empty,
 )
-from pnmf_pyro.data.counts import Counts, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray, as_counts
 from pnmf_pyro.data.places import (
     GroupCodes,
     Places,
@@ -40,7 +39,7 @@ class Data:
 
 
 def check_places(
-    settings: Settings, coordinates: Any, groups: Any, n_samples: int
+    settings: Settings, coordinates: MaybeArray, groups: MaybeArray, n_samples: int
 ) -> tuple[Places | None, GroupCodes | None]:
     """Check where the samples of a fit are; places that cannot be used are a ValueError."""
     if not settings.spatial:
@@ -75,7 +74,7 @@ def _lengthscales(settings: Settings) -> list[float]:
     return [settings.lengthscale]
 
 
-def refuse_places(coordinates: Any, groups: Any) -> None:
+def refuse_places(coordinates: MaybeArray, groups: MaybeArray) -> None:
     """Raise a ValueError where places are given to a model that is not spatial."""
     if coordinates is not None or groups is not None:
         raise ValueError(
@@ -95,7 +94,7 @@ def learned(settings: Settings) -> list[str]:
     return [name for name in HYPERPARAMETERS if name in named]
 
 
-def check_table(settings: Settings, X: Any, reset: bool) -> Counts:
+def check_table(settings: Settings, X: CountsLike, reset: bool) -> Counts:
     """Check counts of samples, and put them on the device of the fit.
 
     The estimator takes note of the features of a fit (`reset`); other samples must have them.
@@ -118,7 +117,7 @@ def check_table(settings: Settings, X: Any, reset: bool) -> Counts:
 
 
 def check_new(
-    model: FittedEstimator, X: Any, size_factors: Any
+    model: FittedEstimator, X: CountsLike, size_factors: MaybeArray
 ) -> tuple[Counts, torch.Tensor, torch.Tensor | None]:
     """Check new samples; return counts, the loadings (D, L) of the fit, and size factors."""
     counts = check_table(model, X, reset=False)
@@ -126,7 +125,9 @@ def check_new(
     return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
 
 
-def encode_places(model: FittedEstimator, coordinates: Any, groups: Any, n_samples: int) -> Places:
+def encode_places(
+    model: FittedEstimator, coordinates: MaybeArray, groups: MaybeArray, n_samples: int
+) -> Places:
     """Check new places against those of the fit, and give their groups the codes of it.
 
     A model that is not spatial, and places that do not fit it, are a ValueError.

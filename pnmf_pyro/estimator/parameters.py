@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from math import inf
 from typing import Any, Protocol
 
 import numpy as np
+from pyro.contrib.gp.kernels import Kernel
 from sklearn.utils import check_random_state
 
 from pnmf_pyro.custom_modules import POSITIVE_MODES
@@ -52,7 +53,7 @@ class Settings(Protocol):
     random_state: RandomState
     verbose: bool | int
     device: str
-    init: Any
+    init: str | list[str | None] | tuple[str | None, ...] | None
     scheduler: str | None
     scheduler_patience: int
     scheduler_factor: float
@@ -65,7 +66,7 @@ class Settings(Protocol):
     shuffle: bool
     spatial: bool
     local: bool
-    kernel: Any
+    kernel: str | Kernel | SpatialKernel | Sequence[str | Kernel]
     multigroup: bool
     num_inducing: int
     lengthscale: float
@@ -81,9 +82,9 @@ class Settings(Protocol):
     neighbors: str
     scale_ll_D: bool
     scale_kl_NM: bool
-    scale_pf: Any
+    scale_pf: float | str
     learn: Sequence[str]
-    stages: Sequence[Any] | None
+    stages: Sequence[object] | None
     prior: Prior | None
     likelihood: Likelihood | None
 
@@ -93,19 +94,19 @@ class FittedEstimator(Settings, Protocol):
 
     components_: np.ndarray
     n_components_: int
-    groups_: list[Any] | None
+    groups_: list[Hashable] | None
     model_: PoissonFactorization
     elbo_: float
 
 
-def _check_random_state(name: str, value: Any) -> None:
+def _check_random_state(name: str, value: object) -> None:
     try:
         check_random_state(value)
     except ValueError as error:
         raise ValueError(f"{name} must be an int, a RandomState or None; got {value!r}.") from error
 
 
-def _check_init(name: str, value: Any) -> None:
+def _check_init(name: str, value: object) -> None:
     named = value if isinstance(value, list | tuple) else [value]
     if not named:
         raise ValueError(f"{name} must name at least one start; got none.")
@@ -123,7 +124,7 @@ def _check_scale(name: str, value: Any) -> None:
         check_positive(name, value)
 
 
-def _check_learn(name: str, value: Any) -> None:
+def _check_learn(name: str, value: object) -> None:
     if isinstance(value, str) or not isinstance(value, Collection):
         raise ValueError(f"{name} must be a tuple of names among {HYPERPARAMETERS}; got {value!r}.")
     for one in value:
@@ -139,7 +140,7 @@ def _check_stages(name: str, value: Any) -> None:
         )
 
 
-def _check_prior(name: str, value: Any) -> None:
+def _check_prior(name: str, value: object) -> None:
     if not isinstance(value, Prior):
         raise ValueError(
             f"{name} must be a pnmf_pyro.priors.Prior, made for n_components and the samples of X; "
@@ -147,7 +148,7 @@ def _check_prior(name: str, value: Any) -> None:
         )
 
 
-def _check_likelihood(name: str, value: Any) -> None:
+def _check_likelihood(name: str, value: object) -> None:
     if not callable(value):
         raise ValueError(
             f"{name} must be a function, or a torch module, of (poisson, batch) that returns the "

@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from pyro.contrib.gp.kernels import Kernel
+from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
@@ -57,9 +58,9 @@ def make_model(
     shape, dtype = data.counts.shape[::-1], data.counts.dtype
     y = torch.empty(shape, dtype=dtype, device="meta")
     if settings.prior is not None:
-        prior = _own_prior(settings, data)
+        prior: Prior = _own_prior(settings.prior, settings.n_components, data)
     elif data.places is None:
-        scale = 1.0 if settings.scale_pf == "auto" else settings.scale_pf
+        scale = 1.0 if isinstance(settings.scale_pf, str) else settings.scale_pf
         natural = settings.training_mode == "natural"
         prior = GaussianPrior(y, settings.n_components, scale, natural)
     else:
@@ -76,10 +77,9 @@ def make_model(
     return model.to(data.counts.device)
 
 
-def _own_prior(settings: Settings, data: Data) -> Prior:
+def _own_prior(given: Prior, L: int, data: Data) -> Prior:
     """Copy a prior that was passed as an object: a fit leaves what it was given alone."""
-    prior = copy.deepcopy(settings.prior)
-    n, L = data.counts.shape[0], settings.n_components
+    prior, n = copy.deepcopy(given), data.counts.shape[0]
     if (n, L) != (prior.N, prior.L):
         raise ValueError(
             f"prior must be over n_components={L} components and the {n} samples of X; it is over "
@@ -132,11 +132,12 @@ def spatial_prior(
 def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> SpatialKernel:
     """The covariance of the fields, with hyperparameters for each component where learned."""
     if isinstance(settings.kernel, SpatialKernel):
-        return _own_kernel(settings, places)
-    kernels, a, distances = settings.kernel, settings.group_diff_param, None
+        return _own_kernel(settings.kernel, settings, places)
+    kernels, a = settings.kernel, settings.group_diff_param
+    distances: Tensor | np.ndarray | None = None
     if isinstance(kernels, MultiGroupKernel):
-        kernels, a = kernels.kern, float(kernels.group_diff_param.detach())
-        distances = settings.kernel.group_distances
+        a, distances = float(kernels.group_diff_param.detach()), kernels.group_distances
+        kernels = kernels.kern
         if groups is None:
             raise ValueError(
                 "kernel is one over groups, and multigroup=False. Set multigroup=True and pass "
@@ -166,9 +167,9 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     return kernel
 
 
-def _own_kernel(settings: Settings, places: Places) -> SpatialKernel:
+def _own_kernel(given: SpatialKernel, settings: Settings, places: Places) -> SpatialKernel:
     """Copy a covariance that was passed with all its hyperparameters."""
-    kernel: SpatialKernel = copy.deepcopy(settings.kernel)
+    kernel = copy.deepcopy(given)
     if kernel.is_grouped != settings.multigroup:
         raise ValueError(
             f"kernel has {'' if kernel.is_grouped else 'no '}group_distances, and multigroup="
@@ -189,7 +190,8 @@ def make_runs(
 ) -> list[Run]:
     """Return what the stages of a fit do, one after another."""
     draft = Draft(settings, data.counts, model, random, learned(settings))
-    stages = default_stages(settings, model.prior) if settings.stages is None else settings.stages
+    given = cast(Sequence[Stage] | None, settings.stages)
+    stages = default_stages(settings, model.prior) if given is None else given
     runs = [stage.plan(draft) for stage in stages]
     if not runs or runs[0].training is None:
         raise ValueError(
@@ -226,7 +228,7 @@ class History(list):
         divergence counts with its weight.
     """
 
-    def __init__(self, values: Iterable[float] = (), stages: Iterable[Sequence[Any]] = ()):
+    def __init__(self, values: Iterable[float] = (), stages: Iterable[Sequence] = ()):
         super().__init__(values)
         self.stages = [(str(name), int(first), int(last)) for name, first, last in stages]
 

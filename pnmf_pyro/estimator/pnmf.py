@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from pnmf_pyro.data.checks import check_callback, check_size_factors
+from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.archive import read_model, write_model
 from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
@@ -247,45 +250,35 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def fit(
         self,
-        X: Any,
-        y: Any = None,
-        coordinates: Any = None,
-        groups: Any = None,
+        X: CountsLike,
+        y: object = None,
+        coordinates: MaybeArray = None,
+        groups: MaybeArray = None,
         return_history: bool = False,
         callback: Callback | None = None,
         callback_interval: int = 100,
         *,
-        size_factors: Any = None,
+        size_factors: MaybeArray = None,
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
+
+        What cannot be used is a ValueError. A ConvergenceWarning says that a stage ended while the
+        ELBO still rose, or that the ELBO ceased to be finite.
 
         Parameters
         ----------
         X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
             Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
         y : ignored
-        coordinates : array-like of shape (n_samples, p), optional
-            Places of a spatial model, in any unit.
-        groups : array-like of shape (n_samples,), optional
-            Labels of a multi-group model.
+        coordinates, groups : array-like of shape (n_samples, p) and (n_samples,), optional
+            Places of a spatial model, in any unit, and labels of a multi-group model.
         return_history : bool
             Whether to return (history, self), where history is the list of ELBO values.
-        callback : callable, optional
+        callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
             `components_` and the factors are those of that step.
-        callback_interval : int
         size_factors : array-like of shape (n_samples,), optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
-
-        Raises
-        ------
-        ValueError
-            For input or parameters that cannot be used.
-
-        Warns
-        -----
-        ConvergenceWarning
-            If a stage ended while the ELBO still rose, or the ELBO ceased to be finite.
         """
         check_callback(callback, callback_interval)
         check_parameters(self)
@@ -305,14 +298,24 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return (self.history_, self) if return_history else self
 
     def fit_transform(
-        self, X: Any, y: Any = None, coordinates: Any = None, groups: Any = None, **kwargs: Any
+        self,
+        X: CountsLike,
+        y: object = None,
+        coordinates: MaybeArray = None,
+        groups: MaybeArray = None,
+        **kwargs: Any,
     ) -> np.ndarray:
         """Fit the model as :meth:`fit` does, and return its factors E exp F, (N, L)."""
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
         return np.asarray(get_factors(self))
 
     def transform(
-        self, X: Any, coordinates: Any = None, groups: Any = None, *, size_factors: Any = None
+        self,
+        X: CountsLike | None,
+        coordinates: MaybeArray = None,
+        groups: MaybeArray = None,
+        *,
+        size_factors: MaybeArray = None,
     ) -> np.ndarray:
         """Find factors exp F of new samples, given the fit.
 
@@ -329,7 +332,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return new_factors(self, X, coordinates, groups, size_factors)
 
-    def inverse_transform(self, transformed: Any, *, totals: Any = None) -> np.ndarray:
+    def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
         """Return expected counts (N, D): factors exp F (N, L) times `components_`.
 
         Known `totals` (N,) of samples are shared out in proportion to the rates (multinomial).
@@ -340,12 +343,12 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def score(
         self,
-        X: Any,
-        y: Any = None,
-        coordinates: Any = None,
-        groups: Any = None,
+        X: CountsLike,
+        y: object = None,
+        coordinates: MaybeArray = None,
+        groups: MaybeArray = None,
         *,
-        size_factors: Any = None,
+        size_factors: MaybeArray = None,
     ) -> float:
         """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
@@ -356,7 +359,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return mean_log_likelihood(self, X, coordinates, groups, size_factors)
 
-    def encode_places(self, coordinates: Any, groups: Any, n_samples: int) -> Places:
+    def encode_places(self, coordinates: MaybeArray, groups: MaybeArray, n_samples: int) -> Places:
         """Check `n_samples` new places, and give their groups the codes that the fit has."""
         return encode_places(self, coordinates, groups, n_samples)
 
@@ -382,7 +385,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _n_features_out(self) -> int:
         return self.n_components_
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.input_tags.positive_only = True

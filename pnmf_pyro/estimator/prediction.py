@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.estimator.inputs import check_new, encode_places, refuse_places
 from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.models import PoissonFactors
@@ -17,7 +17,11 @@ from pnmf_pyro.transforms import get_factors
 
 
 def new_factors(
-    model: FittedEstimator, X: Any, coordinates: Any, groups: Any, size_factors: Any
+    model: FittedEstimator,
+    X: CountsLike | None,
+    coordinates: MaybeArray,
+    groups: MaybeArray,
+    size_factors: MaybeArray,
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
     if model.model_.prior.places is None:
@@ -33,7 +37,9 @@ def new_factors(
     return np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
 
 
-def expected_counts(model: FittedEstimator, transformed: Any, totals: Any) -> np.ndarray:
+def expected_counts(
+    model: FittedEstimator, transformed: ArrayLike, totals: MaybeArray
+) -> np.ndarray:
     """Return expected counts for factors, see :meth:`PNMF.inverse_transform`."""
     factors = check_array("transformed", transformed)
     if factors.ndim != 2 or factors.shape[1] != model.n_components_:
@@ -54,7 +60,11 @@ def expected_counts(model: FittedEstimator, transformed: Any, totals: Any) -> np
 
 
 def mean_log_likelihood(
-    model: FittedEstimator, X: Any, coordinates: Any, groups: Any, size_factors: Any
+    model: FittedEstimator,
+    X: CountsLike,
+    coordinates: MaybeArray,
+    groups: MaybeArray,
+    size_factors: MaybeArray,
 ) -> float:
     """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
     if model.likelihood is not None:

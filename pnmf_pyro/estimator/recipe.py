@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pnmf_pyro.data.checks import check_choice, check_counts, library_size_factors
+from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY, is_anndata
@@ -20,6 +22,9 @@ from pnmf_pyro.estimator.stages import (
     WarmUp,
 )
 from pnmf_pyro.priors import Prior
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -88,12 +93,12 @@ PRIORS = {
 
 
 def fit(
-    X: Any,
-    coords: Any = None,
-    groups: Any = None,
+    X: CountsLike | AnnData,
+    coords: MaybeArray = None,
+    groups: MaybeArray = None,
     *,
     n_components: int = 10,
-    size_factors: Any = None,
+    size_factors: MaybeArray = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -172,8 +177,12 @@ def fit(
 
 
 def _fit_anndata(
-    adata: Any, keys: AnnDataKeys, n_components: int, size_factors: Any, parameters: dict[str, Any]
-) -> Any:
+    adata: AnnData,
+    keys: AnnDataKeys,
+    n_components: int,
+    size_factors: MaybeArray,
+    parameters: dict[str, Any],
+) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
     model = _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
@@ -183,17 +192,20 @@ def _fit_anndata(
 
 
 def _fit_arrays(
-    X: Any,
-    coords: Any,
-    groups: Any,
+    X: CountsLike,
+    coords: MaybeArray,
+    groups: MaybeArray,
     n_components: int,
-    size_factors: Any,
+    size_factors: MaybeArray,
     parameters: dict[str, Any],
 ) -> PNMF:
     if isinstance(size_factors, str):
         check_choice("size_factors", size_factors, ("total",))
         size_factors = library_size_factors(check_counts(X))
-    recipe = RECIPE if coords is None else _spatial(len(coords), groups, parameters)
+    recipe, n_places = RECIPE, 0
+    if coords is not None:
+        n_places = len(cast(Sized, coords))
+        recipe = _spatial(n_places, groups, parameters)
     if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
         recipe = {**recipe, **ANY_LIKELIHOOD}
     chosen = {**recipe, **parameters}
@@ -203,14 +215,14 @@ def _fit_arrays(
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)
     if model.spatial:
-        logger.info("%d places, %s", len(coords), PRIORS[model.local])
+        logger.info("%d places, %s", n_places, PRIORS[model.local])
     model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
     return model
 
 
-def _spatial(n_samples: int, groups: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+def _spatial(n_samples: int, groups: MaybeArray, parameters: dict[str, Any]) -> dict[str, Any]:
     """The recipe in space, by size, groups and what the user wants otherwise."""
     few = n_samples <= ALL_INDUCING
     chosen = {**SPATIAL, "num_inducing": n_samples if few else INDUCING, "local": not few}
