@@ -175,7 +175,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         for name in learned.keys() - store.keys():
             constraint = self._statements["constraints"][name]
             value = transform_to(constraint)(learned[name].detach())
-            learned[name] = pyro.param(name, value, constraint=constraint).unconstrained()
+            kept: Any = pyro.param(name, value, constraint=constraint)
+            learned[name] = kept.unconstrained()
         told = training and self._may_warn and torch.is_grad_enabled()
         if trains_q and told and self.prior.natural and not self.prior.attended:
             self._may_warn = False  # once is enough

@@ -85,13 +85,12 @@ def _elbo_values(history: Fit | ArrayLike, key: str) -> tuple[np.ndarray, Sequen
         values = check_array("history", history).astype(np.float64)
         return values, getattr(history, "stages", ())
     found = results_of(history, key)
-    values = found.elbo_history
-    if values is None:
+    if found.elbo_history is None:
         raise ValueError(
             f"history must be the ELBO at each step, or a fit that keeps it; a "
             f"{type(history).__name__} does not. Pass what fit_model returned, or the values."
         )
-    return values, found.stages
+    return found.elbo_history, found.stages
 
 
 def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None) -> Axes:
