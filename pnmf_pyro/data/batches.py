@@ -1,11 +1,12 @@
-"""What the user gives, checked once at the door: counts, size factors, and batches of them."""
+"""Batches of counts, which are what one step of training sees, and selection along a dimension."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from pnmf_pyro.data.counts import Counts
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+# What selects along one dimension.
+Index: TypeAlias = Tensor | np.ndarray | slice | Sequence[int] | Sequence[bool]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Batch:
     counts : Counts of shape (n, d), optional
         Observed counts; None to draw them from the model.
     samples, features : Tensor of int64, optional
-        Which samples and features of the data the counts are; None for all.
+        Numbers of the samples and features that the counts are of; None for all.
     likelihood_scale, prior_scale : float
         Factors on the log-likelihood and on the KL of each sample, beside the N/n of the plate.
     """
@@ -48,11 +52,10 @@ class Batch:
         return pyro.plate("samples", n_samples, subsample=subsample, dim=-1)
 
 
-def take(values: MaybeTensor, index: Any, dim: int = -1) -> MaybeTensor:
+def take(values: MaybeTensor, index: Index | None, dim: int = -1) -> MaybeTensor:
     """Select `index` along `dim`; all of it if the index is None, None if there are no values.
 
-    The index is a tensor of whole numbers, or anything else that selects from one dimension, such
-    as a list, an array, a slice or a mask.
+    The index is a tensor of whole numbers, or a list, an array, a slice or a mask.
     """
     if index is None or values is None:
         return values
@@ -76,9 +79,8 @@ def put(values: Tensor, new: Tensor, index: Tensor | None) -> None:
 class Batches:
     """An endless stream of batches of a data set.
 
-    A pass over the samples visits each once, in batches of `batch_size` of which the last may be
-    smaller; there is one such pass for each batch of features. A batch that covers everything is
-    the data set itself.
+    A pass over the samples visits each once, and the last batch may be smaller. There is one such
+    pass for each batch of features. A batch that covers everything is the data set itself.
 
     Parameters
     ----------
@@ -86,13 +88,10 @@ class Batches:
     batch_size, y_batch_size : int, optional
         Samples and features in a batch; all of them unless given.
     shuffle : bool
-        Visit in a new random order in each pass, and in the given order otherwise.
-    scale_ll_D : bool
-        Scale the likelihood of a batch of features by D/d, so that it estimates that of all.
-    scale_kl_NM : bool
-        Scale the KL of a batch of samples by N/n likewise.
+        Whether each pass visits in a new random order, which `generator` draws.
+    scale_ll_D, scale_kl_NM : bool
+        Whether the likelihood of a batch is scaled by D/d, and its KL by N/n, as estimates of all.
     generator : torch.Generator, optional
-        Source of the random order; needed where `shuffle` is true.
     """
 
     counts: Counts
@@ -113,8 +112,7 @@ class Batches:
 
     def one_pass(self) -> Iterator[Batch]:
         """Iterate once over all samples in their order, each batch with all features."""
-        N = self.counts.shape[0]
-        for samples in _split(torch.arange(N), self.batch_size or N):
+        for samples in _split(torch.arange(self.counts.shape[0]), self.batch_size):
             yield self.batch(samples, None)
 
     def batch(self, samples: Tensor | None, features: Tensor | None) -> Batch:
@@ -137,14 +135,11 @@ class Batches:
         )
 
     def _pieces(self, size: int, batch_size: int | None) -> Sequence[Tensor | None]:
-        if batch_size is None or batch_size >= size:
-            return (None,)
-        order = torch.arange(size)
-        if self.shuffle:
-            order = torch.randperm(size, generator=self.generator)
-        return _split(order, batch_size)
+        if not self.shuffle or batch_size is None or batch_size >= size:
+            return _split(torch.arange(size), batch_size)
+        return _split(torch.randperm(size, generator=self.generator), batch_size)
 
 
-def _split(order: Tensor, size: int) -> Sequence[Tensor | None]:
+def _split(order: Tensor, size: int | None) -> Sequence[Tensor | None]:
     """Cut into pieces of `size`, the last perhaps smaller; one piece is no index at all."""
-    return (None,) if size >= len(order) else order.split(size)
+    return (None,) if size is None or size >= len(order) else order.split(size)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,29 +16,26 @@ from torch import Tensor, nn
 
 from pnmf_pyro.data.counts import Counts, as_counts
 
+Choice = TypeVar("Choice")
+
 DEVICES = ("cpu", "cuda", "mps", "auto")
+
+# Names that a message lists.
+NAMED_AT_MOST = 5
 
 # Folder of the package, with the separator at its end.
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of something at the line of the user's code that led to it.
-
-    Parameters
-    ----------
-    message : str
-        What is the matter and what to do about it.
-    category : type of Warning
-        Kind of the warning.
-    """
+    """Warn of something at the line of the user's code that led to it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
+def check_choice(name: str, value: Choice, choices: Collection[object]) -> Choice:
     """Return `value` if it is one of `choices`; raise a ValueError naming `name` otherwise."""
     if not any(value is choice or value == choice for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
@@ -53,7 +50,7 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
-def check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: object) -> int:
     """Return `value` if it is a whole number of at least 1; raise a ValueError otherwise."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
@@ -61,7 +58,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_number(
-    name: str, value: Any, low: float = -float("inf"), high: float = float("inf")
+    name: str, value: float, low: float = -float("inf"), high: float = float("inf")
 ) -> float:
     """Return `value` if it is a number from `low` to `high`; raise a ValueError otherwise."""
     if not isinstance(value, Real) or not low <= value <= high:
@@ -70,7 +67,7 @@ def check_number(
     return value
 
 
-def check_flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: object) -> bool:
     """Return `value` if it is true or false; raise a ValueError otherwise."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False; got {value!r}.")
@@ -78,13 +75,9 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_array(name: str, values: Any) -> np.ndarray:
-    """Return numbers as an array on the CPU; raise a ValueError naming `name` for anything else.
+    """Return real numbers as an array on the CPU; raise a ValueError for anything else.
 
-    Parameters
-    ----------
-    name : str
-    values : array-like, Tensor, sparse matrix or DataFrame
-        Real numbers; float32 stays float32, and everything else becomes float64.
+    Sparse input becomes dense. float32 stays float32, and everything else becomes float64.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().to_dense()
@@ -107,7 +100,7 @@ def check_output_path(name: str, path: str | Path, endings: tuple[str, ...]) -> 
     return path
 
 
-def check_callback(callback: Any, interval: Any) -> None:
+def check_callback(callback: object, interval: int) -> None:
     """Raise a ValueError unless the callback can be called every `interval` steps."""
     if callback is not None and not callable(callback):
         raise ValueError(
@@ -121,22 +114,13 @@ def check_training(*, max_iter: int, tol: float, E: int = 1, learning_rate: floa
     check_count("max_iter", max_iter)
     check_count("E", E)
     check_positive("learning_rate", learning_rate)
-    if not isinstance(tol, Real) or not tol >= 0:
-        raise ValueError(f"tol must be a number of at least 0; got {tol!r}. 0 goes on to max_iter.")
+    check_number("tol", tol, low=0)
 
 
 def check_device(device: str) -> torch.device:
-    """Choose the device to compute on.
+    """Return the device to compute on; raise a ValueError for one that cannot be used.
 
-    Parameters
-    ----------
-    device : {'cpu', 'cuda', 'mps', 'auto'}
-        ``'auto'`` takes CUDA where there is one and the CPU otherwise.
-
-    Raises
-    ------
-    ValueError
-        For another word, and for a device that this machine does not have or that lacks float64.
+    'auto' takes CUDA where there is one and the CPU otherwise.
     """
     check_choice("device", device, DEVICES)
     if device == "mps":
@@ -154,7 +138,10 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-NAMED_AT_MOST = 5
+def some_of(names: Sequence[object]) -> str:
+    """Return the first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+    return ", ".join(map(str, names[:NAMED_AT_MOST])) + more
 
 
 def check_counts(X: Any) -> Counts:
@@ -163,12 +150,7 @@ def check_counts(X: Any) -> Counts:
     Parameters
     ----------
     X : ndarray, Tensor, scipy sparse matrix, pandas DataFrame or Counts of shape (N, D)
-        Finite and non-negative. Sparse input stays sparse.
-
-    Returns
-    -------
-    Counts
-        float64 where X is float64 and float32 otherwise.
+        Finite and non-negative. Sparse input stays sparse, and what is not float64 becomes float32.
 
     Raises
     ------
@@ -182,7 +164,11 @@ def check_counts(X: Any) -> Counts:
         For entries that are not whole numbers.
     """
     counts = check_matrix(X)
-    _warn_not_whole(counts.values)
+    if not counts.whole:
+        warn(
+            "X is not made of counts (whole numbers). The Poisson likelihood accepts it, but its "
+            "uncertainty is right for raw counts only: pass them if you have them.",
+        )
     return counts
 
 
@@ -194,14 +180,7 @@ def check_matrix(X: Any) -> Counts:
 
 
 def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> None:
-    """Warn of samples and of features without any counts, with their number and names.
-
-    Parameters
-    ----------
-    counts : Counts of shape (N, D)
-    feature_names : sequence of str, optional
-        Column numbers stand in for names where there are none.
-    """
+    """Warn of samples and features without counts, with their number and their names, if known."""
     ones = counts.values.new_ones(counts.shape[0], 1)
     column_totals = counts.transposed_matmul(counts.values, ones)[:, 0]
     _warn_empty("samples", counts.row_totals)
@@ -209,9 +188,10 @@ def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> No
 
 
 def _numeric_matrix(X: Any) -> Any:
+    """Return counts, a tensor, a sparse matrix or an array of numbers, of two dimensions."""
     if isinstance(X, (Counts, Tensor)) or hasattr(X, "tocsr"):
         matrix = X
-    elif hasattr(X, "dtypes") and hasattr(X, "sparse") and _all_sparse(X):
+    elif hasattr(X, "sparse") and all("Sparse" in str(kind) for kind in X.dtypes):
         matrix = X.sparse.to_coo()
     else:
         matrix = np.asarray(X)
@@ -225,10 +205,6 @@ def _numeric_matrix(X: Any) -> Any:
     if isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "biuf":
         return _as_numbers(matrix)
     return matrix
-
-
-def _all_sparse(frame: Any) -> bool:
-    return all(hasattr(kind, "subtype") and "Sparse" in str(kind) for kind in frame.dtypes)
 
 
 def _as_numbers(matrix: np.ndarray) -> np.ndarray:
@@ -258,44 +234,24 @@ def _check_entries(values: Tensor) -> None:
         )
 
 
-def _warn_not_whole(values: Tensor) -> None:
-    if bool((values != values.round()).any()):
-        warn(
-            "X is not made of counts (whole numbers). The Poisson likelihood accepts it, but its "
-            "uncertainty is right for raw counts only: pass them if you have them.",
-        )
-
-
 def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:
     empty = torch.nonzero(totals == 0)[:, 0].tolist()
     if empty:
-        shown = [str(names[i] if names is not None else i) for i in empty[:NAMED_AT_MOST]]
-        more = f" and {len(empty) - len(shown)} more" if len(empty) > len(shown) else ""
+        shown = some_of(empty if names is None else [names[i] for i in empty])
         warn(
-            f"{len(empty)} of {len(totals)} {what} have no counts at all: "
-            f"{', '.join(shown)}{more}. The fit goes on; consider removing them.",
+            f"{len(empty)} of {len(totals)} {what} have no counts at all: {shown}. "
+            "The fit goes on; consider removing them.",
         )
 
 
 def check_size_factors(size_factors: Any, n_samples: int, like: Counts) -> Tensor | None:
-    """Check size factors and return them with the type and device of `like`.
+    """Return size factors, n_samples positive numbers or None, with the type and device of `like`.
 
-    Parameters
-    ----------
-    size_factors : array-like of shape (n_samples,) or None
-        Positive; 1 for all where None.
-
-    Raises
-    ------
-    ValueError
-        For a wrong length or entries that are not positive and finite.
+    A wrong length or an entry that is not positive and finite raises a ValueError.
     """
     if size_factors is None:
         return None
-    try:
-        values = np.asarray(size_factors, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"size_factors must be numbers; got {size_factors!r}.") from error
+    values = check_array("size_factors", size_factors).astype(np.float64)
     if values.shape != (n_samples,):
         raise ValueError(
             f"size_factors must have one entry for each of the {n_samples} samples, shape "
@@ -310,11 +266,9 @@ def check_size_factors(size_factors: Any, n_samples: int, like: Counts) -> Tenso
 
 
 def library_size_factors(counts: Counts) -> np.ndarray:
-    """Return row totals divided by their mean; samples without counts get the lowest of the rest.
+    """Return row totals divided by their mean, an array of shape (N,).
 
-    Returns
-    -------
-    ndarray of shape (N,)
+    Samples without counts get the lowest total of the others.
     """
     totals = counts.row_totals.cpu().numpy()
     totals = np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))

@@ -1,8 +1,8 @@
 """A count matrix as the objective sees it: stored entries, and four products over them.
 
-Term (a) of the ELBO, its gradients and every closed form of the model need the entries of X that
-are stored and nothing else. Dense and CSR counts therefore offer the same small interface, written
-with "entries" e, a tensor with one number for each stored entry:
+Term (a) of the ELBO, its gradients and every closed form of the model need the stored entries of X
+alone. Dense and CSR counts offer the same products, written with "entries" e, a tensor with one
+number for each stored entry, so that a formula over X is written once:
 
 ``inner(A, B)``
     entries (A B^T)_ij, for A (n, L) and B (d, L)
@@ -12,8 +12,6 @@ with "entries" e, a tensor with one number for each stored entry:
     sum_j e_ij B_jl, shape (n, L)
 ``transposed_matmul(e, A)``
     sum_i e_ij A_il, shape (d, L)
-
-A formula over X is then written once, and is right for both.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ class Counts(TensorLike):
     Attributes
     ----------
     shape : tuple of int
-        (n, d).
     values : Tensor
         The stored entries of X.
     """
@@ -104,10 +101,7 @@ class Counts(TensorLike):
         return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else [(slice(None), self)]
 
     def blocks(self) -> Iterator[tuple[slice, Counts]]:
-        """Iterate over (rows, counts of these rows), which together are X.
-
-        The blocks and their index structure are built at the first call and kept.
-        """
+        """Iterate over (rows, counts of these rows), which together are X; made once and kept."""
         return iter(self._blocks)
 
     @cached_property
@@ -131,12 +125,7 @@ class Counts(TensorLike):
 
 
 class DenseCounts(Counts):
-    """Counts held as a dense tensor; every entry counts as stored.
-
-    Parameters
-    ----------
-    values : Tensor of shape (n, d)
-    """
+    """Counts held as a dense tensor of shape (n, d); every entry counts as stored."""
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -186,7 +175,6 @@ class SparseCounts(Counts):
         Column of each entry.
     values : Tensor of shape (n_stored,)
     shape : tuple of int
-        (n, d).
     """
 
     def __init__(
@@ -208,9 +196,13 @@ class SparseCounts(Counts):
             matrix.shape,
         )
 
+    def _with(self, entries: Tensor) -> Tensor:
+        """Return entries as a CSR tensor of the structure of X."""
+        return _csr(self._starts, self.columns_of, entries, self.shape)
+
     @cached_property
     def _pattern(self) -> Tensor:
-        return _csr(self._starts, self.columns_of, torch.zeros_like(self.values), self.shape)
+        return self._with(torch.zeros_like(self.values))
 
     @cached_property
     def _starts(self) -> Tensor:
@@ -219,15 +211,15 @@ class SparseCounts(Counts):
     @cached_property
     def _transpose(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row starts and columns of X^T, and where each of its entries stands in X."""
-        places = np.arange(len(self.values), dtype=np.int32)
-        arrays = (places, self.columns_of.cpu().numpy(), self._starts.cpu().numpy())
+        numbers = np.arange(len(self.values), dtype=np.int32)
+        arrays = (numbers, self.columns_of.cpu().numpy(), self._starts.cpu().numpy())
         by_column = sp.csr_matrix(arrays, shape=self.shape).tocsc()
         parts = (by_column.indptr, by_column.indices, by_column.data)
-        starts, rows, places_in_X = (torch.from_numpy(part).to(self.device) for part in parts)
-        return starts, rows, places_in_X
+        starts, rows, order = (torch.from_numpy(part).to(self.device) for part in parts)
+        return starts, rows, order
 
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
-        if _has_sampled_addmm(self.device, self.dtype):
+        if _has_sampled_addmm(self.device.type, self.dtype):
             return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
         rows = torch.repeat_interleave(torch.arange(len(A), device=A.device), self._lengths)
         return (A[rows] * B[self.columns_of]).sum(1)
@@ -240,7 +232,7 @@ class SparseCounts(Counts):
         return torch.segment_reduce(entries.double(), "sum", offsets=self.row_starts)
 
     def matmul(self, entries: Tensor, B: Tensor) -> Tensor:  # noqa: D102
-        return _csr(self._starts, self.columns_of, entries, self.shape) @ B
+        return self._with(entries) @ B
 
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
         starts, rows, order = self._transpose
@@ -270,7 +262,7 @@ class SparseCounts(Counts):
         return SparseCounts(starts, columns, values, self.shape)
 
     def to_dense(self) -> Tensor:  # noqa: D102
-        return _csr(self._starts, self.columns_of, self.values, self.shape).to_dense()
+        return self._with(self.values).to_dense()
 
     def numpy(self) -> sp.csr_matrix:  # noqa: D102
         parts = (self.values, self.columns_of, self.row_starts)
@@ -282,8 +274,9 @@ class SparseCounts(Counts):
         return sorted({0, *torch.searchsorted(self.row_starts, marks).tolist(), self.shape[0]})
 
 
-# A matrix that `as_counts` takes.
-CountsLike: TypeAlias = Counts | Tensor | np.ndarray | sp.spmatrix | sp.sparray
+# Matrices that `transposed_counts` and `as_counts` take.
+MatrixLike: TypeAlias = Tensor | np.ndarray | sp.spmatrix | sp.sparray
+CountsLike: TypeAlias = Counts | MatrixLike
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -299,22 +292,16 @@ def _spend_csr_warning() -> None:
         torch.zeros(1, 1).to_sparse_csr()
 
 
-_SAMPLED_ADDMM: dict[tuple[str, torch.dtype], bool] = {}
-
-
-def _has_sampled_addmm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether this build of torch has the sampled product for CSR; tried once for each type."""
-    key = (device.type, dtype)
-    if key not in _SAMPLED_ADDMM:
-        one = torch.ones(1, 1, device=device, dtype=dtype)
-        ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        pattern = _csr(ends, ends[:1], one[0], (1, 1))
-        try:
-            torch.sparse.sampled_addmm(pattern, one, one, beta=0.0)
-            _SAMPLED_ADDMM[key] = True
-        except RuntimeError:
-            _SAMPLED_ADDMM[key] = False
-    return _SAMPLED_ADDMM[key]
+@cache
+def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
+    """Say whether this build of torch has the sampled product for CSR."""
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        torch.sparse.sampled_addmm(_csr(ends, ends[:1], one[0], (1, 1)), one, one, beta=0.0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def as_counts(X: CountsLike) -> Counts:
@@ -344,7 +331,7 @@ def as_counts(X: CountsLike) -> Counts:
     return DenseCounts(torch.from_numpy(np.array(_real(np.asarray(X)))))
 
 
-def transposed_counts(X: Any) -> Counts:
+def transposed_counts(X: MatrixLike) -> Counts:
     """View a matrix of shape (d, n), features by samples, as counts; see :func:`as_counts`."""
     if isinstance(X, Tensor) and X.layout != torch.strided:
         return as_counts(_torch_to_scipy(X.detach()).T).to(X.device)

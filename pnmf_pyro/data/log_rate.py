@@ -22,21 +22,10 @@ from pnmf_pyro.data.counts import Counts
 
 
 def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """Return sum_j X_ij log rho_ij for each sample i, with rho = factors @ loadings.T.
+    """Return sum_j X_ij log rho_ij in float64, shape (n,), with rho = factors @ loadings.T.
 
-    Differentiable (once) in `factors` and `loadings`.
-
-    Parameters
-    ----------
-    counts : Counts of shape (n, d)
-    factors : Tensor of shape (n, L)
-        exp F, non-negative.
-    loadings : Tensor of shape (d, L)
-        W, non-negative.
-
-    Returns
-    -------
-    Tensor of shape (n,), float64
+    Differentiable (once) in the factors exp F, (n, L), and the loadings W, (d, L), which are
+    non-negative.
     """
     if torch.is_grad_enabled() and (factors.requires_grad or loadings.requires_grad):
         return _LogRate.apply(counts, factors, loadings, False)
@@ -50,25 +39,12 @@ def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
 def log_rate_and_moments(
     counts: Counts, factors: Tensor, loadings: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return :func:`log_rate` with sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2.
+    """Return :func:`log_rate` with sum_j X_ij phi_ijl and sum_j X_ij phi_ijl^2, of shape (n, L).
 
-    With phi_ijl = W_jl exp F_il / rho_ij the share of component l in a rate, these two give the
-    curvature
+    phi_ijl = W_jl exp F_il / rho_ij is the share of component l in a rate. The two sums, which are
+    not differentiable, give the curvature
 
-    .. math:: \frac{\partial^2}{\partial F_{il}^2} \sum_j X_{ij} \log \rho_{ij}
-        = \sum_j X_{ij} \phi_{ijl} (1 - \phi_{ijl}).
-
-    Parameters
-    ----------
-    counts, factors, loadings
-        As for :func:`log_rate`.
-
-    Returns
-    -------
-    values : Tensor of shape (n,), float64
-        Differentiable as those of :func:`log_rate`.
-    first, second : Tensor of shape (n, L)
-        Not differentiable.
+        d^2 / dF_il^2  sum_j X_ij log rho_ij = sum_j X_ij phi_ijl (1 - phi_ijl).
     """
     return _LogRate.apply(counts, factors, loadings, True)
 
@@ -76,20 +52,9 @@ def log_rate_and_moments(
 def log_rate_with_gradients(
     counts: Counts, factors: Tensor, loadings: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values of :func:`log_rate` and the gradients of their sum.
+    """Return the values of :func:`log_rate`, and the gradients of their sum, (n, L) and (d, L).
 
-    Parameters
-    ----------
-    counts, factors, loadings
-        As for :func:`log_rate`.
-    weights : Tensor of shape (n,), optional
-        Weight of each sample in the sum that is differentiated; 1 unless given.
-
-    Returns
-    -------
-    values : Tensor of shape (n,), float64
-    factors_gradient : Tensor of shape (n, L)
-    loadings_gradient : Tensor of shape (d, L)
+    In the sum that is differentiated each sample has its weight, (n,), which is 1 unless given.
     """
     values, factors_gradient = [], []
     loadings_gradient = torch.zeros_like(loadings)

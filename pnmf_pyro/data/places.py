@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +12,10 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.data.batches import take
-from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.checks import check_array, warn
+
+# What selects from tensors and from arrays, in the same way.
+Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Places:
     def __len__(self) -> int:
         return self.coordinates.shape[-2]
 
-    def __getitem__(self, index: Any) -> Places:
+    def __getitem__(self, index: Selection) -> Places:
         """Select places; an index of shape (..., n) gives places of that shape."""
         groups = None if self.groups is None else self.groups[index]
         return Places(self.coordinates[index], groups)
@@ -77,25 +80,10 @@ class Places:
 
 
 def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None = None) -> Tensor:
-    """Check the coordinates of samples.
+    """Return coordinates as a float64 tensor of shape (n_samples, dimensions).
 
-    Parameters
-    ----------
-    coordinates : array-like of shape (n_samples, p)
-        Coordinates in any unit.
-    n_samples : int
-        Number of samples, to which the rows must come.
-    dimensions : int, optional
-        p, where it is known already.
-
-    Returns
-    -------
-    Tensor of shape (n_samples, p), float64
-
-    Raises
-    ------
-    ValueError
-        Where coordinates are missing, of another shape, or not finite.
+    Coordinates that are missing, of another shape or not finite raise a ValueError. Any number of
+    dimensions is right where it is None.
     """
     if coordinates is None:
         raise ValueError(
@@ -103,12 +91,7 @@ def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None =
             f"(n_samples, dimensions) with n_samples={n_samples}; got None. Pass coordinates=, or "
             "use spatial=False."
         )
-    if isinstance(coordinates, Tensor):
-        coordinates = coordinates.detach().cpu()
-    try:
-        values = np.array(coordinates, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"coordinates must be numbers: {error}.") from error
+    values = check_array("coordinates", coordinates).astype(np.float64)
     wanted = f"({n_samples}, {dimensions or 'dimensions'})"
     fits = values.ndim == 2 and len(values) == n_samples and values.shape[1] > 0
     if not fits or dimensions not in (None, values.shape[1]):
@@ -125,13 +108,7 @@ def check_coordinates(coordinates: Any, n_samples: int, dimensions: int | None =
 
 
 class GroupCodes:
-    """Names of groups and their codes 0, 1, ...
-
-    Parameters
-    ----------
-    names : sequence
-        Names of the groups, in the order of their codes.
-    """
+    """Names of groups, whose codes 0, 1, ... are their positions in this sequence."""
 
     def __init__(self, names: Sequence[Any]):
         self.names = list(names)
@@ -142,12 +119,9 @@ class GroupCodes:
         return cls(sorted(set(_group_labels(groups, n_samples)), key=lambda g: (str(type(g)), g)))
 
     def encode(self, groups: Any, n_samples: int) -> Tensor:
-        """Return the code of each sample's group.
+        """Return the code of each sample's group, int64, (n_samples,).
 
-        Raises
-        ------
-        ValueError
-            For groups that are missing, of a wrong length, or not among the names.
+        Groups that are missing, of a wrong length or not among the names raise a ValueError.
         """
         labels = _group_labels(groups, n_samples)
         code = {name: number for number, name in enumerate(self.names)}
@@ -182,9 +156,9 @@ def _group_labels(groups: Any, n_samples: int) -> list[Any]:
 
 def spacing(places: Places) -> float:
     """Median distance from a place to the nearest other one (of its group, where there are any)."""
-    gaps = [_nearest_gaps(part.coordinates.cpu().numpy()) for part in _by_group(places.distinct())]
-    values = np.concatenate(gaps)
-    return float(np.median(values)) if len(values) else 0.0
+    groups = [part.coordinates.cpu().numpy() for part in _by_group(places.distinct())]
+    gaps = [cKDTree(points).query(points, k=2)[0][:, 1] for points in groups if len(points) > 1]
+    return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
 def extent(places: Places) -> float:
@@ -197,12 +171,6 @@ def _by_group(places: Places) -> list[Places]:
     if places.groups is None:
         return [places]
     return [places[places.groups == group] for group in places.groups.unique()]
-
-
-def _nearest_gaps(points: np.ndarray) -> np.ndarray:
-    if len(points) < 2:
-        return np.empty(0)
-    return cKDTree(points).query(points, k=2)[0][:, 1]
 
 
 def check_extent(places: Places) -> None:

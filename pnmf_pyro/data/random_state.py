@@ -12,19 +12,10 @@ RandomState = int | np.random.RandomState | np.random.Generator | None
 
 
 def check_random_state(random_state: RandomState) -> np.random.RandomState:
-    """Turn `random_state` into a numpy RandomState.
+    """Turn a seed, a RandomState, a Generator or None into a numpy RandomState.
 
     Unlike scikit-learn's function of this name, None gives a fresh, unpredictable state and not
     numpy's global one, so that the global seed is never moved.
-
-    Parameters
-    ----------
-    random_state : int, numpy.random.RandomState, numpy.random.Generator or None
-
-    Raises
-    ------
-    ValueError
-        If `random_state` is none of these.
     """
     if isinstance(random_state, np.random.RandomState):
         return random_state

@@ -1,4 +1,4 @@
-"""What is no tensor, and stands for a dense one where torch or Pyro wants a tensor."""
+"""A base class of what is no tensor, and stands for one where torch or Pyro wants a tensor."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ Self = TypeVar("Self", bound="TensorLike")
 
 
 class TensorLike(ABC):
-    """A matrix that a function of torch may be given, and Pyro as an observed value.
+    """A matrix of shape (n, d) that functions of torch take, and Pyro as an observed value.
 
-    The rule: a function of torch sees :meth:`to_dense`, so that `torch.stack([X, X])` is a dense
-    tensor. Of the methods of a tensor there are those that Pyro calls on an observed value, and of
-    these only `expand` and `reshape` make it dense.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (n, d).
+    A function of torch sees :meth:`to_dense`, so that `torch.stack([X, X])` is a dense tensor. The
+    methods are those of a tensor that Pyro calls on an observed value; only `expand` and `reshape`
+    make it dense.
     """
 
     shape: tuple[int, int]
@@ -62,11 +57,11 @@ class TensorLike(ABC):
         """Return the number of entries n d, stored or not."""
         return self.shape[0] * self.shape[1]
 
-    def expand(self, *shape: Any) -> Tensor:
+    def expand(self, *shape: int) -> Tensor:
         """Return the matrix as a dense tensor, expanded."""
         return self.to_dense().expand(*shape)
 
-    def reshape(self, *shape: Any) -> Tensor:
+    def reshape(self, *shape: int) -> Tensor:
         """Return the matrix as a dense tensor, reshaped."""
         return self.to_dense().reshape(*shape)
 

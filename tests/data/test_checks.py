@@ -136,7 +136,7 @@ def test_size_factors_take_the_type_of_the_counts():
         ([1.0, np.nan, 2.0], "positive and finite"),
         ([1.0, np.inf, 2.0], "positive and finite"),
         ([np.nan] * 3, "positive and finite"),
-        (["a", "b", "c"], "be numbers; got .*'a'"),
+        (["a", "b", "c"], "be an array of numbers: .*'a'"),
     ],
 )
 def test_bad_size_factors_are_refused(given, message):
