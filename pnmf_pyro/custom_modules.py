@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -47,12 +46,7 @@ class ConstrainedParameter(nn.Module, ABC):
         """Map a constrained value to the raw parameter."""
 
     def assign(self, value: Tensor) -> None:
-        """Set the constrained value, in place.
-
-        Parameters
-        ----------
-        value : Tensor of this parameter's shape
-        """
+        """Set the constrained value, of this parameter's shape, in place."""
         with torch.no_grad():
             self._raw.copy_(self._to_unconstrained(value.to(self._raw)))
 
@@ -112,7 +106,7 @@ class ConstrainedParameter(nn.Module, ABC):
         """Train this parameter again."""
         self._raw.requires_grad_(True)
 
-    def __getitem__(self, idx: Any) -> Tensor:
+    def __getitem__(self, idx: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> Tensor:
         """Index into the constrained value."""
         return self.data[idx]
 
@@ -120,7 +114,7 @@ class ConstrainedParameter(nn.Module, ABC):
         """Return the number of dimensions."""
         return self._raw.dim()
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the shape, or the size of one dimension."""
         return self._raw.shape if dim is None else self._raw.shape[dim]
 
@@ -203,12 +197,7 @@ class PositiveParameter(ConstrainedParameter):
         return inverse(value / self.unit)
 
     def set_unit(self, unit: Tensor) -> None:
-        """Measure the raw parameter in other units, leaving the value as it is.
-
-        Parameters
-        ----------
-        unit : Tensor of shape (shape[0], 1, ...), positive
-        """
+        """Measure the raw parameter in positive units, (shape[0], 1, ...), and keep the value."""
         value = self.detach()
         self.unit = unit.to(self._raw)
         self.assign(value)
@@ -222,7 +211,7 @@ class PositiveParameter(ConstrainedParameter):
     def multiplicative_update(
         self,
         X: Tensor | Counts,
-        terms: dict[str, Any],
+        terms: Mapping[str, Tensor],
         idy: Tensor | None = None,
         eps: float = 1e-8,
         *,
@@ -265,9 +254,9 @@ class PositiveParameter(ConstrainedParameter):
             self.assign(value)
 
     def _update_terms(
-        self, counts: Counts, W: Tensor, terms: dict[str, Any]
+        self, counts: Counts, W: Tensor, terms: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Numerator (D, L) and denominator (L,) of the multiplicative update."""
+        """Return numerator (D, L) and denominator (L,) of the multiplicative update."""
         needed = {"exp_mu", "exp_mu_sigma"}
         if self.elbo_mode != "lower-bound":
             needed.add("exp_F_samples")
@@ -276,10 +265,9 @@ class PositiveParameter(ConstrainedParameter):
                 f"terms must have {sorted(needed)} for elbo_mode={self.elbo_mode!r}; they have "
                 f"{sorted(terms)}. Take those that forward of a model of this mode returns."
             )
-        fields = [terms["exp_mu"]] if self.elbo_mode == "lower-bound" else terms["exp_F_samples"]
-        expected = terms["exp_mu_sigma"]
-        if self.elbo_mode == "simple":
-            expected = torch.stack(tuple(fields)).mean(0)
+        fields = terms["exp_F_samples" if "exp_F_samples" in needed else "exp_mu"]
+        fields = fields.reshape(-1, *fields.shape[-2:])
+        expected = fields.mean(0) if self.elbo_mode == "simple" else terms["exp_mu_sigma"]
         if terms.get("size_factors") is not None:
             expected = expected * terms["size_factors"]
         numerator = torch.zeros_like(W)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,7 +18,7 @@ from pnmf_pyro.data.random_state import RandomState, check_random_state
 # Smallest total of a sample or feature that is divided by, relative to their mean.
 LEAST_TOTAL = 0.05
 
-Matrix = Any  # an ndarray or a CSR matrix
+Matrix: TypeAlias = np.ndarray | sp.csr_matrix
 Factors = tuple[np.ndarray, np.ndarray]
 
 # Smallest factor kept before taking logs, relative to the component's mean.
@@ -101,20 +101,9 @@ def start_values(
     random_state: RandomState,
     size_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make loadings and factors for a model to start from, where counts and size factors are.
+    """Make W, (D, L), and exp F, (N, L), for a model to start from, on the device of the counts.
 
-    Parameters
-    ----------
-    counts : Counts of shape (N, D)
-    n_components, init, random_state
-        As for :func:`initialize_factors`.
-    size_factors : Tensor of shape (N,), optional
-        By which the counts of a sample are divided.
-
-    Returns
-    -------
-    W : Tensor of shape (D, L)
-    exp_F : Tensor of shape (N, L)
+    The counts of a sample are divided by its size factor; the rest is :func:`initialize_factors`.
     """
     matrix = counts.numpy()
     if size_factors is not None:
@@ -154,7 +143,7 @@ def _nndsvd(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
 
 
 def _without_rounding(part: np.ndarray) -> np.ndarray:
-    """Entries that are zero but for the rounding of the decomposition, as zero."""
+    """Return entries, those that are zero but for the rounding of the decomposition as zero."""
     return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * part.max(), part, 0)
 
 
@@ -180,7 +169,7 @@ def _biwhitened(X: Matrix, L: int, random: np.random.RandomState) -> Factors:
 
 
 def _floored(totals: np.ndarray) -> np.ndarray:
-    """Totals, of which those that are nearly zero would make a single count the largest of all."""
+    """Return totals raised where a single count divided by them would be the largest of all."""
     return np.maximum(totals, LEAST_TOTAL * (totals.mean() or 1.0))
 
 

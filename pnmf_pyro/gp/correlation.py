@@ -78,13 +78,7 @@ class Correlation(nn.Module):
         return at_distance(self.kernel, distance)
 
     def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
-        """Return the values between inputs, of shape (..., n, m).
-
-        Parameters
-        ----------
-        X : Tensor of shape (..., n, p)
-        Z : Tensor of shape (..., m, p), optional
-            X itself unless given.
+        """Return the values between inputs (..., n, p) and (..., m, p), X itself unless given.
 
         Raises
         ------
@@ -122,13 +116,7 @@ class Correlation(nn.Module):
 
 
 def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | Kernel]:
-    """Return one kernel or several as a list.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or one of them is neither a known name nor a kernel of Pyro.
-    """
+    """Return one kernel or several as a list; raise a ValueError for none and for all else."""
     several = kernels if isinstance(kernels, list | tuple) else [kernels]
     for kernel in several or [kernels]:
         if not isinstance(kernel, Kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
@@ -143,14 +131,8 @@ def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | 
 def is_of_distance(kernel: Kernel, dimensions: int) -> bool:
     """Return whether a kernel is a function of the distance between its inputs alone.
 
-    Such are the isotropic kernels with one lengthscale over all columns, constants, and sums,
-    products, exponentials and polynomials of these.
-
-    Parameters
-    ----------
-    kernel : Kernel
-    dimensions : int
-        Number of columns of the inputs.
+    Such are the isotropic kernels with one lengthscale over all columns of the inputs, constants,
+    and sums, products, exponentials and polynomials of these.
     """
     if type(kernel) in (Sum, Product):
         parts = (part for part in (kernel.kern0, kernel.kern1) if isinstance(part, Kernel))

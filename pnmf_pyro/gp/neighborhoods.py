@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Neighborhoods:
-    """The neighbours of places, and the weights that a kernel gives them.
+    """The neighbours of N places, and the weights that a kernel gives them for L components.
 
     Parameters
     ----------
@@ -34,14 +34,12 @@ class Neighborhoods:
         Kernel with one set of hyperparameters or one for each component; its present values count.
     places : Places of shape (N,)
     L : int
-        Number of components.
     K : int
         Neighbours of a place; N - 1 where it is larger.
     method : {'knn', 'probabilistic'}
-        Rule by which neighbours are chosen, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
+        Rule that chooses neighbours, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
     precompute : bool
-        Keep neighbours and their weights while the kernel stays the same. Otherwise they are found
-        anew whenever they are needed.
+        Whether neighbours and weights are kept while the kernel stays the same.
     seed : int
         Seed of the draws of 'probabilistic'.
     """
@@ -80,25 +78,11 @@ class Neighborhoods:
     def predict(
         self, places: Places, mean: Tensor, diagonal: Tensor, low_rank: Tensor, prior_mean: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Predict the field at n other places from q(f) = N(m, V V^T + diag(d)) at the own ones.
+        """Predict n other places, (L, n), from q(f) = N(m, V V^T + diag(d)) at the own ones.
 
         Given its K nearest places, f* ~ N(c + sum_k b_k (f_k - c), v*) with c the mean of the
         prior, so that the mean of f* is c + sum_k b_k (m_k - c), and its variance
-        v* + sum_k b_k^2 d_k + |sum_k b_k V_k|^2.
-
-        Parameters
-        ----------
-        places : Places of shape (n,)
-        mean, diagonal : Tensor of shape (L, N)
-            m and d.
-        low_rank : Tensor of shape (L, N, R)
-            V.
-        prior_mean : Tensor of shape (L,)
-            c.
-
-        Returns
-        -------
-        mean, variance : Tensor of shape (L, n), float64
+        v* + sum_k b_k^2 d_k + |sum_k b_k V_k|^2; m and d are of shape (L, N), V (L, N, R), c (L,).
         """
         places = places.to(CPU)
         near = torch.from_numpy(nearest(self.places, places, self.K, self._covariance())).long()
@@ -165,15 +149,12 @@ class Conditionals:
     Parameters
     ----------
     near : ndarray of shape (n, K)
-        Neighbours of the new place at each position: numbers of known places, and N + positions of
-        new ones that come earlier; -1 for none.
-    weights : Tensor of shape (C, n, K)
-        Weights of the neighbours, for one set of hyperparameters or for each component.
-    variances : Tensor of shape (L, n)
-        Variances given the neighbours.
+        Neighbours of the new place at each position: numbers of known places, N + positions of
+        earlier new ones, or -1 for none.
+    weights, variances : Tensor of shape (1 or L, n, K) and (L, n)
+        Weights of the neighbours, and variances given them.
     order : ndarray of shape (n,)
         Number of the new place at each position.
-    N : int
 
     Attributes
     ----------
@@ -201,18 +182,7 @@ class Conditionals:
             self.among_new.append(splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0))
 
     def draw(self, known: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Return draws from those at the known places and standard normals.
-
-        Parameters
-        ----------
-        known : ndarray of shape (L, m, E)
-            Draws at :attr:`used`.
-        noise : ndarray of shape (L, n, E)
-
-        Returns
-        -------
-        ndarray of shape (L, n, E)
-        """
+        """Draw, (L, n, E), given draws at `used`, (L, m, E), from standard normals (L, n, E)."""
         drawn = np.empty(noise.shape)
         for l, field in enumerate(known):
             c = l % len(self.among_new)

@@ -54,7 +54,7 @@ def conditional_weights(
     variance: float,
     names: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights and the variance of each target given its neighbours.
+    """Return the weights (n, K) and the variances (n,) of targets given their neighbours.
 
     B = k(x, x_c) k(x_c, x_c)^-1 and v = k(x, x) - B k(x_c, x), from one Cholesky factor of the
     covariance of (x_c, x): with (l, d) its last row and C the rest, B = l C^-1 and v = d^2. Where v
@@ -62,22 +62,15 @@ def conditional_weights(
 
     Parameters
     ----------
-    targets : Places of shape (n,)
-    sources : Places of shape (N,)
+    targets, sources : Places of shape (n,) and (N,)
     neighbors : ndarray or Tensor of int, shape (n, K)
-        Numbers of sources, -1 for none.
+        Numbers of sources, -1 for none, whose weight is 0.
     covariance : callable
         Covariance between places.
     variance : float
         k(x, x).
     names : ndarray of int, shape (n,), optional
         Numbers of the targets in an error; 0 to n - 1 unless given.
-
-    Returns
-    -------
-    weights : Tensor of shape (n, K), float64
-        0 where there is no neighbour.
-    variances : Tensor of shape (n,), float64
 
     Raises
     ------
@@ -103,7 +96,7 @@ def conditional_weights(
 def _joint_covariance(
     targets: Places, sources: Places, near: Tensor, covariance: Covariance, variance: float
 ) -> Tensor:
-    """Covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
+    """Return the covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
 
     A missing neighbour is independent of all.
     """
@@ -121,10 +114,9 @@ def _factors(joint: Tensor, variance: float, names: np.ndarray) -> Tensor:
     poor = (~enough).nonzero()[:, 0]
     if not len(poor):
         return factor
-    what = "neighbours of places"
-    return factor.index_copy(
-        0, poor, jittered_cholesky(joint[poor], LEAST, what, names[poor.numpy()])
-    )
+    named = names[poor.numpy()]
+    mended = jittered_cholesky(joint[poor], LEAST, "neighbours of places", named)
+    return factor.index_copy(0, poor, mended)
 
 
 class VecchiaFactor:
@@ -178,12 +170,7 @@ class VecchiaFactor:
         return self._each(lambda A, x: A.power(2).T @ x, self.matrices, 1 / self.variances)
 
     def roughness(self, V: Tensor) -> Tensor:
-        """Return the sum over columns of the squares of (I - B) V, (L, N); kept for the same V.
-
-        Parameters
-        ----------
-        V : Tensor of shape (L, N, R)
-        """
+        """Return the row sums of the squares of (I - B) V, (L, N), for V of shape (L, N, R)."""
 
         def make() -> Tensor:
             total = np.zeros(V.shape[:2])
@@ -227,12 +214,9 @@ class VecchiaFactor:
         return self.multiply_transposed(self.multiply(x) / variances)
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, list[sp.csr_matrix]]:
-        """Return the rows of I - B for n places, and which m places they combine.
+        """Return the numbers (m,) of the places that n rows of I - B combine, and the rows.
 
-        Returns
-        -------
-        combined : ndarray of int64, shape (m,)
-        matrices : list of 1 or L CSR matrices of shape (n, m)
+        The rows are 1 or L CSR matrices of shape (n, m).
         """
         parts = [A[self.graph.position[index]] for A in self.matrices]
         used, columns = np.unique(parts[0].indices, return_inverse=True)
@@ -248,10 +232,7 @@ class VecchiaFactor:
 def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) -> np.ndarray:
     """Apply one matrix to all components of x, (L, N) or (L, N, R), or one to each.
 
-    Parameters
-    ----------
-    operation : callable
-        ``operation(matrix, columns)`` with columns of shape (N, any).
+    The operation is called with a matrix and columns of shape (N, any).
     """
     if len(matrices) == 1:
         columns = np.moveaxis(x, 0, 1)

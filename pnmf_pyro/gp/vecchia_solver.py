@@ -1,16 +1,16 @@
-r"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
+"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
 
 Where an observation of each place has curvature h_i >= 0, the posterior mean, draws and variances
 of the field need solves with
 
     A = Q + diag(h) = (I - B)^T D (I - B) + diag(h),        D = diag(1 / v).
 
-Conjugate gradients stall with a diagonal preconditioner: Q is like a differential operator of high
-order. The factor with an updated diagonal, (I - B)^T (D + diag(h)) (I - B) (Kuendig and Sigrist
-2024), is good where Q dominates, but fields that are smooth over many places feel h much more than
-it says. The ordering offers what a multigrid method needs (Schaefer, Sullivan and Owhadi 2021): its
-first M places are a coarse grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all places
-from these, E the first M columns of the identity,
+Q is like a differential operator of high order, on which conjugate gradients with a diagonal
+preconditioner stall. The factor with an updated diagonal, (I - B)^T (D + diag(h)) (I - B) (Kuendig
+and Sigrist 2024), is good where Q dominates, but misses much of h in smooth fields. The ordering
+offers a multigrid method (Schaefer, Sullivan and Owhadi 2021): its first M places are a coarse
+grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all places from these, E the first M
+columns of the identity,
 
     P^T Q P = (I - B)_MM^T D_MM (I - B)_MM,
 
@@ -21,13 +21,13 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990) that the prior is part of. It costs two triangular solves and four products;
-docs/performance.md says how many steps that takes.
+Pasciak and Xu 1990). It costs two triangular solves and four products; docs/performance.md says how
+many steps that takes.
 """
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -41,17 +41,11 @@ COARSEST = 10
 
 
 class Solution(NamedTuple):
-    """What conjugate gradients found.
+    """What conjugate gradients found: x, (L, N) or (L, N, R), after how many products with A.
 
-    Attributes
-    ----------
-    x : ndarray of shape (L, N) or (L, N, R)
-    iterations : int
-        Products with A.
-    error : ndarray of shape (L,) or (L, R)
-        Estimate of sqrt(e^T A e / N), e the error of x: in posterior standard deviations, root
-        mean square over places. Where x is the mean of q, the ELBO is lower than at the best mean
-        by N / 2 times its square.
+    The error, (L,) or (L, R), is an estimate of sqrt(e^T A e / N), e the error of x: in posterior
+    standard deviations, root mean square over places. Where x is the mean of q, the ELBO is lower
+    than at the best mean by N / 2 times its square.
     """
 
     x: np.ndarray
@@ -60,14 +54,9 @@ class Solution(NamedTuple):
 
 
 class VecchiaPosterior:
-    """N(0, (Q_l + diag(h_l))^-1) for a fixed Q and any h.
+    """N(0, (Q_l + diag(h_l))^-1) for a fixed Q, given by its factor, and any h >= 0, (L, N).
 
     Places stand in the order of the user everywhere.
-
-    Parameters
-    ----------
-    factor : VecchiaFactor
-        Factor of the precisions Q of L components.
     """
 
     def __init__(self, factor: VecchiaFactor):
@@ -143,14 +132,10 @@ class VecchiaPosterior:
         tolerance: float = 0.1,
         max_iterations: int = 100,
     ) -> np.ndarray:
-        """Draw from N(0, A^-1): solve A x = b with b from N(0, A).
+        """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
 
         b = (I - B)^T D^1/2 e + h^1/2 e' with independent standard normal e and e' (Papandreou and
         Yuille 2010).
-
-        Returns
-        -------
-        ndarray of shape (L, N, n_draws)
         """
         h = self._checked_curvature(curvature)
         random = check_random_state(random_state)
@@ -172,7 +157,7 @@ class VecchiaPosterior:
         *,
         tolerance: float = 0.1,
     ) -> np.ndarray:
-        """Return V with E V V^T + diag(d) close to A^-1, d the :meth:`conditional_variances`.
+        """Return V, (L, N, rank), with E V V^T + diag(d) near A^-1, d the conditional variances.
 
         With `rank` posterior draws f the columns of V are (I - diag(d) A / 2) f / sqrt(rank): their
         part at a wavelength where the field is uncertain stays, and what d holds already, the
@@ -180,10 +165,6 @@ class VecchiaPosterior:
         diag(d)^1/2 A diag(d)^1/2, variances of V V^T relative to d are (1 - lambda / 2)^2 / lambda,
         which with the 1 of d is 1 / lambda + lambda / 4. So draws from N(m, V V^T + diag(d)) are
         as smooth as the posterior and vary as much, in the mean over draws of V.
-
-        Returns
-        -------
-        ndarray of shape (L, N, rank)
         """
         h = self._checked_curvature(curvature)
         draws = self.sample(h, rank, random_state, tolerance=tolerance)
@@ -217,8 +198,8 @@ class VecchiaPosterior:
         matrices, D = self.factor.matrices, 1 / self._ordered.variances
         diagonal, grids, start = np.zeros_like(D), [], 0
         for M in reversed(self._sizes):
-            added = partial(_squared_rows_transposed, start, M)
-            diagonal = diagonal + on_components(added, matrices, D[:, start:M])
+            added = [A[start:M].power(2) for A in matrices]
+            diagonal = diagonal + on_components(_transposed_product, added, D[:, start:M])
             grids.append((M, _leading(matrices, M), diagonal[:, :M]))
             start = M
         return grids[::-1]
@@ -233,7 +214,7 @@ class _Preconditioner:
         weights = np.empty_like(h)
         self.grids = []
         for M, matrices, diagonal in posterior._grids:
-            lumped = on_components(lambda A, x: A.T @ x, matrices, spread[:, :M])
+            lumped = on_components(_transposed_product, matrices, spread[:, :M])
             lumped = np.maximum(lumped, h[:, :M])  # a prediction may have negative weights
             weights[:, :M] = lumped
             self.grids.append((M, matrices, 1 / (diagonal + lumped)))
@@ -243,10 +224,8 @@ class _Preconditioner:
         z = self.factor.solve_transposed(r)
         total = z * _like(self.fine, z)
         for M, matrices, inverse in self.grids:
-            coarse = on_components(lambda A, x: A.T @ x, matrices, z[:, :M])
-            total[:, :M] += on_components(
-                lambda A, x: A @ x, matrices, coarse * _like(inverse, coarse)
-            )
+            coarse = on_components(_transposed_product, matrices, z[:, :M])
+            total[:, :M] += on_components(_product, matrices, coarse * _like(inverse, coarse))
         return self.factor.solve(total)
 
 
@@ -254,9 +233,12 @@ def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return weights if x.ndim == 2 else weights[..., None]
 
 
-def _squared_rows_transposed(start: int, stop: int, A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
-    """sum_i A_ij^2 x_i over rows from start to stop."""
-    return A[start:stop].power(2).T @ x
+def _product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
+    return A @ x
+
+
+def _transposed_product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
+    return A.T @ x
 
 
 def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
