@@ -44,16 +44,16 @@ def initialize_factors(
         `random`: absolute values of normals times sqrt(X.mean() / n_components).
         `nndsvd`: non-negative double singular value decomposition (Boutsidis and Gallopoulos
         2008), with zeros filled by the mean of X (`nndsvda`) or by small random values
-        (`nndsvdar`). `biwhitened`: `nndsvda` of counts that are divided by the square roots of what
-        they would be if samples and features were independent, by which Poisson noise has about
-        the same variance everywhere (Landa, Zhang and Kluger 2022); so patterns of rare features,
-        which large counts drown, are found. `k-means`: centres of clusters of samples, and factors
+        (`nndsvdar`). `biwhitened`: `nndsvda` of counts divided by the square roots of what they
+        would be if samples and features were independent, by which Poisson noise has about the
+        same variance everywhere (Landa, Zhang and Kluger 2022); it finds patterns of rare
+        features, which large counts drown. `k-means`: centres of clusters of samples, and factors
         that are largest for a sample's own cluster. None: `nndsvda` where n_components <=
         min(n_samples, n_features), and `random` otherwise.
     random_state : int, RandomState, Generator or None
     scale_log_mu : bool
-        Shift and scale the log-factors of each component to mean 0 and standard deviation
-        `target_std`, the scale of the prior; W is rescaled so that each component keeps its total.
+        Whether the log-factors of each component are shifted and scaled to mean 0 and standard
+        deviation `target_std`, as the prior has; W keeps the total of each component.
     target_std : float
         Standard deviation of log exp F where `scale_log_mu` is true.
 
@@ -66,8 +66,7 @@ def initialize_factors(
     Raises
     ------
     ValueError
-        For an unknown `init`, for one that needs no more components than samples or features, and
-        for entries of X that are negative or not finite.
+        For an unknown `init`, too many components for it, and a negative or infinite entry of X.
 
     Examples
     --------

@@ -17,36 +17,32 @@ number for each stored entry, so that a formula over X is written once:
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from pyro.ops.provenance import extract_provenance
 from torch import Tensor
-
-from pnmf_pyro.data.tensor_like import TensorLike
+from torch.utils._pytree import tree_map_only
 
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
 
 
-class Counts(TensorLike):
-    """A non-negative matrix X of shape (n, d), samples by features.
+class Counts(ABC):
+    """A non-negative matrix X of shape (n, d), samples by features, of which `values` are stored.
 
-    Counts are no tensor, but stand for their dense one, see
-    :class:`~pnmf_pyro.data.tensor_like.TensorLike`.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    values : Tensor
-        The stored entries of X.
+    Counts are no tensor, but may be given to functions of torch, which see :meth:`to_dense`, so
+    that `torch.stack([X, X])` is a dense tensor; and to Pyro as an observed value, which calls some
+    methods of a tensor. Only `expand` and `reshape` of these make X dense.
     """
 
     values: Tensor
+    shape: tuple[int, int]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,6 +83,10 @@ class Counts(TensorLike):
         """Return the same counts on a device, or with values of a floating-point type."""
 
     @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return X as a dense tensor of shape (n, d)."""
+
+    @abstractmethod
     def numpy(self) -> np.ndarray | sp.csr_matrix:
         """Return X as an array, or as a CSR matrix where it is sparse; not copied on the CPU."""
 
@@ -122,6 +122,50 @@ class Counts(TensorLike):
         return torch.cat(
             [block.row_sums(torch.lgamma(block.values.double() + 1)) for _, block in self.blocks()]
         )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with dense tensors in its arguments."""
+        given = (tuple(args), dict(kwargs or {}))
+        args, kwargs = tree_map_only(Counts, lambda counts: counts.to_dense(), given)
+        return func(*args, **kwargs)
+
+    @property
+    def data(self) -> Counts:
+        """The counts themselves, which carry no gradient."""
+        return self
+
+    def detach(self) -> Counts:
+        """Return the counts themselves, which carry no gradient."""
+        return self
+
+    def dim(self) -> int:
+        """Return the number of dimensions, 2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of entries n d, stored or not."""
+        return self.shape[0] * self.shape[1]
+
+    def expand(self, *shape: int) -> Tensor:
+        """Return X as a dense tensor, expanded."""
+        return self.to_dense().expand(*shape)
+
+    def reshape(self, *shape: int) -> Tensor:
+        """Return X as a dense tensor, reshaped."""
+        return self.to_dense().reshape(*shape)
+
+
+@extract_provenance.register(Counts)
+def _without_provenance(counts: Counts) -> tuple[Tensor, frozenset[str]]:
+    """Give `pyro.render_model` a tensor, which it marks as what a sample statement gave."""
+    return counts.to_dense(), frozenset()
 
 
 class DenseCounts(Counts):
@@ -167,14 +211,8 @@ class DenseCounts(Counts):
 class SparseCounts(Counts):
     """Counts held as compressed sparse rows (CSR); only stored entries cost time and memory.
 
-    Parameters
-    ----------
-    row_starts : Tensor of shape (n + 1,)
-        Position of each row's first entry in `columns_of` and `values`.
-    columns_of : Tensor of shape (n_stored,), int32
-        Column of each entry.
-    values : Tensor of shape (n_stored,)
-    shape : tuple of int
+    The entries of row i, `values` (n_stored,) in the columns `columns_of` (n_stored,), are those
+    from `row_starts[i]` to `row_starts[i + 1]`, (n + 1,).
     """
 
     def __init__(
@@ -305,18 +343,10 @@ def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
 
 
 def as_counts(X: CountsLike) -> Counts:
-    """View a matrix of shape (n, d) as counts, without checking its entries.
+    """View a matrix of shape (n, d) as counts; one that does not hold real numbers is a ValueError.
 
-    Parameters
-    ----------
-    X : Counts, Tensor (dense or sparse), scipy sparse matrix or ndarray of shape (n, d)
-        float32 and float64 stay what they are, other numbers become float32. Repeated entries of a
-        sparse matrix are added up, stored zeros dropped, on a copy.
-
-    Raises
-    ------
-    ValueError
-        If X is not two-dimensional or does not hold real numbers.
+    float32 and float64 stay what they are, other numbers become float32; nothing else is checked of
+    them. Repeated entries of a sparse matrix are added up, stored zeros dropped, on a copy.
     """
     if isinstance(X, Counts):
         return X

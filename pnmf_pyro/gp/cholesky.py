@@ -25,25 +25,13 @@ def jittered_cholesky(
     what: str = "inducing points",
     names: np.ndarray | None = None,
 ) -> Tensor:
-    """Return the lower Cholesky factors of covariances that may be nearly singular.
+    """Return the lower Cholesky factors of covariances (..., n, n) that may be nearly singular.
 
-    The diagonal of each matrix is raised by the jitter. Where the factorisation still fails, it is
-    raised by ten times as much, with a warning, and so on for that matrix.
-
-    Parameters
-    ----------
-    covariance : Tensor of shape (..., n, n), float64
-    jitter : float
-        Number added to a diagonal, relative to its mean.
-    what : str
-        Word for the rows in messages.
-    names : ndarray of shape (...), optional
-        Number of each matrix in messages.
-
-    Raises
-    ------
-    ValueError
-        Where an entry is not finite, or a hundred thousand times the jitter is not enough.
+    The diagonal of each matrix is raised by the jitter, relative to its mean. Where the
+    factorisation still fails, it is raised by ten times as much, with a warning, and so on for that
+    matrix, up to a hundred thousand times; an entry that is not finite, or a matrix that still
+    fails then, is a ValueError. Messages say `what` the rows are, and have the names (...) of the
+    matrices.
     """
     matrices = covariance.reshape(-1, *covariance.shape[-2:])
     bad = (~torch.isfinite(matrices).flatten(1).all(1)).nonzero()[:, 0]

@@ -28,7 +28,6 @@ from pyro.contrib.gp.kernels import (
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pnmf_pyro.data.checks import check_choice
 
 KERNELS: dict[str, type[Isotropy]] = {
     "Matern12": Exponential,
@@ -47,27 +46,19 @@ class Correlation(nn.Module):
     Parameters
     ----------
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or Kernel
-        Kernel, or the name of one with lengthscale 1 and variance 1.
+        Kernel without priors, or the name of one with lengthscale 1 and variance 1.
 
     Attributes
     ----------
     name : str
         The name that was given, or the name of the kernel's class.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or a hyperparameter of the kernel has a prior.
     """
 
     def __init__(self, kernel: str | Kernel):
         super().__init__()
-        self.is_named = not isinstance(kernel, Kernel)
-        self.name: str = type(kernel).__name__
-        if not isinstance(kernel, Kernel):
-            self.name = kernel
-            kernel = KERNELS[check_choice("kernel", kernel, KERNELS)](input_dim=1)
-        self.kernel = _with_numbers(kernel)
+        self.is_named = isinstance(kernel, str)
+        self.name = kernel if isinstance(kernel, str) else type(kernel).__name__
+        self.kernel = _with_numbers(KERNELS[kernel](1) if isinstance(kernel, str) else kernel)
 
     def is_of_distance(self, dimensions: int) -> bool:
         """Return whether it is a function of distance alone, see :func:`is_of_distance`."""
@@ -78,12 +69,9 @@ class Correlation(nn.Module):
         return at_distance(self.kernel, distance)
 
     def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
-        """Return the values between inputs (..., n, p) and (..., m, p), X itself unless given.
+        """Return the values (..., n, m) between inputs (..., n, p) and (..., m, p), or among X.
 
-        Raises
-        ------
-        ValueError
-            If the kernel acts on columns that the inputs do not have, or returns no such matrix.
+        A kernel that acts on other columns, or returns another shape, raises a ValueError.
         """
         if X.ndim > 2 and Z is None:
             return torch.stack([self.between(x) for x in X])

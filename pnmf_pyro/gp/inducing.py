@@ -19,17 +19,9 @@ def inducing_points(
 ) -> Places:
     """Choose inducing points: all distinct places if few enough, and centres of clusters otherwise.
 
-    Parameters
-    ----------
-    places : Places of shape (N,)
-    num_inducing : int
-        Largest number of inducing points, but each group has at least one.
-    allocation : {'proportional', 'equal', 'derived'}
-        Rule by which groups share the inducing points: in proportion to their distinct places;
-        equally; or by finding centres without regard to groups, each of which then gets the group
-        of the places nearest to it.
-    random : RandomState
-        Source of chance for the clusters.
+    Groups share the largest number of points in proportion to their distinct places
+    ('proportional') or equally ('equal'), but each has at least one; or centres are found without
+    regard to groups, and each gets the group of the places nearest to it ('derived').
     """
     check_choice("inducing_allocation", allocation, ALLOCATIONS)
     distinct = places.distinct()

@@ -42,13 +42,9 @@ Hyperparameters = Mapping[str, Tensor]
 class Pairs:
     """Pairs of places, with what does not change with the hyperparameters of a kernel.
 
-    Parameters
-    ----------
-    distance : Tensor of any shape
-    groups : pair of Tensor of int64, optional
-        Codes of the groups of either place, which broadcast to that shape.
-    first, second : Tensor of shape (..., n, p) and (..., m, p)
-        Coordinates that make the pairs; no second for pairs among the first, each of them once.
+    Distances of any shape; codes of the groups of either place, which broadcast to it; and
+    coordinates (..., n, p) and (..., m, p), without the latter for pairs among the former, each of
+    them once.
     """
 
     distance: Tensor

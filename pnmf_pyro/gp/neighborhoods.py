@@ -26,22 +26,12 @@ CPU = torch.device("cpu")
 
 
 class Neighborhoods:
-    """The neighbours of N places, and the weights that a kernel gives them for L components.
+    """The K neighbours of each of N places, and their weights for each of L components.
 
-    Parameters
-    ----------
-    kernel : SpatialKernel
-        Kernel with one set of hyperparameters or one for each component; its present values count.
-    places : Places of shape (N,)
-    L : int
-    K : int
-        Neighbours of a place; N - 1 where it is larger.
-    method : {'knn', 'probabilistic'}
-        Rule that chooses neighbours, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
-    precompute : bool
-        Whether neighbours and weights are kept while the kernel stays the same.
-    seed : int
-        Seed of the draws of 'probabilistic'.
+    The kernel has one set of hyperparameters or one for each component, and its present values
+    count. The `method` is 'knn' or 'probabilistic', see
+    :func:`~pnmf_pyro.gp.neighbors.build_graph`; `seed` is that of its draws. With `precompute`
+    neighbours and weights are kept while the kernel stays the same.
     """
 
     def __init__(
@@ -144,22 +134,11 @@ class Neighborhoods:
 
 
 class Conditionals:
-    """Draws at n new places given draws at N known ones.
+    """Draws at n new places given draws at N known ones: at those of the numbers `used`, (m,).
 
-    Parameters
-    ----------
-    near : ndarray of shape (n, K)
-        Neighbours of the new place at each position: numbers of known places, N + positions of
-        earlier new ones, or -1 for none.
-    weights, variances : Tensor of shape (1 or L, n, K) and (L, n)
-        Weights of the neighbours, and variances given them.
-    order : ndarray of shape (n,)
-        Number of the new place at each position.
-
-    Attributes
-    ----------
-    used : ndarray of shape (m,)
-        Numbers of the known places of which draws are needed.
+    The neighbours `near`, (n, K), of the new place at each position are numbers of known places, N
+    + positions of earlier new ones, or -1 for none; `weights`, (1 or L, n, K), and `variances`, (L,
+    n), are given them. `order`, (n,), has the number of the new place at each position.
     """
 
     def __init__(

@@ -66,21 +66,12 @@ def build_graph(
     covariance: Covariance | None = None,
     random: np.random.RandomState | None = None,
 ) -> NeighborGraph:
-    """Order places by max-min distance, and find the predecessors to condition each on.
+    """Order N places by max-min distance, and find the K predecessors to condition each on.
 
-    Parameters
-    ----------
-    places : Places of shape (N,)
-        Places, perhaps identical. Those in groups are ordered in a space that sets groups apart,
-        see :func:`~pnmf_pyro.gp.ordering.group_embedding`.
-    K : int
-        Number of predecessors.
-    covariance : callable, optional
-        Covariance between places; needed for places in groups and with `random`.
-    random : RandomState, optional
-        Source of chance for the method 'probabilistic': K predecessors are drawn without
-        replacement from the 3 K nearest, in proportion to the covariance. Without it they are the
-        K nearest.
+    Places in groups are ordered in a space that sets groups apart, see
+    :func:`~pnmf_pyro.gp.ordering.group_embedding`. The predecessors are the K nearest; with
+    `random`, the method 'probabilistic', K drawn without replacement from the 3 K nearest, in
+    proportion to the covariance. Groups and draws need the covariance between places.
     """
     points = places.coordinates.numpy()
     if places.groups is not None:
@@ -103,26 +94,22 @@ def nearest_before(
     For the parameters see :func:`build_graph`. The result, (N - start, K), has -1 for none.
     """
     counts = np.arange(start, len(places))
-    return _search(places, places[start:], counts, K, covariance, random)
+    return nearest(places, places[start:], K, covariance, random, counts)
 
 
 def nearest(
-    places: Places, new_places: Places, K: int, covariance: Covariance | None = None
-) -> np.ndarray:
-    """Find the K <= N of N places that are nearest to each of n new ones, (n, K) of int32."""
-    counts = np.full(len(new_places), len(places))
-    return _search(places, new_places, counts, K, covariance, None)
-
-
-def _search(
     places: Places,
     new_places: Places,
-    counts: np.ndarray,
     K: int,
-    covariance: Covariance | None,
-    random: np.random.RandomState | None,
+    covariance: Covariance | None = None,
+    random: np.random.RandomState | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Find K of the first `counts` places for each new place."""
+    """Find the K places nearest to each of n new ones, int32, (n, K); -1 where there are fewer.
+
+    Of the places, the first `counts`, (n,), may be chosen; all unless given.
+    """
+    counts = np.full(len(new_places), len(places)) if counts is None else counts
     wanted = K if random is None else CANDIDATES * K
     points, new_points = places.coordinates.numpy(), new_places.coordinates.numpy()
     groups = np.zeros(len(points)) if places.groups is None else places.groups.numpy()

@@ -54,28 +54,13 @@ def conditional_weights(
     variance: float,
     names: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights (n, K) and the variances (n,) of targets given their neighbours.
+    """Return the weights (n, K) and the variances (n,) of n targets given their neighbours.
 
     B = k(x, x_c) k(x_c, x_c)^-1 and v = k(x, x) - B k(x_c, x), from one Cholesky factor of the
     covariance of (x_c, x): with (l, d) its last row and C the rest, B = l C^-1 and v = d^2. Where v
-    is below 1e-8 of the variance, as for identical places, the diagonal is raised until it is not.
-
-    Parameters
-    ----------
-    targets, sources : Places of shape (n,) and (N,)
-    neighbors : ndarray or Tensor of int, shape (n, K)
-        Numbers of sources, -1 for none, whose weight is 0.
-    covariance : callable
-        Covariance between places.
-    variance : float
-        k(x, x).
-    names : ndarray of int, shape (n,), optional
-        Numbers of the targets in an error; 0 to n - 1 unless given.
-
-    Raises
-    ------
-    ValueError
-        Where a covariance is not finite or not positive definite; the targets are named.
+    is below 1e-8 of the variance k(x, x), as for identical places, the diagonal is raised until it
+    is not. Neighbours, (n, K), are numbers of sources, or -1 for none, with the weight 0. Errors
+    give the names of targets, (n,), 0 to n - 1 unless given.
     """
     neighbors = torch.as_tensor(neighbors, dtype=torch.long)
     names = np.arange(len(targets)) if names is None else names
@@ -129,17 +114,14 @@ class VecchiaFactor:
     ----------
     graph : NeighborGraph
     weights : Tensor of shape (L, N, K) or (1, N, K)
-        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`. One set
-        serves all components that differ in their variance alone.
+        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`.
     variances : Tensor of shape (L, N)
-        v_i of the place at each position of the ordering.
+        v_i of the place at each position of the ordering; as an attribute, in the user's order.
 
     Attributes
     ----------
     matrices : list of 1 or L CSR matrices of shape (N, N)
         I - B in the ordering, where it is unit lower triangular.
-    variances : ndarray of shape (L, N)
-        v_i in the order of the user.
     """
 
     def __init__(self, graph: NeighborGraph, weights: Tensor, variances: Tensor):
@@ -209,9 +191,8 @@ class VecchiaFactor:
 
     def precision(self, x: Array) -> np.ndarray:
         """Return Q x."""
-        x = np.asarray(x)
-        variances = self.variances if x.ndim == 2 else self.variances[..., None]
-        return self.multiply_transposed(self.multiply(x) / variances)
+        residual = self.multiply(x)
+        return self.multiply_transposed(residual / alongside(self.variances, residual))
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, list[sp.csr_matrix]]:
         """Return the numbers (m,) of the places that n rows of I - B combine, and the rows.
@@ -243,6 +224,11 @@ def on_components(operation: Operation, matrices: Sequence[Any], x: np.ndarray) 
         return np.stack(list(map(operation, matrices, x)))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # scipy lets go of the lock
         return np.stack(list(threads.map(operation, matrices, x)))
+
+
+def alongside(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return weights (L, N) in a shape that broadcasts with x, (L, N) or (L, N, R)."""
+    return weights if x.ndim == 2 else weights[..., None]
 
 
 def _residual_matrices(predecessors: np.ndarray, weights: np.ndarray) -> list[sp.csr_matrix]:

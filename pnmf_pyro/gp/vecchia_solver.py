@@ -34,7 +34,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, on_components
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, alongside, on_components
 
 COARSENING = 2
 COARSEST = 10
@@ -77,33 +77,17 @@ class VecchiaPosterior:
     ) -> Solution:
         """Solve (Q_l + diag(h_l)) x_l = b_l by preconditioned conjugate gradients.
 
-        Every step lowers x^T A x / 2 - b^T x, so fewer steps than the tolerance asks for are a
-        step in the right direction too.
-
-        Parameters
-        ----------
-        curvature : ndarray or Tensor of shape (L, N)
-            h, not negative.
-        b : ndarray or Tensor of shape (L, N) or (L, N, R)
-            Right-hand sides.
-        start : ndarray or Tensor of the shape of b, optional
-            A first x, such as the solution for an h that was similar; 0 unless given.
-        tolerance : float
-            Largest error of x, in posterior standard deviations.
-        max_iterations : int
-            Largest number of steps.
-
-        Raises
-        ------
-        ValueError
-            If h, b or the start is not finite, or h is negative somewhere.
+        Every step lowers x^T A x / 2 - b^T x, so fewer steps than the tolerance asks for are a step
+        in the right direction too. The first x is `start`, or 0. The tolerance is the largest error
+        of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). What is not
+        finite, or a negative h, raises a ValueError.
         """
         order, position = self.factor.graph.order, self.factor.graph.position
         h = self._checked_curvature(curvature)[:, order]
         r = self._checked("b", b)[:, order]
         x = np.zeros_like(r)
         precondition = _Preconditioner(self, h)
-        weights = _like(h, r)
+        weights = alongside(h, r)
         if start is not None:
             x = self._checked("start", start)[:, order]
             r = r - self._ordered.precision(x) - weights * x
@@ -130,7 +114,6 @@ class VecchiaPosterior:
         random_state: RandomState = None,
         *,
         tolerance: float = 0.1,
-        max_iterations: int = 100,
     ) -> np.ndarray:
         """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
 
@@ -143,7 +126,7 @@ class VecchiaPosterior:
         of_prior = random.normal(size=shape) / np.sqrt(self.factor.variances)[..., None]
         of_data = random.normal(size=shape) * np.sqrt(h)[..., None]
         b = self.factor.multiply_transposed(of_prior) + of_data
-        return self.solve(h, b, tolerance=tolerance, max_iterations=max_iterations).x
+        return self.solve(h, b, tolerance=tolerance).x
 
     def conditional_variances(self, curvature: Array) -> np.ndarray:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
@@ -222,15 +205,11 @@ class _Preconditioner:
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         z = self.factor.solve_transposed(r)
-        total = z * _like(self.fine, z)
+        total = z * alongside(self.fine, z)
         for M, matrices, inverse in self.grids:
             coarse = on_components(_transposed_product, matrices, z[:, :M])
-            total[:, :M] += on_components(_product, matrices, coarse * _like(inverse, coarse))
+            total[:, :M] += on_components(_product, matrices, coarse * alongside(inverse, coarse))
         return self.factor.solve(total)
-
-
-def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return weights if x.ndim == 2 else weights[..., None]
 
 
 def _product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
