@@ -158,7 +158,7 @@ POSITIVE_MODES = tuple(_POSITIVE_MAPS)
 
 
 class PositiveParameter(ConstrainedParameter):
-    r"""A parameter that is never negative.
+    """A parameter that is never negative.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ class PositiveParameter(ConstrainedParameter):
         clamps at zero after each step (:meth:`project`), and `multiplicative` is not given to a
         gradient optimiser but set by :meth:`multiplicative_update`.
     elbo_mode : {'lower-bound', 'expanded', 'simple'}
-        Which form of the ELBO the multiplicative update increases.
+        Form of the ELBO that the multiplicative update increases.
 
     Notes
     -----
@@ -231,16 +231,15 @@ class PositiveParameter(ConstrainedParameter):
         Parameters
         ----------
         X : Tensor of shape (D, N) or (D_batch, N), or Counts of shape (N, D)
-            Sparse tensors are visited at their stored entries only.
-        terms : dict
-            From :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
-            `exp_mu_sigma`, of shape (L, N), and except for `lower-bound` `exp_F_samples`, of shape
-            (E, L, N). `size_factors`, of shape (N,), is used where present. The rates are
-            computed from W as it is now.
+            Counts; sparse ones are visited at their stored entries only.
+        terms : mapping of str to Tensor
+            Terms of :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
+            `exp_mu_sigma`, of shape (L, N), except for `lower-bound` `exp_F_samples`, of shape
+            (E, L, N), and perhaps `size_factors`, of shape (N,). The rates are those of the present W.
         idy : Tensor of int64, optional
-            Which rows of W to update: the features in X.
+            Rows of W to update: the features in X.
         eps : float
-            Added to the denominator.
+            Number added to the denominator.
         step : float in (0, 1]
             How far to go towards the updated value; less than 1 averages over minibatches.
         """

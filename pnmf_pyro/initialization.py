@@ -66,7 +66,7 @@ def initialize_factors(
     Raises
     ------
     ValueError
-        For an unknown `init`, too many components for it, and a negative or infinite entry of X.
+        For an unknown `init`, too many components for it, and a negative or non-finite X.
 
     Examples
     --------

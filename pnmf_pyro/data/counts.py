@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeAlias
 
@@ -208,6 +209,7 @@ class DenseCounts(Counts):
         return [*range(0, n, max(1, BLOCK_ENTRIES // max(d, 1))), n]
 
 
+@dataclass(eq=False, repr=False)
 class SparseCounts(Counts):
     """Counts held as compressed sparse rows (CSR); only stored entries cost time and memory.
 
@@ -215,13 +217,10 @@ class SparseCounts(Counts):
     from `row_starts[i]` to `row_starts[i + 1]`, (n + 1,).
     """
 
-    def __init__(
-        self, row_starts: Tensor, columns_of: Tensor, values: Tensor, shape: tuple[int, int]
-    ):
-        self.row_starts = row_starts
-        self.columns_of = columns_of
-        self.values = values
-        self.shape = shape
+    row_starts: Tensor
+    columns_of: Tensor
+    values: Tensor
+    shape: tuple[int, int]
 
     @classmethod
     def from_scipy(cls, matrix: sp.csr_matrix) -> SparseCounts:
@@ -259,12 +258,10 @@ class SparseCounts(Counts):
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
         if _has_sampled_addmm(self.device.type, self.dtype):
             return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
-        rows = torch.repeat_interleave(torch.arange(len(A), device=A.device), self._lengths)
+        rows = torch.repeat_interleave(
+            torch.arange(len(A), device=A.device), self.row_starts.diff()
+        )
         return (A[rows] * B[self.columns_of]).sum(1)
-
-    @property
-    def _lengths(self) -> Tensor:
-        return self.row_starts.diff()
 
     def row_sums(self, entries: Tensor) -> Tensor:  # noqa: D102
         return torch.segment_reduce(entries.double(), "sum", offsets=self.row_starts)
@@ -283,7 +280,7 @@ class SparseCounts(Counts):
             entries: Any = slice(int(starts[0]), int(starts[-1]))
             starts = starts - starts[0]
         else:
-            first, lengths = self.row_starts[index], self._lengths[index]
+            first, lengths = self.row_starts[index], self.row_starts.diff()[index]
             starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             offsets = torch.repeat_interleave(first - starts[:-1], lengths)
             entries = offsets + torch.arange(len(offsets), device=self.device)

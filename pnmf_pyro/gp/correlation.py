@@ -28,7 +28,6 @@ from pyro.contrib.gp.kernels import (
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-
 KERNELS: dict[str, type[Isotropy]] = {
     "Matern12": Exponential,
     "Matern32": Matern32,

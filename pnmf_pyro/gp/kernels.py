@@ -12,7 +12,7 @@ that of :mod:`pnmf_pyro.gp.multi_group`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -169,7 +169,7 @@ class SpatialKernel(nn.Module):
     @property
     def correlation(self) -> Correlation:
         """The correlation, of several the one chosen."""
-        return self._correlation(int(self.chosen))
+        return cast(Correlation, self.correlations[int(self.chosen)])
 
     @property
     def name(self) -> str:
@@ -235,12 +235,9 @@ class SpatialKernel(nn.Module):
     def check(self, places: Places) -> None:
         """Raise a ValueError where a correlation cannot be evaluated at such places."""
         two = places[:2]
-        for correlation in map(self._correlation, range(len(self.names))):
+        for correlation in cast(Iterable[Correlation], self.correlations):
             self._correlate(correlation, Pairs.within(two), self.hyperparameters)
             correlation.variance(two.coordinates)
-
-    def _correlation(self, number: int) -> Correlation:
-        return cast(Correlation, self.correlations[number])
 
     def _correlate(self, correlation: Correlation, pairs: Pairs, values: Hyperparameters) -> Tensor:
         """Return kappa at pairs, (C, ...)."""
@@ -255,10 +252,8 @@ class SpatialKernel(nn.Module):
         return across_groups(correlation.at_distance, scaled, v, pairs.dimensions)
 
     def _closeness(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
-        assert self.group_distances is not None
-        assert pairs.groups is not None
-        d = self.group_distances[pairs.groups]
-        return closeness(pairs.lead(values["group_diff_param"]), d)
+        distances = cast(Tensor, self.group_distances)
+        return closeness(pairs.lead(values["group_diff_param"]), distances[pairs.groups])
 
 
 class ComponentKernel(Kernel):
