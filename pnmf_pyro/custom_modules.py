@@ -235,7 +235,7 @@ class PositiveParameter(ConstrainedParameter):
         terms : mapping of str to Tensor
             Terms of :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
             `exp_mu_sigma`, of shape (L, N), except for `lower-bound` `exp_F_samples`, of shape
-            (E, L, N), and perhaps `size_factors`, of shape (N,). The rates are those of the present W.
+            (E, L, N), and perhaps `size_factors`, of shape (N,). The rates are those of W now.
         idy : Tensor of int64, optional
             Rows of W to update: the features in X.
         eps : float

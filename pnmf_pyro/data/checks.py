@@ -134,7 +134,7 @@ def check_device(device: str) -> torch.device:
             "Use device='auto' or 'cpu', or install a CUDA build of torch."
         )
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
 
 

@@ -258,9 +258,7 @@ class SparseCounts(Counts):
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
         if _has_sampled_addmm(self.device.type, self.dtype):
             return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
-        rows = torch.repeat_interleave(
-            torch.arange(len(A), device=A.device), self.row_starts.diff()
-        )
+        rows = torch.arange(len(A), device=A.device).repeat_interleave(self.row_starts.diff())
         return (A[rows] * B[self.columns_of]).sum(1)
 
     def row_sums(self, entries: Tensor) -> Tensor:  # noqa: D102

@@ -19,7 +19,7 @@ from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighbors import METHODS, NeighborGraph, build_graph, nearest, nearest_before
 from pnmf_pyro.gp.ordering import Covariance, max_min_order
-from pnmf_pyro.gp.vecchia import VecchiaFactor, conditional_weights
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, conditional_weights
 from pnmf_pyro.gp.vecchia_solver import VecchiaPosterior
 
 CPU = torch.device("cpu")
@@ -111,11 +111,7 @@ class Neighborhoods:
 
     @torch.no_grad()
     def _weights(
-        self,
-        targets: Places,
-        sources: Places,
-        near: Tensor | np.ndarray,
-        names: np.ndarray | None = None,
+        self, targets: Places, sources: Places, near: Array, names: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights (C, n, K) and variances (L, n) of targets given their neighbours."""
         sets = self.kernel.variance(self.places).amax(-1).tolist()

@@ -91,8 +91,7 @@ def _farthest_points(points: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray
     columns = np.ascontiguousarray(points.T)
     squared = np.full(len(points), np.inf)
     order = np.empty(n, np.int64)
-    centre = points.mean(0)
-    pick = int(((points - centre) ** 2).sum(1).argmin())
+    pick = int(((points - points.mean(0)) ** 2).sum(1).argmin())
     for position in range(n):
         order[position] = pick
         np.minimum(squared, ((columns - columns[:, [pick]]) ** 2).sum(0), out=squared)

@@ -1,4 +1,4 @@
-r"""The sparse factor of a precision that the Vecchia approximation gives, and products with it.
+"""The sparse factor of a precision that the Vecchia approximation gives, and products with it.
 
 With c(i) the neighbours of place i (Vecchia 1988; Katzfuss and Guinness 2021, section 2),
 
@@ -37,9 +37,7 @@ from pnmf_pyro.gp.ordering import Covariance
 BLOCK = 1 << 18
 # Conditional variance, relative to the variance, below which a diagonal is raised; and by how much.
 LEAST = 1e-8
-
-# Products of entries, over all components, up to which threads take longer to begin than they save,
-# see docs/performance.md.
+# Products of entries up to which threads cost more than they save, see docs/performance.md.
 FEW_PRODUCTS = 4_000_000
 
 Array = np.ndarray | Tensor
@@ -56,11 +54,10 @@ def conditional_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights (n, K) and the variances (n,) of n targets given their neighbours.
 
-    B = k(x, x_c) k(x_c, x_c)^-1 and v = k(x, x) - B k(x_c, x), from one Cholesky factor of the
-    covariance of (x_c, x): with (l, d) its last row and C the rest, B = l C^-1 and v = d^2. Where v
-    is below 1e-8 of the variance k(x, x), as for identical places, the diagonal is raised until it
-    is not. Neighbours, (n, K), are numbers of sources, or -1 for none, with the weight 0. Errors
-    give the names of targets, (n,), 0 to n - 1 unless given.
+    With (l, d) the last row of the Cholesky factor of the covariance of (x_c, x), and C the rest,
+    B = l C^-1 and v = d^2. Where v is below 1e-8 of the variance k(x, x), as for identical places,
+    the diagonal is raised until it is not. Neighbours, (n, K), are numbers of sources, or -1 for
+    none, with the weight 0. Errors give the `names`, (n,), of targets.
     """
     neighbors = torch.as_tensor(neighbors, dtype=torch.long)
     names = np.arange(len(targets)) if names is None else names

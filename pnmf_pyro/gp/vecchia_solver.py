@@ -41,11 +41,11 @@ COARSEST = 10
 
 
 class Solution(NamedTuple):
-    """What conjugate gradients found: x, (L, N) or (L, N, R), after how many products with A.
+    """What conjugate gradients found: x, (L, N) or (L, N, R), after `iterations` products with A.
 
-    The error, (L,) or (L, R), is an estimate of sqrt(e^T A e / N), e the error of x: in posterior
-    standard deviations, root mean square over places. Where x is the mean of q, the ELBO is lower
-    than at the best mean by N / 2 times its square.
+    The error, (L,) or (L, R), estimates sqrt(e^T A e / N), e the error of x: in posterior standard
+    deviations, root mean square over places. Where x is the mean of q, the ELBO is lower than at
+    the best mean by N / 2 times its square.
     """
 
     x: np.ndarray
@@ -82,7 +82,7 @@ class VecchiaPosterior:
         of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). What is not
         finite, or a negative h, raises a ValueError.
         """
-        order, position = self.factor.graph.order, self.factor.graph.position
+        order = self.factor.graph.order
         h = self._checked_curvature(curvature)[:, order]
         r = self._checked("b", b)[:, order]
         x = np.zeros_like(r)
@@ -105,7 +105,7 @@ class VecchiaPosterior:
             x += step * direction
             r -= step * product
         error = np.sqrt(power[:, 0] / self.factor.N)
-        return Solution(x[:, position], iteration, error)
+        return Solution(x[:, self.factor.graph.position], iteration, error)
 
     def sample(
         self,
@@ -165,7 +165,7 @@ class VecchiaPosterior:
         return h
 
     def _checked(self, name: str, value: Array) -> np.ndarray:
-        """Values as float64; conjugate gradients would go on with NaN to the end."""
+        """Return values as float64; conjugate gradients would go on with NaN to the end."""
         array = np.asarray(value, dtype=np.float64)
         bad = np.argwhere(~np.isfinite(array))
         if len(bad):
@@ -177,7 +177,7 @@ class VecchiaPosterior:
 
     @cached_property
     def _grids(self) -> list[tuple[int, list[sp.csr_matrix], np.ndarray]]:
-        """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
+        """Tuples (M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
         matrices, D = self.factor.matrices, 1 / self._ordered.variances
         diagonal, grids, start = np.zeros_like(D), [], 0
         for M in reversed(self._sizes):
@@ -221,7 +221,7 @@ def _transposed_product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
 
 
 def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
-    """The first M rows and columns of lower triangular CSR matrices, as views."""
+    """Return the first M rows and columns of lower triangular CSR matrices, as views."""
     parts = []
     for A in matrices:
         end = A.indptr[M]
