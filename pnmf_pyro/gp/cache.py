@@ -13,10 +13,9 @@ Made = TypeVar("Made")
 class Cache:
     """The last value of each name, with the tensors that it was made of.
 
-    A tensor has changed where it lies elsewhere in memory, or where torch has written to it: its
-    counter `_version`, by which autograd notices changes in place, has moved. Comparing values
-    would cost a copy of each tensor and a pass over it. Writes that torch does not see, as through
-    a numpy array of the same memory, are not noticed.
+    A tensor has changed where it lies elsewhere in memory, or where torch has written to it, which
+    its counter `_version` says. Writes that torch does not see, as through a numpy array of the
+    same memory, are not noticed.
     """
 
     def __init__(self) -> None:
@@ -26,16 +25,7 @@ class Cache:
         return {"_made": {}}  # a copy makes its own
 
     def __call__(self, name: str, tensors: Iterable[Tensor], make: Callable[[], Made]) -> Made:
-        """Return the value of a name, made by `make` unless it is there for these tensors.
-
-        Parameters
-        ----------
-        name : str
-        tensors : iterable of Tensor
-            All tensors that the value depends on.
-        make : callable
-            Makes the value.
-        """
+        """Return the value of a name, made by `make` unless it is there for these tensors."""
         held = [tensor.detach() for tensor in tensors]  # so that no other takes their memory
         state = [(tensor.data_ptr(), tensor._version) for tensor in held]
         if name not in self._made or self._made[name][0] != state:

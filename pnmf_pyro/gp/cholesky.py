@@ -1,7 +1,7 @@
 """Cholesky factors of covariance matrices, and what is read off a factor.
 
-:func:`jittered_cholesky` is the one way to factorise a covariance that a kernel makes. Matrices
-that are well conditioned by construction, as the identity plus a covariance, need no jitter.
+:func:`jittered_cholesky` factorises every covariance that a kernel makes. Matrices that are well
+conditioned by construction, as the identity plus a covariance, need no jitter.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.checks import some_of, warn
 
 # Attempts to factorise a matrix, each with ten times the jitter of the one before.
 ATTEMPTS = 6
-
-# Matrices that a message names.
-NAMED_AT_MOST = 5
 
 # Rows or columns of a symmetric matrix that are made together.
 BLOCK = 128
@@ -28,30 +25,13 @@ def jittered_cholesky(
     what: str = "inducing points",
     names: np.ndarray | None = None,
 ) -> Tensor:
-    """Return the lower Cholesky factors of covariances that may be nearly singular.
+    """Return the lower Cholesky factors of covariances (..., n, n) that may be nearly singular.
 
-    The diagonal of each matrix is raised by the jitter. Where the factorisation still fails, it is
-    raised by ten times as much, and so on for that matrix.
-
-    Parameters
-    ----------
-    covariance : Tensor of shape (..., n, n), float64
-    jitter : float
-        What is added to a diagonal, relative to its mean.
-    what : str
-        What the rows stand for, for messages.
-    names : ndarray of shape (...), optional
-        Number of each matrix, for messages.
-
-    Raises
-    ------
-    ValueError
-        Where an entry is not finite, or a hundred thousand times the jitter is not enough.
-
-    Warns
-    -----
-    UserWarning
-        Where more than the given jitter was needed.
+    The diagonal of each matrix is raised by the jitter, relative to its mean. Where the
+    factorisation still fails, it is raised by ten times as much, with a warning, and so on for that
+    matrix, up to a hundred thousand times; an entry that is not finite, or a matrix that still
+    fails then, is a ValueError. Messages say `what` the rows are, and have the names (...) of the
+    matrices.
     """
     matrices = covariance.reshape(-1, *covariance.shape[-2:])
     bad = (~torch.isfinite(matrices).flatten(1).all(1)).nonzero()[:, 0]
@@ -87,22 +67,13 @@ def jittered_cholesky(
 
 def _named(names: np.ndarray | None, which: Tensor) -> str:
     """Return the names of some matrices as the end of a phrase, "" without names."""
-    if names is None:
-        return ""
-    more = f" and {len(which) - NAMED_AT_MOST} more" if len(which) > NAMED_AT_MOST else ""
-    return f" {names[which[:NAMED_AT_MOST].cpu().numpy()].tolist()}{more}"
+    return "" if names is None else f" {some_of(names[which.cpu().numpy()].tolist())}"
 
 
 def solve(tril: Tensor, vectors: Tensor) -> Tensor:
-    """Return the solutions x of tril tril^T x = b, of the shape of the vectors b.
+    """Return the solutions x of tril tril^T x = b for lower triangles (L, n, n) and b (..., L, n).
 
     Many vectors share a pass; `torch.cholesky_solve` would copy several matrices for it.
-
-    Parameters
-    ----------
-    tril : Tensor of shape (L, n, n)
-        Lower triangular.
-    vectors : Tensor of shape (..., L, n)
     """
     columns = vectors.reshape(-1, *vectors.shape[-2:]).permute(1, 2, 0)
     half = torch.linalg.solve_triangular(tril, columns, upper=False)
@@ -111,14 +82,10 @@ def solve(tril: Tensor, vectors: Tensor) -> Tensor:
 
 
 def inverse_diagonal(tril: Tensor) -> Tensor:
-    """Return the diagonal of the inverse of a matrix from its lower Cholesky factor, (..., n).
+    """Return the diagonal (..., n) of the inverse of a matrix from its Cholesky factor (..., n, n).
 
     It holds the squared norms of the columns of tril^{-1}, made in blocks below the diagonal:
     n^3 / 3 operations and no second matrix.
-
-    Parameters
-    ----------
-    tril : Tensor of shape (..., n, n)
     """
     n = tril.shape[-1]
     identity = torch.eye(n, BLOCK).to(tril)
@@ -131,10 +98,5 @@ def inverse_diagonal(tril: Tensor) -> Tensor:
 
 
 def log_det(tril: Tensor) -> Tensor:
-    """Return the log-determinant of a matrix from its lower Cholesky factor, (...).
-
-    Parameters
-    ----------
-    tril : Tensor of shape (..., n, n)
-    """
+    """Return the log-determinants (...) of matrices from their Cholesky factors (..., n, n)."""
     return 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)

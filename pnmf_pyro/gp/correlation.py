@@ -28,8 +28,6 @@ from pyro.contrib.gp.kernels import (
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pnmf_pyro.data.checks import check_choice
-
 KERNELS: dict[str, type[Isotropy]] = {
     "Matern12": Exponential,
     "Matern32": Matern32,
@@ -47,27 +45,19 @@ class Correlation(nn.Module):
     Parameters
     ----------
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'} or Kernel
-        Kernel, or the name of one with lengthscale 1 and variance 1.
+        Kernel without priors, or the name of one with lengthscale 1 and variance 1.
 
     Attributes
     ----------
     name : str
         The name that was given, or the name of the kernel's class.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or a hyperparameter of the kernel has a prior.
     """
 
     def __init__(self, kernel: str | Kernel):
         super().__init__()
-        self.is_named = not isinstance(kernel, Kernel)
-        self.name: str = type(kernel).__name__
-        if not isinstance(kernel, Kernel):
-            self.name = kernel
-            kernel = KERNELS[check_choice("kernel", kernel, KERNELS)](input_dim=1)
-        self.kernel = _with_numbers(kernel)
+        self.is_named = isinstance(kernel, str)
+        self.name = kernel if isinstance(kernel, str) else type(kernel).__name__
+        self.kernel = _with_numbers(KERNELS[kernel](1) if isinstance(kernel, str) else kernel)
 
     def is_of_distance(self, dimensions: int) -> bool:
         """Return whether it is a function of distance alone, see :func:`is_of_distance`."""
@@ -78,18 +68,9 @@ class Correlation(nn.Module):
         return at_distance(self.kernel, distance)
 
     def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
-        """Return the values between inputs, of shape (..., n, m).
+        """Return the values (..., n, m) between inputs (..., n, p) and (..., m, p), or among X.
 
-        Parameters
-        ----------
-        X : Tensor of shape (..., n, p)
-        Z : Tensor of shape (..., m, p), optional
-            X itself unless given.
-
-        Raises
-        ------
-        ValueError
-            If the kernel acts on columns that the inputs do not have, or returns no such matrix.
+        A kernel that acts on other columns, or returns another shape, raises a ValueError.
         """
         if X.ndim > 2 and Z is None:
             return torch.stack([self.between(x) for x in X])
@@ -122,13 +103,7 @@ class Correlation(nn.Module):
 
 
 def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | Kernel]:
-    """Return one kernel or several as a list.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or one of them is neither a known name nor a kernel of Pyro.
-    """
+    """Return one kernel or several as a list; raise a ValueError for none and for all else."""
     several = kernels if isinstance(kernels, list | tuple) else [kernels]
     for kernel in several or [kernels]:
         if not isinstance(kernel, Kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
@@ -143,14 +118,8 @@ def check_kernels(kernels: str | Kernel | Sequence[str | Kernel]) -> list[str | 
 def is_of_distance(kernel: Kernel, dimensions: int) -> bool:
     """Return whether a kernel is a function of the distance between its inputs alone.
 
-    Such are the isotropic kernels with one lengthscale over all columns, constants, and sums,
-    products, exponentials and polynomials of these.
-
-    Parameters
-    ----------
-    kernel : Kernel
-    dimensions : int
-        Number of columns of the inputs.
+    Such are the isotropic kernels with one lengthscale over all columns of the inputs, constants,
+    and sums, products, exponentials and polynomials of these.
     """
     if type(kernel) in (Sum, Product):
         parts = (part for part in (kernel.kern0, kernel.kern1) if isinstance(part, Kernel))

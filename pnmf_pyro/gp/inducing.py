@@ -17,27 +17,11 @@ VOTERS = 5
 def inducing_points(
     places: Places, num_inducing: int, allocation: str, random: np.random.RandomState
 ) -> Places:
-    """Choose inducing points among and between places.
+    """Choose inducing points: all distinct places if few enough, and centres of clusters otherwise.
 
-    All distinct places where there are no more than `num_inducing`; centres of clusters of them
-    otherwise.
-
-    Parameters
-    ----------
-    places : Places of shape (N,)
-        Places of the samples.
-    num_inducing : int
-        Largest number of inducing points.
-    allocation : {'proportional', 'equal', 'derived'}
-        Rule by which groups share the inducing points: in proportion to their distinct places;
-        equally; or by finding centres without regard to groups, each of which then gets the group
-        of the places nearest to it.
-    random : RandomState
-        Source of chance for the clusters.
-
-    Returns
-    -------
-    Places of shape (M,), M <= num_inducing unless there are more groups than that
+    Groups share the largest number of points in proportion to their distinct places
+    ('proportional') or equally ('equal'), but each has at least one; or centres are found without
+    regard to groups, and each gets the group of the places nearest to it ('derived').
     """
     check_choice("inducing_allocation", allocation, ALLOCATIONS)
     distinct = places.distinct()
@@ -65,9 +49,7 @@ def _centres(points: np.ndarray, n: int, random: np.random.RandomState) -> np.nd
 
 def _shares(weights: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
     """Split `total` by weight, at least 1 to each group and no more than it has places."""
-    shares = np.zeros(len(sizes), dtype=int)
-    open_groups = sizes > 0
-    shares[open_groups] = 1
+    shares = (sizes > 0).astype(int)
     while (left := total - shares.sum()) > 0 and (open_groups := shares < sizes).any():
         wanted = np.where(open_groups, weights, 0)
         parts = np.floor(left * wanted / wanted.sum()).astype(int)
@@ -80,14 +62,11 @@ def _shares(weights: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
 def _within_groups(
     points: np.ndarray, groups: np.ndarray, shares: np.ndarray, random: np.random.RandomState
 ) -> Places:
-    chosen = [
-        (_centres(points[groups == group], share, random), group)
-        for group, share in enumerate(shares)
-        if share
-    ]
-    coordinates = np.concatenate([centres for centres, _ in chosen])
-    codes = np.concatenate([np.full(len(centres), group) for centres, group in chosen])
-    return Places(torch.from_numpy(coordinates), torch.from_numpy(codes))
+    parts = []
+    for group in np.flatnonzero(shares):
+        centres = torch.from_numpy(_centres(points[groups == group], shares[group], random))
+        parts.append(Places(centres, torch.full((len(centres),), int(group))))
+    return Places.concatenate(parts)
 
 
 def _derived(
@@ -105,8 +84,4 @@ def _derived(
         return found
     shares = np.ceil(missing * n / len(points)).astype(int)
     more = _within_groups(points, groups, np.minimum(shares, missing), random)
-    assert found.groups is not None
-    assert more.groups is not None
-    return Places(
-        torch.cat([found.coordinates, more.coordinates]), torch.cat([found.groups, more.groups])
-    )
+    return Places.concatenate([found, more])

@@ -1,18 +1,18 @@
 r"""Covariance of the fields of several components: one correlation, hyperparameters of each.
 
-The correlation kappa is a kernel of `pyro.contrib.gp`, see :mod:`pnmf_pyro.gp.correlation`. Between
-the places x and x' the field of a component has the covariance
+Between the places x and x' the field of a component has the covariance
 
 .. math:: \sigma^2 \kappa(x / \ell, x' / \ell) + \mathrm{nugget}^2 [x = x'],
 
-where the nugget is what a place has for itself and does not share with the next one. Between groups
-of places kappa is that of :mod:`pnmf_pyro.gp.multi_group`.
+where the correlation kappa is a kernel of `pyro.contrib.gp` (:mod:`pnmf_pyro.gp.correlation`), and
+the nugget is the part of a place that it shares with no other. Between groups of places kappa is
+that of :mod:`pnmf_pyro.gp.multi_group`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,16 +42,9 @@ Hyperparameters = Mapping[str, Tensor]
 class Pairs:
     """Pairs of places, with what does not change with the hyperparameters of a kernel.
 
-    Parameters
-    ----------
-    distance : Tensor
-        Distances, of any shape.
-    groups : pair of Tensor of int64, optional
-        Codes of the groups of either place, which broadcast to that shape.
-    first : Tensor of shape (..., n, p)
-        Coordinates of the places that make the pairs.
-    second : Tensor of shape (..., m, p) or None
-        Those of the others; None for pairs among `first`, each of them once.
+    Distances of any shape; codes of the groups of either place, which broadcast to it; and
+    coordinates (..., n, p) and (..., m, p), without the latter for pairs among the former, each of
+    them once.
     """
 
     distance: Tensor
@@ -72,7 +65,7 @@ class Pairs:
     def within(cls, places: Places) -> Pairs:
         """Return each pair of places of shape (..., n) once, of shape (..., n (n + 1) / 2).
 
-        Half of the pairs are half of the work; :func:`fill_symmetric` makes matrices of them.
+        This is half of the work; :func:`fill_symmetric` makes matrices of them.
         """
         x, groups = places.coordinates, places.groups
         i, j = torch.tril_indices(len(places), len(places), device=x.device)
@@ -119,13 +112,13 @@ class SpatialKernel(nn.Module):
         Correlation; of several, the first until :meth:`choose` says otherwise. Hyperparameters of a
         kernel that is passed as an object stay as they are.
     lengthscale : float
-        What the coordinates are divided by, in their unit.
+        Length that the coordinates are divided by, in their unit.
     sigma : float
         Standard deviation that multiplies the correlation, in log-factors.
     n_sets : int
         C, 1 for hyperparameters that all components share, or their number L.
     nugget : float
-        Standard deviation of what a place has for itself, in log-factors; 0 for none.
+        Standard deviation of the part that a place shares with no other, in log-factors.
     group_diff_param : float
         a, zero or more; the larger, the less groups share.
     group_distances : array-like of shape (G, G), optional
@@ -133,9 +126,8 @@ class SpatialKernel(nn.Module):
 
     Attributes
     ----------
-    lengthscale, sigma, nugget : Tensor of shape (C,), float64
-    group_diff_param : Tensor of shape (C,), float64
-        Only of a kernel over groups.
+    lengthscale, sigma, nugget, group_diff_param : Tensor of shape (C,), float64
+        The last only of a kernel over groups.
     names : tuple of str
         Names of the correlations, the class for a kernel that is passed as an object.
     """
@@ -177,7 +169,7 @@ class SpatialKernel(nn.Module):
     @property
     def correlation(self) -> Correlation:
         """The correlation, of several the one chosen."""
-        return self._correlation(int(self.chosen))
+        return cast(Correlation, self.correlations[int(self.chosen)])
 
     @property
     def name(self) -> str:
@@ -205,12 +197,7 @@ class SpatialKernel(nn.Module):
     def covariance(self, a: Places, b: Places | None, values: Hyperparameters) -> Tensor:
         """Return the covariance between places, or among `a` if b is None, (C, ..., n, m).
 
-        Parameters
-        ----------
-        a : Places of shape (..., n)
-        b : Places of shape (..., m) or None
-        values : mapping of str to Tensor of shape (C,)
-            Hyperparameters.
+        The values are those of the hyperparameters by name, each of shape (C,).
         """
         pairs = Pairs.within(a) if b is None else Pairs.between(a, b)
         found = self.smooth_part(pairs, values) + self.nugget_part(pairs, values)
@@ -233,11 +220,9 @@ class SpatialKernel(nn.Module):
         values = self.hyperparameters if values is None else values
         scaled = (places.coordinates / lengthscale for lengthscale in values["lengthscale"])
         height = torch.stack([self.correlation.variance(inputs) for inputs in scaled])
-        sigma, nugget = (
-            values[name].square().reshape(-1, *[1] * (height.ndim - 1))
-            for name in ("sigma", "nugget")
-        )
-        return sigma * height + nugget
+        trailing = [1] * (height.ndim - 1)
+        sigma, nugget = (values[name].reshape(-1, *trailing) for name in ("sigma", "nugget"))
+        return sigma.square() * height + nugget.square()
 
     def select(self, c: int | None) -> SpatialKernel:
         """Return a kernel of one set of hyperparameters, number c, or their geometric means."""
@@ -250,12 +235,9 @@ class SpatialKernel(nn.Module):
     def check(self, places: Places) -> None:
         """Raise a ValueError where a correlation cannot be evaluated at such places."""
         two = places[:2]
-        for correlation in map(self._correlation, range(len(self.names))):
+        for correlation in cast(Iterable[Correlation], self.correlations):
             self._correlate(correlation, Pairs.within(two), self.hyperparameters)
             correlation.variance(two.coordinates)
-
-    def _correlation(self, number: int) -> Correlation:
-        return cast(Correlation, self.correlations[number])
 
     def _correlate(self, correlation: Correlation, pairs: Pairs, values: Hyperparameters) -> Tensor:
         """Return kappa at pairs, (C, ...)."""
@@ -270,10 +252,8 @@ class SpatialKernel(nn.Module):
         return across_groups(correlation.at_distance, scaled, v, pairs.dimensions)
 
     def _closeness(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
-        assert self.group_distances is not None
-        assert pairs.groups is not None
-        d = self.group_distances[pairs.groups]
-        return closeness(pairs.lead(values["group_diff_param"]), d)
+        distances = cast(Tensor, self.group_distances)
+        return closeness(pairs.lead(values["group_diff_param"]), distances[pairs.groups])
 
 
 class ComponentKernel(Kernel):

@@ -33,19 +33,7 @@ def closeness(group_diff_param: Tensor, group_distances: Tensor) -> Tensor:
 def across_groups(
     correlation: Callable[[Tensor], Tensor], distance: Tensor, v: Tensor, dimensions: int
 ) -> Tensor:
-    """Return v^(p/2) kappa(sqrt(v) r).
-
-    Parameters
-    ----------
-    correlation : callable
-        kappa, a function of distance.
-    distance : Tensor
-        r, of any shape.
-    v : Tensor
-        Closeness of the groups, of a shape that broadcasts with that of r.
-    dimensions : int
-        p, the number of coordinates.
-    """
+    """Return v^(p/2) kappa(sqrt(v) r), with r and v of shapes that broadcast, in p dimensions."""
     return v ** (dimensions / 2) * correlation(v.sqrt() * distance)
 
 
@@ -68,16 +56,9 @@ class MultiGroupKernel(Kernel):
     group_distances : array-like of shape (G, G)
         Distances d between groups.
     group_diff_param : float or Tensor
-        a, zero or more; the larger, the less groups share.
+        a, zero or more; the larger, the less groups share. It is a parameter of the kernel.
     active_dims : sequence of int, optional
         Columns of the inputs that it acts on, the codes last; the first p + 1 unless given.
-
-    Attributes
-    ----------
-    group_diff_param : Tensor
-        a, a parameter.
-    group_distances : Tensor of shape (G, G)
-        d.
 
     Raises
     ------
@@ -128,13 +109,10 @@ def check_of_distance(name: str, is_of_distance: bool) -> None:
 
 
 def check_group_distances(group_distances: ArrayLike | None, n_groups: int) -> np.ndarray:
-    """Return distances between groups; 1 between any two different ones where None.
+    """Return distances between groups, (G, G); 1 between any two different ones where None.
 
-    Raises
-    ------
-    ValueError
-        For a matrix of another shape, or one that is not symmetric with a zero diagonal, or not
-        the distances between points of some Euclidean space: the kernel would not be a covariance.
+    A ValueError tells of another shape, and of a matrix that is not symmetric with a zero diagonal
+    or not the distances between points of a Euclidean space: the kernel would be no covariance.
     """
     if group_distances is None:
         return 1.0 - np.eye(n_groups)

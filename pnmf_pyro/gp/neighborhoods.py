@@ -19,31 +19,19 @@ from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighbors import METHODS, NeighborGraph, build_graph, nearest, nearest_before
 from pnmf_pyro.gp.ordering import Covariance, max_min_order
-from pnmf_pyro.gp.vecchia import VecchiaFactor, conditional_weights
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, conditional_weights
 from pnmf_pyro.gp.vecchia_solver import VecchiaPosterior
 
 CPU = torch.device("cpu")
 
 
 class Neighborhoods:
-    """The neighbours of places, and the weights that a kernel gives them.
+    """The K neighbours of each of N places, and their weights for each of L components.
 
-    Parameters
-    ----------
-    kernel : SpatialKernel
-        Kernel with one set of hyperparameters or one for each component; its present values count.
-    places : Places of shape (N,)
-    L : int
-        Number of components.
-    K : int
-        Neighbours of a place; N - 1 where it is larger.
-    method : {'knn', 'probabilistic'}
-        Rule by which neighbours are chosen, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
-    precompute : bool
-        Keep neighbours and their weights while the kernel stays the same. Otherwise they are found
-        anew whenever they are needed.
-    seed : int
-        Seed of the draws of 'probabilistic'.
+    The kernel has one set of hyperparameters or one for each component, and its present values
+    count. The `method` is 'knn' or 'probabilistic', see
+    :func:`~pnmf_pyro.gp.neighbors.build_graph`; `seed` is that of its draws. With `precompute`
+    neighbours and weights are kept while the kernel stays the same.
     """
 
     def __init__(
@@ -80,25 +68,11 @@ class Neighborhoods:
     def predict(
         self, places: Places, mean: Tensor, diagonal: Tensor, low_rank: Tensor, prior_mean: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Predict the field at n other places from q(f) = N(m, V V^T + diag(d)) at the own ones.
+        """Predict n other places, (L, n), from q(f) = N(m, V V^T + diag(d)) at the own ones.
 
         Given its K nearest places, f* ~ N(c + sum_k b_k (f_k - c), v*) with c the mean of the
         prior, so that the mean of f* is c + sum_k b_k (m_k - c), and its variance
-        v* + sum_k b_k^2 d_k + sum_r (sum_k b_k V_kr)^2.
-
-        Parameters
-        ----------
-        places : Places of shape (n,)
-        mean, diagonal : Tensor of shape (L, N)
-            m and d.
-        low_rank : Tensor of shape (L, N, R)
-            V.
-        prior_mean : Tensor of shape (L,)
-            c.
-
-        Returns
-        -------
-        mean, variance : Tensor of shape (L, n), float64
+        v* + sum_k b_k^2 d_k + |sum_k b_k V_k|^2; m and d are of shape (L, N), V (L, N, R), c (L,).
         """
         places = places.to(CPU)
         near = torch.from_numpy(nearest(self.places, places, self.K, self._covariance())).long()
@@ -137,11 +111,7 @@ class Neighborhoods:
 
     @torch.no_grad()
     def _weights(
-        self,
-        targets: Places,
-        sources: Places,
-        near: Tensor | np.ndarray,
-        names: np.ndarray | None = None,
+        self, targets: Places, sources: Places, near: Array, names: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights (C, n, K) and variances (L, n) of targets given their neighbours."""
         sets = self.kernel.variance(self.places).amax(-1).tolist()
@@ -160,25 +130,11 @@ class Neighborhoods:
 
 
 class Conditionals:
-    """Draws at n new places given draws at N known ones.
+    """Draws at n new places given draws at N known ones: at those of the numbers `used`, (m,).
 
-    Parameters
-    ----------
-    near : ndarray of shape (n, K)
-        Neighbours of the new place at each position: numbers of known places, and N + positions of
-        new ones that come earlier; -1 for none.
-    weights : Tensor of shape (C, n, K)
-        Weights of the neighbours, for one set of hyperparameters or for each component.
-    variances : Tensor of shape (L, n)
-        Variances given the neighbours.
-    order : ndarray of shape (n,)
-        Number of the new place at each position.
-    N : int
-
-    Attributes
-    ----------
-    used : ndarray of shape (m,)
-        Numbers of the known places of which draws are needed.
+    The neighbours `near`, (n, K), of the new place at each position are numbers of known places, N
+    + positions of earlier new ones, or -1 for none; `weights`, (1 or L, n, K), and `variances`, (L,
+    n), are given them. `order`, (n,), has the number of the new place at each position.
     """
 
     def __init__(
@@ -201,18 +157,7 @@ class Conditionals:
             self.among_new.append(splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0))
 
     def draw(self, known: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Return draws from those at the known places and standard normals.
-
-        Parameters
-        ----------
-        known : ndarray of shape (L, m, E)
-            Draws at :attr:`used`.
-        noise : ndarray of shape (L, n, E)
-
-        Returns
-        -------
-        ndarray of shape (L, n, E)
-        """
+        """Draw, (L, n, E), given draws at `used`, (L, m, E), from standard normals (L, n, E)."""
         drawn = np.empty(noise.shape)
         for l, field in enumerate(known):
             c = l % len(self.among_new)

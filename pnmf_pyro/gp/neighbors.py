@@ -5,11 +5,9 @@ conditionals, each given at most K places that come earlier in an ordering::
 
     p(f) = prod_i p(f_i | f_c(i)),   c(i) among 1 ... i - 1,   |c(i)| <= K.
 
-The ordering is max-min, see :mod:`pnmf_pyro.gp.ordering`. The neighbours are exact: trees over
-growing prefixes of the ordering, each asked for more until K early enough are found.
-
-With groups, near is what the kernel says it is: of the K nearest places of each group, the K of
-largest covariance. Every function here takes places on the CPU that have been checked.
+The neighbours are exact: trees over growing prefixes of the ordering, each asked for more until K
+early enough are found. With groups, they are the K of largest covariance among the K nearest
+places of each group. Every function here takes checked places on the CPU.
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ class NeighborGraph:
     order : ndarray of int64, shape (N,)
         Number of the place at each position of the ordering.
     predecessors : ndarray of int32, shape (N, K)
-        Positions of the places that the place at a position is conditioned on; -1 where there are
-        fewer than K.
+        Positions of the places that the place at a position is conditioned on; -1 for none.
     """
 
     order: np.ndarray
@@ -69,21 +66,12 @@ def build_graph(
     covariance: Covariance | None = None,
     random: np.random.RandomState | None = None,
 ) -> NeighborGraph:
-    """Order places by max-min distance, and find the predecessors to condition each on.
+    """Order N places by max-min distance, and find the K predecessors to condition each on.
 
-    Parameters
-    ----------
-    places : Places of shape (N,)
-        Any places, of which some may be identical. Those in groups are ordered in a space that
-        sets groups apart, see :func:`~pnmf_pyro.gp.ordering.group_embedding`.
-    K : int
-        Number of predecessors.
-    covariance : callable, optional
-        Covariance between places; needed for places in groups and with `random`.
-    random : RandomState, optional
-        Source of chance for the method 'probabilistic': K predecessors are drawn without
-        replacement from the 3 K nearest, in proportion to the covariance. Without it they are the
-        K nearest.
+    Places in groups are ordered in a space that sets groups apart, see
+    :func:`~pnmf_pyro.gp.ordering.group_embedding`. The predecessors are the K nearest; with
+    `random`, the method 'probabilistic', K drawn without replacement from the 3 K nearest, in
+    proportion to the covariance. Groups and draws need the covariance between places.
     """
     points = places.coordinates.numpy()
     if places.groups is not None:
@@ -103,48 +91,25 @@ def nearest_before(
 ) -> np.ndarray:
     """Find, for each place from number `start` on, the K nearest of those with smaller numbers.
 
-    For the other parameters see :func:`build_graph`.
-
-    Returns
-    -------
-    ndarray of int32, shape (N - start, K)
-        Numbers of places; -1 where there are fewer than K.
+    For the parameters see :func:`build_graph`. The result, (N - start, K), has -1 for none.
     """
     counts = np.arange(start, len(places))
-    return _search(places, places[start:], counts, K, covariance, random)
+    return nearest(places, places[start:], K, covariance, random, counts)
 
 
 def nearest(
-    places: Places, new_places: Places, K: int, covariance: Covariance | None = None
-) -> np.ndarray:
-    """Find the K places nearest to each of n new ones.
-
-    Parameters
-    ----------
-    places : Places of shape (N,)
-    new_places : Places of shape (n,)
-    K : int
-        Number of neighbours, N at most.
-    covariance : callable, optional
-        Covariance between places; needed for places in groups.
-
-    Returns
-    -------
-    ndarray of int32, shape (n, K)
-    """
-    counts = np.full(len(new_places), len(places))
-    return _search(places, new_places, counts, K, covariance, None)
-
-
-def _search(
     places: Places,
     new_places: Places,
-    counts: np.ndarray,
     K: int,
-    covariance: Covariance | None,
-    random: np.random.RandomState | None,
+    covariance: Covariance | None = None,
+    random: np.random.RandomState | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Find K of the first `counts` places for each new place."""
+    """Find the K places nearest to each of n new ones, int32, (n, K); -1 where there are fewer.
+
+    Of the places, the first `counts`, (n,), may be chosen; all unless given.
+    """
+    counts = np.full(len(new_places), len(places)) if counts is None else counts
     wanted = K if random is None else CANDIDATES * K
     points, new_points = places.coordinates.numpy(), new_places.coordinates.numpy()
     groups = np.zeros(len(points)) if places.groups is None else places.groups.numpy()
@@ -174,8 +139,8 @@ def _nearest_of_prefix(
 ) -> np.ndarray:
     """Find, for each new point, the K nearest among the first `counts` points; (n, K), -1 for none.
 
-    A tree over a prefix serves all new points whose count lies in the last part of the prefix: of
-    its nearest neighbours few have to be passed over because they come too late.
+    A tree over a prefix serves the new points whose count lies in its last part, so that few of
+    its nearest neighbours come too late.
     """
     nearest = np.full((len(new_points), K), -1, np.int64)
     by_count = np.argsort(counts, kind="stable")
@@ -185,20 +150,16 @@ def _nearest_of_prefix(
         if todo.size:
             tree = cKDTree(points[:stop])
             for part in _slices(len(todo), max(1, BLOCK // (2 * K))):
-                _fill(nearest, tree, todo[part], new_points, counts, K)
+                _fill(nearest, tree, todo[part], new_points, counts)
         start, stop = stop + 1, min(int(PREFIX_GROWTH * stop) + 1, most)
     return nearest
 
 
 def _fill(
-    nearest: np.ndarray,
-    tree: cKDTree,
-    todo: np.ndarray,
-    new_points: np.ndarray,
-    counts: np.ndarray,
-    K: int,
+    nearest: np.ndarray, tree: cKDTree, todo: np.ndarray, new_points: np.ndarray, counts: np.ndarray
 ) -> None:
     """Write the K nearest that come early enough; ask for more until there are K."""
+    K = nearest.shape[1]
     asked = K if counts[todo].min() == tree.n else int(1.6 * K) + 2
     while todo.size:
         asked = min(asked, tree.n)
@@ -224,8 +185,7 @@ def _log_covariance(
 def _perturbed(score: np.ndarray, wanted: int, noise: np.ndarray) -> np.ndarray:
     """Add Gumbel noise to the log weights of the `wanted` largest: the largest sums are draws.
 
-    Without replacement, with probability in proportion to the weights (Kool, van Hoof and Welling
-    2019).
+    The draws are without replacement, in proportion to the weights (Kool, van Hoof, Welling 2019).
     """
     if score.shape[1] > wanted:
         floor = -np.partition(-score, wanted - 1, axis=1)[:, [wanted - 1]]

@@ -1,11 +1,11 @@
 """An ordering of points in which each is as far as possible from all before it.
 
 The max-min ordering (Guinness 2018) makes the Vecchia approximation accurate at every scale
-(Katzfuss and Guinness 2021; Schaefer, Katzfuss and Owhadi 2021). There is no chance in it. It is
-exact where there are no more than `EXACT_UP_TO` points, and in its first `EXACT_PICKS` positions
-otherwise. Later positions are filled rung by rung: a rung adds points at least rho apart from each
-other and from all before, until none is left, and the next rung has a smaller rho. The distance of
-a point is then within a factor of sqrt(2) of the exact one, and the cost is near linear.
+(Katzfuss and Guinness 2021; Schaefer, Katzfuss and Owhadi 2021). It is exact up to `EXACT_UP_TO`
+points, and in its first `EXACT_PICKS` positions of more. Later positions are filled rung by rung: a
+rung adds points at least rho apart from each other and from all before, until none is left, and
+the next rung has a smaller rho. The distance of a point is then within a factor of sqrt(2) of the
+exact one, and the cost is near linear.
 """
 
 from __future__ import annotations
@@ -29,17 +29,7 @@ Covariance = Callable[[Places, Places], Tensor]
 
 
 def max_min_order(points: np.ndarray) -> np.ndarray:
-    """Order points so that each is far from all before it; see the module.
-
-    Parameters
-    ----------
-    points : ndarray of shape (N, p)
-
-    Returns
-    -------
-    ndarray of int64, shape (N,)
-        Number of the point at each position.
-    """
+    """Return the numbers of points (N, p) so ordered that each is far from all before it, (N,)."""
     N = len(points)
     picks, distance = _farthest_points(points, N if N <= EXACT_UP_TO else EXACT_PICKS)
     order, placed = [picks], np.zeros(N, bool)
@@ -60,23 +50,13 @@ def max_min_order(points: np.ndarray) -> np.ndarray:
 
 
 def group_embedding(places: Places, covariance: Covariance) -> np.ndarray:
-    """Return further coordinates of places, which put groups as far apart as the covariance says.
+    """Return further coordinates of places in G groups, which put groups as far apart as they are.
 
     Two groups are c apart where a pair of places of both, r from each other in space, has the
     covariance that two places of one group have at sqrt(r^2 + c^2); taken from the nearest such
-    pairs among `SAMPLED` places. Max-min ordering of places with these coordinates orders groups
-    together where they share their field, and each by itself where they do not.
-
-    Parameters
-    ----------
-    places : Places of shape (N,)
-        Places in G groups.
-    covariance : callable
-
-    Returns
-    -------
-    ndarray of shape (N, at most G - 1)
-        Coordinates that all places of a group have in common.
+    pairs among `SAMPLED` places. So max-min ordering orders groups together where they share their
+    field, and each by itself where they do not. The result, (N, at most G - 1), is the same for all
+    places of a group.
     """
     assert places.groups is not None
     labels = np.unique(places.groups.numpy(), return_inverse=True)[1]
@@ -106,13 +86,12 @@ def group_embedding(places: Places, covariance: Covariance) -> np.ndarray:
 def _farthest_points(points: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Pick n points, each the farthest from those before; O(n N).
 
-    Returns the picks, and the distance of every point to the nearest of them.
+    Return the picks, and the distance of every point to the nearest of them.
     """
     columns = np.ascontiguousarray(points.T)
     squared = np.full(len(points), np.inf)
     order = np.empty(n, np.int64)
-    centre = points.mean(0)
-    pick = int(((points - centre) ** 2).sum(1).argmin())
+    pick = int(((points - points.mean(0)) ** 2).sum(1).argmin())
     for position in range(n):
         order[position] = pick
         np.minimum(squared, ((columns - columns[:, [pick]]) ** 2).sum(0), out=squared)
@@ -127,8 +106,8 @@ def _rung(
 ) -> np.ndarray:
     """Choose candidates at least `radius` apart, and so many that no other could be added.
 
-    A grid cell of diameter `radius` can give one at most. Cells are visited in classes, whose cells
-    are `radius` apart, so that all cells of a class choose at once, each its farthest candidate.
+    A grid cell of diameter `radius` can give one at most. Cells of a class are `radius` apart, so
+    that all choose at once, each its farthest candidate.
     """
     dimensions = points.shape[1]
     between = 1 + int(np.ceil(np.sqrt(dimensions)))

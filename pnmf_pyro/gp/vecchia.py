@@ -1,4 +1,4 @@
-r"""The sparse factor of a precision that the Vecchia approximation gives, and products with it.
+"""The sparse factor of a precision that the Vecchia approximation gives, and products with it.
 
 With c(i) the neighbours of place i (Vecchia 1988; Katzfuss and Guinness 2021, section 2),
 
@@ -37,9 +37,7 @@ from pnmf_pyro.gp.ordering import Covariance
 BLOCK = 1 << 18
 # Conditional variance, relative to the variance, below which a diagonal is raised; and by how much.
 LEAST = 1e-8
-
-# Products of entries, over all components, up to which threads take longer to begin than they save,
-# see docs/performance.md.
+# Products of entries up to which threads cost more than they save, see docs/performance.md.
 FEW_PRODUCTS = 4_000_000
 
 Array = np.ndarray | Tensor
@@ -54,35 +52,12 @@ def conditional_weights(
     variance: float,
     names: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights and the variance of each target given its neighbours.
+    """Return the weights (n, K) and the variances (n,) of n targets given their neighbours.
 
-    B = k(x, x_c) k(x_c, x_c)^-1 and v = k(x, x) - B k(x_c, x), from one Cholesky factor of the
-    covariance of (x_c, x): with (l, d) its last row and C the rest, B = l C^-1 and v = d^2. Where v
-    is below 1e-8 of the variance, as for identical places, the diagonal is raised until it is not.
-
-    Parameters
-    ----------
-    targets : Places of shape (n,)
-    sources : Places of shape (N,)
-    neighbors : ndarray or Tensor of int, shape (n, K)
-        Numbers of sources, -1 for none.
-    covariance : callable
-        Covariance between places.
-    variance : float
-        k(x, x).
-    names : ndarray of int, shape (n,), optional
-        Numbers of the targets in an error; 0 to n - 1 unless given.
-
-    Returns
-    -------
-    weights : Tensor of shape (n, K), float64
-        0 where there is no neighbour.
-    variances : Tensor of shape (n,), float64
-
-    Raises
-    ------
-    ValueError
-        Where a covariance is not finite or not positive definite; the targets are named.
+    With (l, d) the last row of the Cholesky factor of the covariance of (x_c, x), and C the rest,
+    B = l C^-1 and v = d^2. Where v is below 1e-8 of the variance k(x, x), as for identical places,
+    the diagonal is raised until it is not. Neighbours, (n, K), are numbers of sources, or -1 for
+    none, with the weight 0. Errors give the `names`, (n,), of targets.
     """
     neighbors = torch.as_tensor(neighbors, dtype=torch.long)
     names = np.arange(len(targets)) if names is None else names
@@ -103,7 +78,7 @@ def conditional_weights(
 def _joint_covariance(
     targets: Places, sources: Places, near: Tensor, covariance: Covariance, variance: float
 ) -> Tensor:
-    """Covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
+    """Return the covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
 
     A missing neighbour is independent of all.
     """
@@ -121,10 +96,9 @@ def _factors(joint: Tensor, variance: float, names: np.ndarray) -> Tensor:
     poor = (~enough).nonzero()[:, 0]
     if not len(poor):
         return factor
-    what = "neighbours of places"
-    return factor.index_copy(
-        0, poor, jittered_cholesky(joint[poor], LEAST, what, names[poor.numpy()])
-    )
+    named = names[poor.numpy()]
+    mended = jittered_cholesky(joint[poor], LEAST, "neighbours of places", named)
+    return factor.index_copy(0, poor, mended)
 
 
 class VecchiaFactor:
@@ -137,17 +111,14 @@ class VecchiaFactor:
     ----------
     graph : NeighborGraph
     weights : Tensor of shape (L, N, K) or (1, N, K)
-        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`. One set
-        serves all components that differ in their variance alone.
+        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`.
     variances : Tensor of shape (L, N)
-        v_i of the place at each position of the ordering.
+        v_i of the place at each position of the ordering; as an attribute, in the user's order.
 
     Attributes
     ----------
     matrices : list of 1 or L CSR matrices of shape (N, N)
         I - B in the ordering, where it is unit lower triangular.
-    variances : ndarray of shape (L, N)
-        v_i in the order of the user.
     """
 
     def __init__(self, graph: NeighborGraph, weights: Tensor, variances: Tensor):
@@ -178,12 +149,7 @@ class VecchiaFactor:
         return self._each(lambda A, x: A.power(2).T @ x, self.matrices, 1 / self.variances)
 
     def roughness(self, V: Tensor) -> Tensor:
-        """Return the sum over columns of the squares of (I - B) V, (L, N); kept for the same V.
-
-        Parameters
-        ----------
-        V : Tensor of shape (L, N, R)
-        """
+        """Return the row sums of the squares of (I - B) V, (L, N), for V of shape (L, N, R)."""
 
         def make() -> Tensor:
             total = np.zeros(V.shape[:2])
@@ -222,17 +188,13 @@ class VecchiaFactor:
 
     def precision(self, x: Array) -> np.ndarray:
         """Return Q x."""
-        x = np.asarray(x)
-        variances = self.variances if x.ndim == 2 else self.variances[..., None]
-        return self.multiply_transposed(self.multiply(x) / variances)
+        residual = self.multiply(x)
+        return self.multiply_transposed(residual / alongside(self.variances, residual))
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, list[sp.csr_matrix]]:
-        """Return the rows of I - B for n places, and which m places they combine.
+        """Return the numbers (m,) of the places that n rows of I - B combine, and the rows.
 
-        Returns
-        -------
-        combined : ndarray of int64, shape (m,)
-        matrices : list of 1 or L CSR matrices of shape (n, m)
+        The rows are 1 or L CSR matrices of shape (n, m).
         """
         parts = [A[self.graph.position[index]] for A in self.matrices]
         used, columns = np.unique(parts[0].indices, return_inverse=True)
@@ -255,10 +217,7 @@ def on_components(
 ) -> np.ndarray:
     """Apply one matrix to all components of x, (L, N) or (L, N, R), or one to each.
 
-    Parameters
-    ----------
-    operation : callable
-        ``operation(matrix, columns)`` with columns of shape (N, any).
+    The operation is called with a matrix and columns of shape (N, any).
     """
     if len(matrices) == 1:
         columns = np.moveaxis(x, 0, 1)
@@ -269,6 +228,11 @@ def on_components(
         return np.stack(list(map(operation, matrices, x)))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # scipy lets go of the lock
         return np.stack(list(threads.map(operation, matrices, x)))
+
+
+def alongside(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return weights (L, N) in a shape that broadcasts with x, (L, N) or (L, N, R)."""
+    return weights if x.ndim == 2 else weights[..., None]
 
 
 def _residual_matrices(predecessors: np.ndarray, weights: np.ndarray) -> list[sp.csr_matrix]:

@@ -1,16 +1,16 @@
-r"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
+"""Solves with the posterior precision Q + diag(h) of a Vecchia field, and draws from it.
 
 Where an observation of each place has curvature h_i >= 0, the posterior mean, draws and variances
 of the field need solves with
 
     A = Q + diag(h) = (I - B)^T D (I - B) + diag(h),        D = diag(1 / v).
 
-Conjugate gradients stall with a diagonal preconditioner: Q is like a differential operator of high
-order. The factor with an updated diagonal, (I - B)^T (D + diag(h)) (I - B) (Kuendig and Sigrist
-2024), is good where Q dominates, but fields that are smooth over many places feel h much more than
-it says. The ordering offers what a multigrid method needs (Schaefer, Sullivan and Owhadi 2021): its
-first M places are a coarse grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all places
-from these, E the first M columns of the identity,
+Q is like a differential operator of high order, on which conjugate gradients with a diagonal
+preconditioner stall. The factor with an updated diagonal, (I - B)^T (D + diag(h)) (I - B) (Kuendig
+and Sigrist 2024), is good where Q dominates, but misses much of h in smooth fields. The ordering
+offers a multigrid method (Schaefer, Sullivan and Owhadi 2021): its first M places are a coarse
+grid, and with P = (I - B)^-1 E (I - B)_MM, the prediction of all places from these, E the first M
+columns of the identity,
 
     P^T Q P = (I - B)_MM^T D_MM (I - B)_MM,
 
@@ -21,37 +21,31 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990) that the prior is part of. It costs two triangular solves and four products;
-docs/performance.md says how many steps that takes.
+Pasciak and Xu 1990). It costs two triangular solves and four products; docs/performance.md says how
+many steps that takes.
 """
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, on_components
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, alongside, on_components
 
 COARSENING = 2
 COARSEST = 10
 
 
 class Solution(NamedTuple):
-    """What conjugate gradients found.
+    """What conjugate gradients found: x, (L, N) or (L, N, R), after `iterations` products with A.
 
-    Attributes
-    ----------
-    x : ndarray of shape (L, N) or (L, N, R)
-    iterations : int
-        Products with A.
-    error : ndarray of shape (L,) or (L, R)
-        Estimate of sqrt(e^T A e / N), e the error of x: in posterior standard deviations, root
-        mean square over places. Where x is the mean of q, the ELBO is lower than at the best mean
-        by N / 2 times its square.
+    The error, (L,) or (L, R), estimates sqrt(e^T A e / N), e the error of x: in posterior standard
+    deviations, root mean square over places. Where x is the mean of q, the ELBO is lower than at
+    the best mean by N / 2 times its square.
     """
 
     x: np.ndarray
@@ -60,14 +54,9 @@ class Solution(NamedTuple):
 
 
 class VecchiaPosterior:
-    """N(0, (Q_l + diag(h_l))^-1) for a fixed Q and any h.
+    """N(0, (Q_l + diag(h_l))^-1) for a fixed Q, given by its factor, and any h >= 0, (L, N).
 
     Places stand in the order of the user everywhere.
-
-    Parameters
-    ----------
-    factor : VecchiaFactor
-        Factor of the precisions Q of L components.
     """
 
     def __init__(self, factor: VecchiaFactor):
@@ -88,33 +77,17 @@ class VecchiaPosterior:
     ) -> Solution:
         """Solve (Q_l + diag(h_l)) x_l = b_l by preconditioned conjugate gradients.
 
-        Every step lowers x^T A x / 2 - b^T x, so fewer steps than the tolerance asks for are a
-        step in the right direction too.
-
-        Parameters
-        ----------
-        curvature : ndarray or Tensor of shape (L, N)
-            h, not negative.
-        b : ndarray or Tensor of shape (L, N) or (L, N, R)
-            Right-hand sides.
-        start : ndarray or Tensor of the shape of b, optional
-            A first x, such as the solution for an h that was similar; 0 unless given.
-        tolerance : float
-            Largest error of x, in posterior standard deviations.
-        max_iterations : int
-            Largest number of steps.
-
-        Raises
-        ------
-        ValueError
-            If h, b or the start is not finite, or h is negative somewhere.
+        Every step lowers x^T A x / 2 - b^T x, so fewer steps than the tolerance asks for are a step
+        in the right direction too. The first x is `start`, or 0. The tolerance is the largest error
+        of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). What is not
+        finite, or a negative h, raises a ValueError.
         """
-        order, position = self.factor.graph.order, self.factor.graph.position
+        order = self.factor.graph.order
         h = self._checked_curvature(curvature)[:, order]
         r = self._checked("b", b)[:, order]
         x = np.zeros_like(r)
         precondition = _Preconditioner(self, h)
-        weights = _like(h, r)
+        weights = alongside(h, r)
         if start is not None:
             x = self._checked("start", start)[:, order]
             r = r - self._ordered.precision(x) - weights * x
@@ -132,7 +105,7 @@ class VecchiaPosterior:
             x += step * direction
             r -= step * product
         error = np.sqrt(power[:, 0] / self.factor.N)
-        return Solution(x[:, position], iteration, error)
+        return Solution(x[:, self.factor.graph.position], iteration, error)
 
     def sample(
         self,
@@ -141,16 +114,11 @@ class VecchiaPosterior:
         random_state: RandomState = None,
         *,
         tolerance: float = 0.1,
-        max_iterations: int = 100,
     ) -> np.ndarray:
-        """Draw from N(0, A^-1): solve A x = b with b from N(0, A).
+        """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
 
         b = (I - B)^T D^1/2 e + h^1/2 e' with independent standard normal e and e' (Papandreou and
         Yuille 2010).
-
-        Returns
-        -------
-        ndarray of shape (L, N, n_draws)
         """
         h = self._checked_curvature(curvature)
         random = check_random_state(random_state)
@@ -158,7 +126,7 @@ class VecchiaPosterior:
         of_prior = random.normal(size=shape) / np.sqrt(self.factor.variances)[..., None]
         of_data = random.normal(size=shape) * np.sqrt(h)[..., None]
         b = self.factor.multiply_transposed(of_prior) + of_data
-        return self.solve(h, b, tolerance=tolerance, max_iterations=max_iterations).x
+        return self.solve(h, b, tolerance=tolerance).x
 
     def conditional_variances(self, curvature: Array) -> np.ndarray:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
@@ -172,7 +140,7 @@ class VecchiaPosterior:
         *,
         tolerance: float = 0.1,
     ) -> np.ndarray:
-        """Return V with E V V^T + diag(d) close to A^-1, d the :meth:`conditional_variances`.
+        """Return V, (L, N, rank), with E V V^T + diag(d) near A^-1, d the conditional variances.
 
         With `rank` posterior draws f the columns of V are (I - diag(d) A / 2) f / sqrt(rank): their
         part at a wavelength where the field is uncertain stays, and what d holds already, the
@@ -180,10 +148,6 @@ class VecchiaPosterior:
         diag(d)^1/2 A diag(d)^1/2, variances of V V^T relative to d are (1 - lambda / 2)^2 / lambda,
         which with the 1 of d is 1 / lambda + lambda / 4. So draws from N(m, V V^T + diag(d)) are
         as smooth as the posterior and vary as much, in the mean over draws of V.
-
-        Returns
-        -------
-        ndarray of shape (L, N, rank)
         """
         h = self._checked_curvature(curvature)
         draws = self.sample(h, rank, random_state, tolerance=tolerance)
@@ -201,7 +165,7 @@ class VecchiaPosterior:
         return h
 
     def _checked(self, name: str, value: Array) -> np.ndarray:
-        """Values as float64; conjugate gradients would go on with NaN to the end."""
+        """Return values as float64; conjugate gradients would go on with NaN to the end."""
         array = np.asarray(value, dtype=np.float64)
         bad = np.argwhere(~np.isfinite(array))
         if len(bad):
@@ -213,12 +177,12 @@ class VecchiaPosterior:
 
     @cached_property
     def _grids(self) -> list[tuple[int, list[sp.csr_matrix], np.ndarray]]:
-        """(M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
+        """Tuples (M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
         matrices, D = self.factor.matrices, 1 / self._ordered.variances
         diagonal, grids, start = np.zeros_like(D), [], 0
         for M in reversed(self._sizes):
-            added = partial(_squared_rows_transposed, start, M)
-            diagonal = diagonal + on_components(added, matrices, D[:, start:M])
+            added = [A[start:M].power(2) for A in matrices]
+            diagonal = diagonal + on_components(_transposed_product, added, D[:, start:M])
             grids.append((M, _leading(matrices, M), diagonal[:, :M]))
             start = M
         return grids[::-1]
@@ -233,7 +197,7 @@ class _Preconditioner:
         weights = np.empty_like(h)
         self.grids = []
         for M, matrices, diagonal in posterior._grids:
-            lumped = on_components(lambda A, x: A.T @ x, matrices, spread[:, :M])
+            lumped = on_components(_transposed_product, matrices, spread[:, :M])
             lumped = np.maximum(lumped, h[:, :M])  # a prediction may have negative weights
             weights[:, :M] = lumped
             self.grids.append((M, matrices, 1 / (diagonal + lumped)))
@@ -241,26 +205,23 @@ class _Preconditioner:
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         z = self.factor.solve_transposed(r)
-        total = z * _like(self.fine, z)
+        total = z * alongside(self.fine, z)
         for M, matrices, inverse in self.grids:
-            coarse = on_components(lambda A, x: A.T @ x, matrices, z[:, :M])
-            total[:, :M] += on_components(
-                lambda A, x: A @ x, matrices, coarse * _like(inverse, coarse)
-            )
+            coarse = on_components(_transposed_product, matrices, z[:, :M])
+            total[:, :M] += on_components(_product, matrices, coarse * alongside(inverse, coarse))
         return self.factor.solve(total)
 
 
-def _like(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return weights if x.ndim == 2 else weights[..., None]
+def _product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
+    return A @ x
 
 
-def _squared_rows_transposed(start: int, stop: int, A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
-    """sum_i A_ij^2 x_i over rows from start to stop."""
-    return A[start:stop].power(2).T @ x
+def _transposed_product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
+    return A.T @ x
 
 
 def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
-    """The first M rows and columns of lower triangular CSR matrices, as views."""
+    """Return the first M rows and columns of lower triangular CSR matrices, as views."""
     parts = []
     for A in matrices:
         end = A.indptr[M]

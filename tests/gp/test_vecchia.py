@@ -138,7 +138,7 @@ def test_a_kernel_that_is_not_positive_definite_names_the_places():
     def covariance(A, B):
         return torch.where(distances(A, B) < 1e-9, 1.0, -0.9).double()
 
-    with pytest.raises(ValueError, match=r"of places \[\d.*\d\] and \d+ more is not positive def"):
+    with pytest.raises(ValueError, match=r"of places \d.*\d and \d+ more is not positive def"):
         make(points_of(20), 4, [covariance], [1.0])
 
 
@@ -150,7 +150,7 @@ def test_a_covariance_that_is_not_finite_names_the_places():
         return torch.where(bad, torch.nan, matern32(0.2)(A, B))
 
     points = points_of(20)
-    with pytest.raises(ValueError, match=r"places \[.*\b7\b.*is not finite"):
+    with pytest.raises(ValueError, match=r"places .*\b7\b.*is not finite"):
         make(points, 3, [covariance], [1.0])
 
 
