@@ -323,7 +323,7 @@ def _check(
     if any(given is not None for given in where):
         places = places_of_samples(*where, module.N)
     names: dict[str, Sequence] = {
-        "sample": list(getattr(X, "index", range(module.N))),
+        "sample": list(X.index) if hasattr(X, "columns") else range(module.N),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])
