@@ -29,16 +29,16 @@ import pandas as pd
 import pnmf_pyro
 from pnmf_pyro import plotting, transforms
 
-small = bool(os.environ.get("PNMF_SMALL"))  # fewer spots, for continuous integration
+small = bool(os.environ.get("PNMF_SMALL"))  # fewer places, for continuous integration
 
 # %% [markdown]
 # ## The data
 #
 # With a file of your own this section is one line, `adata = anndata.read_h5ad("section.h5ad")`: raw
 # counts in `X` or a layer, coordinates in `obsm["spatial"]`. Here we simulate a round section with
-# 100 µm between spots, so that we know the truth: three layers and a niche, each with twelve genes
+# 100 µm between places, so that we know the truth: three layers and a niche, each with twelve genes
 # of its own, and twelve genes that follow a process without any spatial order, such as the cell
-# cycle. The sequencing depth differs between spots.
+# cycle. The sequencing depth differs between samples.
 
 # %%
 random = np.random.default_rng(0)
@@ -51,7 +51,7 @@ N = len(x)
 
 
 def activities(radius, x, cycle):
-    """Activity of the five programmes at places x, in units of spots."""
+    """Activity of the five programmes at places x, 1 apart."""
     niche = np.linalg.norm(x - side * np.array([0.25, 0.75]), axis=1) / side
     rings = ((0, 0.3), (0.55, 0.15), (1, 0.2))
     layers = [np.exp(-((radius - at) ** 2) / (2 * width**2)) for at, width in rings]
@@ -64,7 +64,7 @@ loadings = np.kron(np.eye(5), np.ones((12, 1))) * (0.3 + random.gamma(2, 2, size
 depth = random.gamma(10, 0.1, size=N)
 adata = anndata.AnnData(
     random.poisson(depth[:, None] * (truth @ loadings.T)).astype(np.float32),
-    obs=pd.DataFrame(index=[f"spot{i}" for i in range(N)]),
+    obs=pd.DataFrame(index=[f"place{i}" for i in range(N)]),
     var=pd.DataFrame(index=[f"{name}-{i + 1}" for name in programmes for i in range(12)]),
     obsm={"spatial": 100 * x},
 )
@@ -78,13 +78,14 @@ axes = plotting.plot_spatial(adata, ["core-1", "niche-2", "cycle-1"], unit="µm"
 # ## Fit
 #
 # Coordinates are there, so the factors are smooth fields over space; how smooth is learned for each
-# component, by predicting spots from their neighbours. What a spot has of each programme should not
-# depend on how deep it was sequenced: that is what size factors are for. With real data one would
-# take them from total counts; here the depth is known. The first part of the ELBO's course is of
-# factors that know no space, from which the fields then start. The step at its end is where their
-# uncertainty is set, after they have followed each spot a little more closely than the prior likes,
-# and where loadings are drawn towards those of the other components as far as they rest on few
-# counts: both predict better, at the cost of a little of the bound.
+# component, by predicting samples from their neighbours. What a sample has of each programme should
+# not depend on how deep it was sequenced: that is what size factors are for. With real data one
+# would take them from total counts; here the depth is known. The fit goes through stages, of which
+# the ELBO's course shows each: first factors that know no space, from which the fields then start.
+# In the last stage loadings are drawn towards those of the other components as far as they rest on
+# few counts. Before it the uncertainty of the fields is set, after they have followed each sample a
+# little more closely than the prior likes. Both predict better, at the cost of a little of the
+# bound.
 
 # %%
 model = pnmf_pyro.fit(adata, n_components=5, size_factors=adata.obs["depth"])
@@ -131,10 +132,10 @@ pnmf_pyro.top_features(adata, 3, by="specificity").round(3)
 # %% [markdown]
 # ## Which of them are spatial?
 #
-# The score is the share of the variance beyond Poisson noise that a spot has in common with its
-# nearest neighbours. The layers and the niche are smooth. The cycle is not: its spots differ, but
-# not by their place, and a smooth field is no good description of it. The score sees that because
-# it estimates each spot's factor from its own counts, whatever the field says.
+# The score is the share of the variance beyond Poisson noise that a sample has in common with its
+# nearest neighbours. The layers and the niche are smooth. The cycle is not: samples differ in it,
+# but not by their place, and a smooth field is no good description of it. The score sees that
+# because it estimates each sample's factor from its own counts, whatever the field says.
 
 # %%
 scores = pnmf_pyro.spatial_scores(adata)
@@ -152,8 +153,8 @@ genes.groupby(lambda name: name.split("-")[0], sort=False).median().round(2)
 # %% [markdown]
 # ## Prediction at other places
 #
-# The fields are there between the spots as well. On a finer grid, with their uncertainty, which is
-# larger in the corners, where there is no tissue:
+# The fields are there between the measured places as well. On a finer grid, with their uncertainty,
+# which is larger in the corners, where there is no tissue:
 
 # %%
 line = np.arange(-100, 100 * side + 100, 50.0)
@@ -170,7 +171,7 @@ axes = plotting.plot_spatial(
 
 # %% [markdown]
 # Held to the truth: the programme at the grid's places within the section, predicted from counts at
-# the spots alone.
+# the measured places alone.
 
 # %%
 at = grid / 100

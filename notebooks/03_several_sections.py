@@ -30,14 +30,14 @@ from sklearn.metrics import mean_poisson_deviance
 import pnmf_pyro
 from pnmf_pyro import plotting, transforms
 
-small = bool(os.environ.get("PNMF_SMALL"))  # fewer spots, for continuous integration
+small = bool(os.environ.get("PNMF_SMALL"))  # fewer places, for continuous integration
 
 # %% [markdown]
 # ## The data
 #
 # Three sections in one frame of coordinates, as after alignment. Two layers are the same in all of
 # them; a niche fades from the first section to the last. In a file of your own, a column of `obs`
-# says which section a spot is from.
+# says which section a sample is from.
 
 # %%
 random = np.random.default_rng(1)
@@ -65,7 +65,7 @@ adata = anndata.AnnData(
     random.poisson(truth @ loadings.T).astype(np.float32),
     obs=pd.DataFrame(
         {"section": pd.Categorical([f"section {i + 1}" for i in section])},
-        index=[f"spot{i}" for i in range(N)],
+        index=[f"place{i}" for i in range(N)],
     ),
     var=pd.DataFrame(index=[f"{name}-{i + 1}" for name in programmes for i in range(15)]),
     obsm={"spatial": 100 * x},

@@ -15,10 +15,10 @@
 # # Fine structure: inducing points or neighbours
 #
 # A field can be summarised by its values at inducing points (SVGP, `local=False`), or kept at every
-# spot and conditioned on the spot's neighbours (LCGP, `local=True`). Inducing points blur what is
-# finer than the distance between them, and cost the third power of their number; neighbours cost
-# in proportion to the number of spots. `pnmf_pyro.fit` takes an inducing point at each spot up to
-# 1,500 spots, where nothing is lost, and neighbours beyond. Here both are forced upon one section.
+# place and conditioned on its neighbours (LCGP, `local=True`). Inducing points blur what is finer
+# than the distance between them, and cost the third power of their number; neighbours cost in
+# proportion to the number of places. `pnmf_pyro.fit` takes an inducing point at each place up to
+# 1,500 places, where nothing is lost, and neighbours beyond. Here both are forced upon one section.
 
 # %%
 import os
@@ -31,12 +31,12 @@ from sklearn.metrics import mean_poisson_deviance
 import pnmf_pyro
 from pnmf_pyro import plotting, transforms
 
-small = bool(os.environ.get("PNMF_SMALL"))  # fewer spots, for continuous integration
+small = bool(os.environ.get("PNMF_SMALL"))  # fewer places, for continuous integration
 
 # %% [markdown]
 # ## A section with stripes
 #
-# Three programmes: stripes four spots wide, a broad gradient, and small spots. A tenth of the
+# Three programmes: stripes four places wide, a broad gradient, and small islands. A tenth of the
 # places is held out.
 
 # %%
@@ -61,7 +61,7 @@ seen = random.permutation(N) >= N // 10
 # %% [markdown]
 # ## Both fits
 #
-# The inducing points are a tenth of the spots.
+# The inducing points are a tenth of the places.
 
 # %%
 fits, rows = {}, []
@@ -79,7 +79,7 @@ for name, chosen in settings.items():
     match = np.corrcoef(factors.T, truth[seen].T)[:3, 3:].max(0)
     rows.append([seconds, deviance, *match])
     fits[name] = model
-columns = ["seconds", "held-out deviance", "stripes", "gradient", "small spots"]
+columns = ["seconds", "held-out deviance", "stripes", "gradient", "islands"]
 pd.DataFrame(rows, fits, columns).round(3)
 
 # %% [markdown]
@@ -95,7 +95,7 @@ round(mean_poisson_deviance(X[~seen].ravel(), (truth[~seen] @ loadings.T).ravel(
 
 # %%
 axes = plotting.plot_spatial(
-    x[seen], truth[seen], titles=["stripes (truth)", "gradient (truth)", "small spots (truth)"]
+    x[seen], truth[seen], titles=["stripes (truth)", "gradient (truth)", "islands (truth)"]
 )
 
 # %%
