@@ -63,11 +63,11 @@ class Draft:
         return lambda: _take_over(self.model, source, self.counts)
 
 
-@torch.no_grad()
 def _take_over(model: PoissonFactorization, source: PoissonFactorization, counts: Counts) -> None:
     """Start q(F) of a model from that of another one, which has the same loadings."""
     if model.prior.places is None:
-        q = source.prior.marginal()
+        with torch.no_grad():
+            q = source.prior.marginal()
         model.prior.assign(q.loc, q.scale)
     else:
         observed, noise = sites(source, counts)
