@@ -207,15 +207,11 @@ def select_n_components(
             found.append(result)
             progress.update()
     by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
+    paired = [combinations([W for _, W in results], 2) for results in by_number]
     return ComponentSelection(
         numbers,
         np.array([[deviance for deviance, _ in results] for results in by_number]),
-        np.array(
-            [
-                [match_factors(a, b).similarity for (_, a), (_, b) in combinations(results, 2)]
-                for results in by_number
-            ]
-        ),
+        np.array([[match_factors(a, b).similarity for a, b in pairs] for pairs in paired]),
     )
 
 

@@ -44,15 +44,9 @@ def run(options: argparse.Namespace) -> Exit:
     train, test = thin_counts(load_digits().data, TRAIN_FRACTION, random)
     kept = train.sum(0) > 0
     train, test = train[:, kept], test[:, kept]
-    model = fit(
-        train,
-        n_components=options.components,
-        random_state=options.seed,
-        verbose=not options.quiet,
-    )
-    nmf = NMF(
-        options.components, beta_loss="kullback-leibler", solver="mu", init="nndsvda", max_iter=1000
-    )
+    L, seed, shown = options.components, options.seed, not options.quiet
+    model = fit(train, n_components=L, random_state=seed, verbose=shown)
+    nmf = NMF(L, beta_loss="kullback-leibler", solver="mu", init="nndsvda", max_iter=1000)
     predictions = {
         "pnmf_pyro": model.inverse_transform(get_factors(model)),
         "scikit-learn NMF (Kullback-Leibler)": nmf.fit_transform(train) @ nmf.components_,
@@ -61,14 +55,14 @@ def run(options: argparse.Namespace) -> Exit:
     say(
         options,
         f"digits: {train.shape[0]} samples x {train.shape[1]} features with counts, "
-        f"{options.components} components\n"
+        f"{L} components\n"
         f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations\n"
         f"mean Poisson deviance of held-out counts ({1 - TRAIN_FRACTION:.0%}, by thinning):",
     )
     for name, mean in predictions.items():
         expected = np.maximum(mean * (1 - TRAIN_FRACTION) / TRAIN_FRACTION, LOWEST_PREDICTION)
         say(options, f"  {deviance(test, expected):.4f}  {name}")
-    components = np.zeros((options.components, len(kept)))
+    components = np.zeros((L, len(kept)))
     components[:, kept] = model.components_
     try:
         say(options, f"wrote {_draw_digits(components, model.history_, Path(options.out))}")

@@ -82,16 +82,15 @@ class Table:
     def html(self) -> str:
         """Return it as HTML, without the heading."""
         kinds = [" class='number'" if number else "" for number in self._is_number]
-        tags = ["th"] + ["td"] * (len(self._cells) - 1)
-        head, *body = [
-            "".join(
-                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-                for cell, kind in zip(row, kinds, strict=True)
-            )
-            for tag, row in zip(tags, self._cells, strict=True)
-        ]
-        rows = "".join(f"<tr>{row}</tr>" for row in body)
-        return f"<table><thead><tr>{head}</tr></thead>{rows}</table>"
+
+        def row(tag: str, cells: Sequence[str]) -> str:
+            pairs = zip(cells, kinds, strict=True)
+            inside = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in pairs)
+            return f"<tr>{''.join(inside)}</tr>"
+
+        head, *body = self._cells
+        rows = "".join(row("td", cells) for cells in body)
+        return f"<table><thead>{row('th', head)}</thead>{rows}</table>"
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,8 @@ def plot_factors(
     ndarray of matplotlib Axes, one for each panel
     """
     found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
-    return _plot_components(
-        found, found.factors, "", components, where, axes, {"lowest": 0.0, **style}
-    )
+    style = {"lowest": 0.0, **style}
+    return _plot_components(found, found.factors, "", components, where, axes, style)
 
 
 def plot_uncertainty(
@@ -91,10 +90,8 @@ def plot_uncertainty(
     ndarray of matplotlib Axes, one for each panel
     """
     found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
-    style = {"cmap": "cividis", **style}
-    return _plot_components(
-        found, found.log_factors_sd, ": sd of F", components, where, axes, style
-    )
+    sd, style = found.log_factors_sd, {"cmap": "cividis", **style}
+    return _plot_components(found, sd, ": sd of F", components, where, axes, style)
 
 
 def _plot_components(
@@ -200,9 +197,8 @@ def _labels(places: Fit | ArrayLike, groups: ArrayLike | None) -> ArrayLike | No
 def _named_values(places: Fit | ArrayLike, name: str) -> np.ndarray:
     """Numbers of a column of obs, or counts of a feature."""
     values = _named(places, "values", name)
-    return check_array(
-        f"values={name!r}", values.toarray() if hasattr(values, "toarray") else values
-    ).ravel()
+    dense = values.toarray() if hasattr(values, "toarray") else values
+    return check_array(f"values={name!r}", dense).ravel()
 
 
 def _named(places: Fit | ArrayLike, what: str, name: str, features: bool = True) -> Any:
@@ -232,14 +228,11 @@ def _colour_bars(axes: np.ndarray, shown: Sequence[ScalarMappable], look: MapSty
     """One bar beside each panel, or one for all."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    pairs: Any = [(shown[-1], list(axes))] if look.shared_scale else zip(shown, axes, strict=True)
-    for one, beside in pairs:
-        described = shown if look.shared_scale else [one]
-        above = any(
-            np.nanmax(np.asarray(part.get_array())) > part.get_clim()[1] for part in described
-        )
+    pairs = [([one], [ax]) for one, ax in zip(shown, axes, strict=True)]
+    for described, beside in [(shown, list(axes))] if look.shared_scale else pairs:
+        above = any(np.nanmax(np.asarray(one.get_array())) > one.get_clim()[1] for one in described)
         bar = axes[0].figure.colorbar(
-            one,
+            described[-1],
             ax=beside,
             shrink=0.7,
             aspect=20,
