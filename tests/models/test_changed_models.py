@@ -242,9 +242,7 @@ def test_a_parameter_of_a_module_of_pyro_is_learned(spread, by):
 
 
 def test_a_parameter_of_pyro_needs_a_module_of_pyro(data):
-    with pytest.raises(
-        ValueError, match=r"derive the class from PyroModule\[Poisson"
-    ):
+    with pytest.raises(ValueError, match=r"derive the class from PyroModule\[Poisson"):
         make(data).r = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
 
