@@ -242,9 +242,7 @@ def test_a_parameter_of_a_module_of_pyro_is_learned(spread, by):
 
 
 def test_a_parameter_of_pyro_needs_a_module_of_pyro(data):
-    with pytest.raises(
-        ValueError, match=r"derive the class from PyroModule\[Poisson"
-    ):
+    with pytest.raises(ValueError, match=r"derive the class from PyroModule\[Poisson"):
         make(data).r = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
 
@@ -275,6 +273,16 @@ def test_the_counts_of_anndata_are_taken(data):
 def test_advice_names_what_there_is(data):
     with pytest.warns(ConvergenceWarning, match=r"Increase max_iter or learning_rate\.$"):
         fit_model(make(data), data[0], max_iter=30, learning_rate=0.01)
+
+
+@pytest.mark.parametrize("prior", ["inducing points", "neighbours"])
+def test_hyperparameters_of_kernels_stay(data, prior):
+    model = make(data, prior)
+    before = {name: value.clone() for name, value in model.prior.kernel.state_dict().items()}
+    fit_model(model, data[0], max_iter=20)
+    assert before
+    for name, value in model.prior.kernel.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("prior", ["independent", "inducing points", "neighbours"])
