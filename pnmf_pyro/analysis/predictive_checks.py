@@ -322,8 +322,9 @@ def _check(
     places = getattr(module.prior, "places", None)
     if any(given is not None for given in where):
         places = places_of_samples(*where, module.N)
+    rows = getattr(X, "index", None)  # lists and tensors have a method of this name
     names: dict[str, Sequence] = {
-        "sample": list(X.index) if hasattr(X, "columns") else range(module.N),
+        "sample": range(module.N) if rows is None or callable(rows) else list(rows),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])

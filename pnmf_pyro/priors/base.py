@@ -116,6 +116,9 @@ class Prior(nn.Module):
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Make the generative statements and return F of the batch, shape (L, n).
 
+        F is drawn in :meth:`local_plates`, as in the guide; where it stands in other plates, Pyro
+        warns that those of the two programs differ.
+
         Parameters
         ----------
         batch : Batch

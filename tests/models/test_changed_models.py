@@ -275,6 +275,16 @@ def test_advice_names_what_there_is(data):
         fit_model(make(data), data[0], max_iter=30, learning_rate=0.01)
 
 
+@pytest.mark.parametrize("prior", ["inducing points", "neighbours"])
+def test_hyperparameters_of_kernels_stay(data, prior):
+    model = make(data, prior)
+    before = {name: value.clone() for name, value in model.prior.kernel.state_dict().items()}
+    fit_model(model, data[0], max_iter=20)
+    assert before
+    for name, value in model.prior.kernel.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize("prior", ["independent", "inducing points", "neighbours"])
 def test_sites_are_refused(data, prior):
     with pytest.raises(ValueError, match="use_natural_gradients=False"):
