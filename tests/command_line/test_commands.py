@@ -234,7 +234,7 @@ def test_errors_of_select(arguments, message, folder, monkeypatch, capsys):
 @pytest.mark.filterwarnings("default::sklearn.exceptions.ConvergenceWarning")
 def test_a_fit_that_has_not_settled(folder, tmp_path, capsys):
     out = tmp_path / "a.h5ad"
-    short = ("--set", "training_mode=standard", "--set", "max_iter=20")
+    short = ("--set", "training_mode=standard", "--set", "max_iter=40")
     assert run("fit", folder / "poisson.csv", "--out", out, *short) == 1
     assert "pnmf-pyro: warning: The fit did not converge" in capsys.readouterr().err
     assert anndata.read_h5ad(out).uns["pnmf"]["n_iter"] >= 20

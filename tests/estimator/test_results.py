@@ -138,7 +138,7 @@ def test_what_holds_no_model(forms):
         transforms.get_factors(forms["anndata"])
     prior = transforms.get_prior(forms["module"])
     with pytest.raises(ValueError, match="For a prior use log_factors_from_prior"):
-        transforms.log_factors(prior)
+        transforms.get_loadings(prior)
 
 
 def test_plain_values():

@@ -252,7 +252,7 @@ def test_duplicate_places_share_the_field(data):
         ({"coordinates": np.zeros((3, 2))}, "coordinates must have one row"),
         ({"coordinates": np.full((60, 2), np.nan)}, "coordinates must be finite"),
         ({"coordinates": np.ones((60, 2))}, "one single place"),
-        ({"coordinates": np.array([["a", "b"]] * 60)}, "coordinates must be numbers"),
+        ({"coordinates": np.array([["a", "b"]] * 60)}, "coordinates must be an array of numbers"),
     ],
 )
 def test_bad_coordinates(data, arguments, message):
