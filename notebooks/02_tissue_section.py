@@ -80,12 +80,12 @@ axes = plotting.plot_spatial(adata, ["core-1", "niche-2", "cycle-1"], unit="µm"
 # Coordinates are there, so the factors are smooth fields over space; how smooth is learned for each
 # component, by predicting samples from their neighbours. What a sample has of each programme should
 # not depend on how deep it was sequenced: that is what size factors are for. With real data one
-# would take them from total counts; here the depth is known. The fit goes through stages, of which
-# the ELBO's course shows each: first factors that know no space, from which the fields then start.
-# In the last stage loadings are drawn towards those of the other components as far as they rest on
-# few counts. Before it the uncertainty of the fields is set, after they have followed each sample a
-# little more closely than the prior likes. Both predict better, at the cost of a little of the
-# bound.
+# would take them from total counts; here the depth is known. The fit goes through stages, which the
+# ELBO's course shows. First come factors that know no space, from which the fields then start.
+# These follow each sample a little more closely than the prior likes: the divergence counts with a
+# weight of 0.6. For the last stage the uncertainty of the fields is set as with a weight of 1, hence
+# the step, and loadings are drawn towards those of the other components as far as they rest on few
+# counts.
 
 # %%
 model = pnmf_pyro.fit(adata, n_components=5, size_factors=adata.obs["depth"])

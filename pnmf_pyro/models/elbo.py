@@ -251,7 +251,7 @@ def _divergence(statement: Statement, guided: Statement) -> Tensor | None:
 def _source_of_log_factors(likelihood: Distribution, guide_trace: Trace) -> Statement | str:
     """Find the guide's statement of which the log-factors are a draw, or say why there is none."""
     if not isinstance(likelihood, PoissonFactors):
-        return f"a {type(likelihood).__name__} is no PoissonFactors, which has a closed form"
+        return f"its type is {type(likelihood).__name__}, and only PoissonFactors has a closed form"
     nodes = [node for node in guide_trace.nodes.values() if node["type"] == "sample"]
     source = next((n for n in nodes if n["value"] is likelihood.log_factors), None)
     if source is None:
