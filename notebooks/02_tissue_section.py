@@ -83,9 +83,9 @@ axes = plotting.plot_spatial(adata, ["core-1", "niche-2", "cycle-1"], unit="µm"
 # would take them from total counts; here the depth is known. The fit goes through stages, which the
 # ELBO's course shows. First come factors that know no space, from which the fields then start.
 # These follow each sample a little more closely than the prior likes: the divergence counts with a
-# weight of 0.6. For the last stage the uncertainty of the fields is set as with a weight of 1, hence
-# the step, and loadings are drawn towards those of the other components as far as they rest on few
-# counts.
+# weight of 0.6. For the last stage the uncertainty of the fields is set as with a weight of 1,
+# hence the step, and loadings are drawn towards those of the other components as far as they rest
+# on few counts.
 
 # %%
 model = pnmf_pyro.fit(adata, n_components=5, size_factors=adata.obs["depth"])
