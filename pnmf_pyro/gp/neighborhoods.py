@@ -72,7 +72,8 @@ class Neighborhoods:
 
         Given its K nearest places, f* ~ N(c + sum_k b_k (f_k - c), v*) with c the mean of the
         prior, so that the mean of f* is c + sum_k b_k (m_k - c), and its variance
-        v* + sum_k b_k^2 d_k + |sum_k b_k V_k|^2; m and d are of shape (L, N), V (L, N, R), c (L,).
+        v* + sum_k b_k^2 d_k + sum_r (sum_k b_k V_kr)^2; m and d are of shape (L, N), V (L, N, R)
+        and c (L,).
         """
         places = places.to(CPU)
         near = torch.from_numpy(nearest(self.places, places, self.K, self._covariance())).long()
