@@ -242,7 +242,8 @@ def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Pri
     groups = None if model.groups_ is None else GroupCodes(model.groups_)
     settings = model
     if "prior.q.u_loc" in state and model.training_mode == "natural":  # of version 0.1
-        settings = type(model)(**{**model.get_params(deep=False), "training_mode": "standard"})
+        held = {"training_mode": "standard", "cholesky_mode": "exp"}
+        settings = type(model)(**{**model.get_params(deep=False), **held})
     prior = spatial_prior(settings, places, groups, y.dtype, np.random.RandomState(0), inducing)
     for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
         getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
