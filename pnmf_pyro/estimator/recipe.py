@@ -73,6 +73,7 @@ ANY_LIKELIHOOD: dict[str, Any] = {
     "mode": "expanded",
     "training_mode": "standard",
     "loadings_mode": "softplus",
+    "E": 3,
     "learning_rate": 0.2,
     "init": None,
     "max_iter": 1000,
