@@ -35,7 +35,7 @@ from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
 
 
 def log_factors(
-    model: Fitted | Prior,
+    model: Fitted,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
@@ -44,9 +44,8 @@ def log_factors(
 
     Parameters
     ----------
-    model : PNMF, ModelFit, PoissonFactorization or Prior
-        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, model trained in any way, or prior
-        that holds q(F).
+    model : PNMF, ModelFit or PoissonFactorization
+        Fitted estimator, result of :func:`~pnmf_pyro.fit_model`, or a model trained in any way.
     coordinates, groups : array-like, optional
         Other places than those of the fit, for spatial models.
     return_tensor : bool
@@ -66,11 +65,11 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return marginals(_field(model, coordinates, groups), lambda q: q.loc, return_tensor)
+    return _means(_field(model, coordinates, groups), return_tensor)
 
 
 def factor_uncertainty(
-    model: Fitted | Prior,
+    model: Fitted,
     return_variance: bool = False,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -85,12 +84,11 @@ def factor_uncertainty(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    field = _field(model, coordinates, groups)
-    return marginals(field, lambda q: q.variance if return_variance else q.scale, return_tensor)
+    return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
 
 
 def get_factors(
-    model: Fitted | Prior,
+    model: Fitted,
     use_mgf: bool = True,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -105,8 +103,7 @@ def get_factors(
     model, coordinates, groups, return_tensor
         As for :func:`log_factors`, whose shape the result has.
     """
-    field, half = _field(model, coordinates, groups), 0.5 if use_mgf else 0.0
-    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
+    return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
 
 
 def factor_samples(
@@ -166,19 +163,19 @@ def get_prior(model: Fitted) -> Prior:
 
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
-    return log_factors(check_prior(prior), return_tensor=return_tensor)
+    return _means(check_prior(prior), return_tensor)
 
 
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
     """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
-    return get_factors(check_prior(prior), use_mgf, return_tensor=return_tensor)
+    return _factors(check_prior(prior), use_mgf, return_tensor)
 
 
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
     """Return the uncertainty of the q(F) that a prior holds, see :func:`factor_uncertainty`."""
-    return factor_uncertainty(check_prior(prior), return_variance, return_tensor=return_tensor)
+    return _spreads(check_prior(prior), return_variance, return_tensor)
 
 
 def transform_F(
@@ -310,9 +307,9 @@ def transform_W(
     return np.asarray(_output(W, False))
 
 
-def _field(model: Fitted | Prior, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
-    """q(F) of a fitted model or a prior, at its samples or at the places that are given."""
-    prior = model if isinstance(model, Prior) else fitted_module(model).prior
+def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
+    """q(F) of a fitted model, at its samples or at the places that are given."""
+    prior = fitted_module(model).prior
     if coordinates is None and groups is None:
         return prior
     if coordinates is None:
@@ -333,6 +330,19 @@ def check_prior(prior: object) -> Prior:
             "For that of a fitted model use get_prior(model)."
         )
     return prior
+
+
+def _means(field: Field, return_tensor: bool) -> Array:
+    return marginals(field, lambda q: q.loc, return_tensor)
+
+
+def _factors(field: Field, use_mgf: bool, return_tensor: bool) -> Array:
+    half = 0.5 if use_mgf else 0.0
+    return marginals(field, lambda q: (q.loc + half * q.variance).exp(), return_tensor)
+
+
+def _spreads(field: Field, variance: bool, return_tensor: bool) -> Array:
+    return marginals(field, lambda q: q.variance if variance else q.scale, return_tensor)
 
 
 def _output(values: Tensor, return_tensor: bool) -> Array:
