@@ -110,7 +110,7 @@ def test_what_has_no_closed_form_is_said_once(data, caplog):
             objective.loss_and_grads(model.model, model.guide, batch)
         objective.loss(model.model, model.guide, batch)
     (record,) = caplog.records
-    assert record.message.startswith("X: averaged over 4 draws; a Independent")
+    assert record.message.startswith("X: averaged over 4 draws; its type is Independent")
 
 
 def test_nothing_is_said_where_all_is_in_closed_form(data, caplog):
