@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from pnmf_pyro.estimator.results import (
     Fit,
     counts_of,
     import_optional,
+    named,
     plain,
     results_of,
 )
@@ -184,7 +185,7 @@ def settings(fit: Fitted) -> dict[str, Any]:
     found: dict[str, Any] = {"version": __version__}
     get_params = getattr(fit, "get_params", None)
     if get_params is not None:
-        stored = {name: _stored(value) for name, value in get_params(deep=False).items()}
+        stored = {name: named(value) for name, value in get_params(deep=False).items()}
         found["parameters"] = {name: value for name, value in stored.items() if value is not None}
         if isinstance(stored["random_state"], int):
             found["seed"] = stored["random_state"]
@@ -198,15 +199,6 @@ def settings(fit: Fitted) -> dict[str, Any]:
         found["kernel"] = prior.kernel.name
         found["hyperparameters"] = {name: plain(value) for name, value in learned.items()}
     return found
-
-
-def _stored(value: object) -> Any:
-    """A parameter as HDF5 can hold it: text for a list with None in it, names for objects."""
-    if isinstance(value, (list, tuple)):
-        return str(value) if None in value else [_stored(one) for one in value]
-    if is_dataclass(value):  # a stage
-        return repr(value)
-    return getattr(value, "__name__", type(value).__name__) if callable(value) else plain(value)
 
 
 def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:

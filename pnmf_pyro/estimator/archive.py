@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.estimator.plan import History, spatial_prior
+from pnmf_pyro.estimator.results import named
 from pnmf_pyro.estimator.stages import (
     STAGES,
     Correlate,
@@ -182,8 +183,8 @@ def plain_parameters(model: Saved) -> dict[str, Any]:
             json.dumps(value)
         except TypeError as error:
             raise ValueError(
-                f"{name}={value!r} cannot be saved: it is an object, and a file holds names and "
-                "numbers. Keep model_.state_dict() and the program that made the object."
+                f"{name}={named(value)!r} cannot be saved: it is an object, and a file holds names "
+                "and numbers. Keep model_.state_dict() and the program that made the object."
             ) from error
         plain[name] = value
     return plain

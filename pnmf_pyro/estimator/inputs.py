@@ -26,6 +26,7 @@ from pnmf_pyro.data.places import (
 )
 from pnmf_pyro.estimator.parameters import HYPERPARAMETERS, FittedEstimator, Settings
 from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.priors import Prior
 
 
 @dataclass
@@ -44,7 +45,7 @@ def check_places(
     """Check where the samples of a fit are; places that cannot be used are a ValueError."""
     if not settings.spatial:
         refuse_places(coordinates, groups)
-        return None, None
+        return None, _codes_of(settings.prior)
     if groups is not None and not settings.multigroup:
         raise ValueError(
             "groups are used by models with multigroup=True, and multigroup=False. Set it, or "
@@ -67,6 +68,13 @@ def check_places(
     return places, codes
 
 
+def _codes_of(prior: Prior | None) -> GroupCodes | None:
+    """Groups of a prior that was passed as an object: its codes are their names."""
+    if prior is None or prior.places is None or prior.places.groups is None:
+        return None
+    return GroupCodes(range(int(prior.places.groups.max()) + 1))
+
+
 def _lengthscales(settings: Settings) -> list[float]:
     """The lengthscales that fields begin with: those of the kernel, if that is an object."""
     if isinstance(settings.kernel, SpatialKernel):
@@ -86,12 +94,13 @@ def refuse_places(coordinates: MaybeArray, groups: MaybeArray) -> None:
 def learned(settings: Settings) -> list[str]:
     """Return the names of the kernel's hyperparameters that are to be learned."""
     kernel = getattr(settings.prior, "kernel", None)
-    if not settings.spatial and kernel is None:
-        return []
     named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
-    if not (settings.multigroup if kernel is None else kernel.is_grouped):
+    there = list(HYPERPARAMETERS) if settings.spatial else []
+    if isinstance(kernel, SpatialKernel):
+        there = list(kernel.hyperparameters)
+    elif not settings.multigroup:
         named -= {"group_diff_param"}
-    return [name for name in HYPERPARAMETERS if name in named]
+    return [name for name in there if name in named]
 
 
 def check_table(settings: Settings, X: CountsLike, reset: bool) -> Counts:

@@ -171,12 +171,28 @@ def check_combinations(settings: Settings) -> None:
             "prior: an object knows its places by itself; leave spatial=False and coordinates out, "
             "or leave prior out."
         )
+    if settings.prior is not None and natural and _steps_know_less(type(settings.prior)):
+        raise ValueError(
+            f"prior: {type(settings.prior).__name__} has a `model` of its own, of which "
+            "natural-gradient steps know nothing. Set training_mode='standard' and make it with "
+            "use_natural_gradients=False, or write its `posterior_from_sites` as well."
+        )
     if settings.prior is not None and settings.prior.natural != natural:
         held, named = ("", "natural") if settings.prior.natural else (" not", "standard")
         raise ValueError(
             f"prior: q(F) of this one is{held} held in sites, which natural-gradient steps need. "
             f"Set training_mode={named!r}, or make the prior with use_natural_gradients={natural}."
         )
+
+
+def _steps_know_less(kind: type[Prior]) -> bool:
+    """Whether a subclass changed the prior, and not the posterior that follows from it."""
+    classes = kind.__mro__
+    model, posterior = (
+        next(i for i, one in enumerate(classes) if name in vars(one))
+        for name in ("model", "posterior_from_sites")
+    )
+    return model < posterior < classes.index(Prior)
 
 
 _CHOICES: dict[str, Collection[str | None]] = {

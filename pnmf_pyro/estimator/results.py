@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cached_property
 from importlib import import_module
 from types import ModuleType
@@ -240,6 +241,18 @@ def plain(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
     return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def named(value: object) -> Any:
+    """Return a parameter as plain values that HDF5 holds, with names in the place of objects.
+
+    A list with None in it becomes text.
+    """
+    if isinstance(value, (list, tuple)):
+        return str(value) if None in value else [named(one) for one in value]
+    if is_dataclass(value):  # a stage
+        return repr(value)
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else plain(value)
 
 
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:

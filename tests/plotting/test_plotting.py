@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from pnmf_pyro import PNMF, plotting
+from pnmf_pyro.estimator.stages import Settle, SettleLoadings, WarmUp
 from pnmf_pyro.plotting.tissue import disc_width, round_length, side_by_side
 from tests.support.data import tissue
 from tests.support.models import forms_of
@@ -328,6 +329,28 @@ def test_every_form_of_a_fit_is_drawn_alike(name, form, spatial):
     assert any(map(len, expected))
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_stages_of_a_fit_are_marked_where_they_begin():
+    """By a line halfway between two steps, with the name; a single stage needs none."""
+    X, x, *_ = tissue(N=60)
+    stages = [WarmUp(), Settle(), SettleLoadings()]
+    settings = {**STEPS, "max_iter": 30, "tol": 0}
+    model = PNMF(2, **settings, stages=stages).fit(X, coordinates=x)
+    forms = forms_of(model, X, x)
+    for fit in (model, model.history_, forms["trained"], forms["anndata"]):
+        ax = plotting.plot_elbo(fit)
+        curve, *marks = ax.lines
+        assert curve.get_xdata().tolist() == list(range(1, 31))
+        assert [mark.get_xdata()[0] for mark in marks] == [0.5, 10.5, 20.5]
+        assert [text.get_text() for text in ax.texts] == ["warm-up", "settle", "loadings"]
+        assert [text.xy[0] for text in ax.texts] == [0.5, 10.5, 20.5]
+    for fit in (list(model.history_), PNMF(2, **settings).fit(X, coordinates=x)):
+        ax = plotting.plot_elbo(fit)
+        assert (len(ax.lines), len(ax.texts)) == (1, 0)
+    few = PNMF(2, **{**settings, "max_iter": 2}, stages=stages).fit(X, coordinates=x)
+    assert [text.get_text() for text in plotting.plot_elbo(few).texts] == ["settle", "loadings"]
+    plt.close("all")
 
 
 def test_axes_may_be_given(spatial):
