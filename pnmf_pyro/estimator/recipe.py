@@ -82,9 +82,11 @@ ANY_LIKELIHOOD: dict[str, Any] = {
 }
 
 # Up to so many samples each place is an inducing point; beyond, each is conditioned on its
-# neighbours. Where that is not wanted (local=False), there are this many inducing points.
+# neighbours. Where that is not wanted (local=False), there are this many inducing points. With
+# another likelihood places have neighbours as well: gradients train their q(F) far better.
 ALL_INDUCING = 1500
 INDUCING = 1000
+NEIGHBOURS = 50
 
 
 PRIORS = {
@@ -115,8 +117,9 @@ def fit(
         Counts. What the fit finds is written into an AnnData object, see Notes.
     coords : array-like of shape (n_samples, p), optional
         Where the samples are, in any unit: the factors are then smooth in space. Up to 1,500
-        samples are all inducing points; more are conditioned on their neighbours (`local=True`),
-        which takes time in proportion to their number. The log says which.
+        samples are all inducing points; more, or those with another likelihood, are conditioned
+        on their neighbours (`local=True`), in time in proportion to their number. The log says
+        which.
     groups : array-like of shape (n_samples,), optional
         Slices or batches that share less than their places say: what they share is learned.
     n_components : int
@@ -225,8 +228,9 @@ def _fit_arrays(
 
 def _spatial(n_samples: int, groups: MaybeArray, parameters: dict[str, Any]) -> dict[str, Any]:
     """The recipe in space, by size, groups and what the user wants otherwise."""
-    few = n_samples <= ALL_INDUCING
+    few = n_samples <= ALL_INDUCING and parameters.get("likelihood") is None
     chosen = {**SPATIAL, "num_inducing": n_samples if few else INDUCING, "local": not few}
+    chosen["K"] = max(1, min(NEIGHBOURS, n_samples - 1))
     wanted = {**chosen, **parameters}
     closed_forms = all(wanted[mode] == RECIPE[mode] for mode in ("training_mode", "loadings_mode"))
     if wanted["local"]:

