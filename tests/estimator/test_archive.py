@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.estimator.archive import NAMES, read_archive
 from pnmf_pyro.estimator.stages import (
@@ -30,12 +31,21 @@ EXPECTED = np.load(FILES / "expected.npz")
 SAVED = sorted(file.stem for file in FILES.glob("*.npz") if file.stem != "expected")
 CONVERTED = ("svgp_few",)  # held in natural parameters, which nothing has any more
 
-# Where the samples of these models are, in groups of 15.
-PLACES = np.random.default_rng(0).uniform(0, 10, (30, 2))
+
+def data_of_these_models():
+    """Counts, places and groups, as the script made them that wrote the files."""
+    random = np.random.default_rng(0)
+    x = random.uniform(0, 10, (30, 2))
+    F = np.stack([np.sin(x[:, 0] / 2), np.cos(x[:, 1] / 3)], 1)
+    W = random.gamma(0.5, 2.0, (12, 2))
+    return random.poisson(np.exp(F) @ W.T), x, np.repeat(["a", "b"], 15)
+
+
+COUNTS, PLACES, GROUPS = data_of_these_models()
 
 
 def predicted(model: PNMF) -> np.ndarray:
-    groups = None if model.groups_ is None else ["a"] * 5
+    groups = None if model.groups_ is None else GROUPS[:5]
     return model.transform(None, coordinates=PLACES[:5] + 0.3, groups=groups)
 
 
@@ -98,13 +108,33 @@ def test_a_file_of_version_1_is_saved_as_the_present_format(stem, tmp_path):
 
 @pytest.mark.parametrize("stem", SAVED)
 def test_a_model_of_version_1_can_be_fitted_again(stem):
-    X = np.random.default_rng(1).poisson(5, (30, 12))
     model = PNMF.load(FILES / f"{stem}.npz").set_params(max_iter=10)
     places = None if stem.startswith("gaussian") else PLACES
-    groups = None if model.groups_ is None else np.repeat(["a", "b"], 15)
-    model.fit(X, coordinates=places, groups=groups)
+    groups = None if model.groups_ is None else GROUPS
+    model.fit(COUNTS, coordinates=places, groups=groups)
     assert model.n_iter_ == 10 or model.tol > 0
     assert np.isfinite(model.elbo_)
+
+
+@pytest.mark.parametrize(
+    ("stem", "settings"),
+    [("svgp_fit", {}), ("svgp_few", {"num_inducing": 12}), ("svgp_groups", {"groups": GROUPS})],
+)
+def test_the_recipe_finds_what_version_1_found(stem, settings):
+    """From the counts of that time; to 1e-5 here, a stage may end a few steps apart elsewhere."""
+    model = pnmf_pyro.fit(COUNTS, PLACES, n_components=2, max_iter=400, **settings)
+    found, loadings = model.components_, EXPECTED[f"{stem}.components"]
+    np.testing.assert_allclose(found, loadings, rtol=0, atol=0.02 * loadings.max())
+    np.testing.assert_allclose(log_factors(model).T, EXPECTED[f"{stem}.loc"], rtol=0, atol=0.1)
+    assert model.elbo_ == pytest.approx(float(EXPECTED[f"{stem}.elbo"]), rel=1e-3)
+
+
+def test_default_parameters_find_what_they_found_in_version_1():
+    """Draws are of torch, whose stream may change: the course of a fit hardly depends on them."""
+    model = PNMF(3, random_state=0, max_iter=30).fit(COUNTS)
+    loadings = EXPECTED["gaussian_default.components"]
+    np.testing.assert_allclose(model.components_, loadings, rtol=0, atol=0.05 * loadings.max())
+    assert model.elbo_ == pytest.approx(float(EXPECTED["gaussian_default.elbo"]), rel=0.02)
 
 
 def test_a_q_in_natural_parameters_is_converted_whatever_the_mode_of_scales(tmp_path):
