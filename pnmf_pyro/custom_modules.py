@@ -65,12 +65,7 @@ class ConstrainedParameter(nn.Module):
         return self.data
 
     def assign(self, value: Tensor) -> None:
-        """Set the constrained value, in place.
-
-        Parameters
-        ----------
-        value : Tensor of this parameter's shape
-        """
+        """Set the constrained value, of this parameter's shape, in place."""
         with torch.no_grad():
             self._raw.copy_(self._to_unconstrained(value.to(self._raw)))
 
@@ -182,7 +177,7 @@ POSITIVE_MODES = tuple(_POSITIVE_MAPS)
 
 
 class PositiveParameter(ConstrainedParameter):
-    r"""A parameter that is never negative.
+    """A parameter that is never negative.
 
     Parameters
     ----------
@@ -192,7 +187,7 @@ class PositiveParameter(ConstrainedParameter):
         clamps at zero after each step (:meth:`project`), and `multiplicative` is not given to a
         gradient optimiser but set by :meth:`multiplicative_update`.
     elbo_mode : {'lower-bound', 'expanded', 'simple'}
-        Which form of the ELBO the multiplicative update increases.
+        Form of the ELBO that the multiplicative update increases.
 
     Notes
     -----
@@ -221,12 +216,7 @@ class PositiveParameter(ConstrainedParameter):
         return inverse(value / self.unit)
 
     def set_unit(self, unit: Tensor) -> None:
-        """Measure the raw parameter in other units, leaving the value as it is.
-
-        Parameters
-        ----------
-        unit : Tensor of shape (shape[0], 1, ...), positive
-        """
+        """Measure the raw parameter in positive units, (shape[0], 1, ...), and keep the value."""
         value = self.detach()
         self.unit = unit.to(self._raw)
         self.assign(value)
@@ -260,16 +250,15 @@ class PositiveParameter(ConstrainedParameter):
         Parameters
         ----------
         X : Tensor of shape (D, N) or (D_batch, N), or Counts of shape (N, D)
-            Sparse tensors are visited at their stored entries only.
-        terms : dict
-            From :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
-            `exp_mu_sigma`, of shape (L, N), and except for `lower-bound` `exp_F_samples`, of shape
-            (E, L, N). `size_factors`, of shape (N,), is used where present. The rates are
-            computed from W as it is now.
+            Counts; sparse ones are visited at their stored entries only.
+        terms : mapping of str to Tensor
+            Terms of :meth:`PoissonFactorization.compute_log_likelihood_terms`: `exp_mu` and
+            `exp_mu_sigma`, of shape (L, N), except for `lower-bound` `exp_F_samples`, of shape
+            (E, L, N), and perhaps `size_factors`, of shape (N,). The rates are those of W now.
         idy : Tensor of int64, optional
-            Which rows of W to update: the features in X.
+            Rows of W to update: the features in X.
         eps : float
-            Added to the denominator.
+            Number added to the denominator.
         step : float in (0, 1]
             How far to go towards the updated value; less than 1 averages over minibatches.
         """

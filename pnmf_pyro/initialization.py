@@ -42,16 +42,16 @@ def initialize_factors(
         `random`: absolute values of normals times sqrt(X.mean() / n_components).
         `nndsvd`: non-negative double singular value decomposition (Boutsidis and Gallopoulos
         2008), with zeros filled by the mean of X (`nndsvda`) or by small random values
-        (`nndsvdar`). `biwhitened`: `nndsvda` of counts that are divided by the square roots of what
-        they would be if samples and features were independent, by which Poisson noise has about
-        the same variance everywhere (Landa, Zhang and Kluger 2022); so patterns of rare features,
-        which large counts drown, are found. `k-means`: centres of clusters of samples, and factors
+        (`nndsvdar`). `biwhitened`: `nndsvda` of counts divided by the square roots of what they
+        would be if samples and features were independent, by which Poisson noise has about the
+        same variance everywhere (Landa, Zhang and Kluger 2022); it finds patterns of rare
+        features, which large counts drown. `k-means`: centres of clusters of samples, and factors
         that are largest for a sample's own cluster. None: `nndsvda` where n_components <=
         min(n_samples, n_features), and `random` otherwise.
     random_state : int, RandomState, Generator or None
     scale_log_mu : bool
-        Shift and scale the log-factors of each component to mean 0 and standard deviation
-        `target_std`, the scale of the prior; W is rescaled so that each component keeps its total.
+        Whether the log-factors of each component are shifted and scaled to mean 0 and standard
+        deviation `target_std`, as the prior has; W keeps the total of each component.
     target_std : float
         Standard deviation of log exp F where `scale_log_mu` is true.
 
@@ -64,8 +64,7 @@ def initialize_factors(
     Raises
     ------
     ValueError
-        For an unknown `init`, for one that needs no more components than samples or features, and
-        for entries of X that are negative or not finite.
+        For an unknown `init`, too many components for it, and a negative or non-finite X.
 
     Examples
     --------
@@ -99,20 +98,9 @@ def start_values(
     random_state: RandomState,
     size_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make loadings and factors for a model to start from, where counts and size factors are.
+    """Make W, (D, L), and exp F, (N, L), for a model to start from, on the device of the counts.
 
-    Parameters
-    ----------
-    counts : Counts of shape (N, D)
-    n_components, init, random_state
-        As for :func:`initialize_factors`.
-    size_factors : Tensor of shape (N,), optional
-        By which the counts of a sample are divided.
-
-    Returns
-    -------
-    W : Tensor of shape (D, L)
-    exp_F : Tensor of shape (N, L)
+    The counts of a sample are divided by its size factor; the rest is :func:`initialize_factors`.
     """
     matrix = counts.numpy()
     if size_factors is not None:
@@ -152,7 +140,7 @@ def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
 
 
 def _without_rounding(part: np.ndarray) -> np.ndarray:
-    """Entries that are zero but for the rounding of the decomposition, as zero."""
+    """Return entries, those that are zero but for the rounding of the decomposition as zero."""
     return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * part.max(), part, 0)
 
 
@@ -178,7 +166,7 @@ def _biwhitened(X: Table, L: int, random: np.random.RandomState) -> Factors:
 
 
 def _floored(totals: np.ndarray) -> np.ndarray:
-    """Totals, of which those that are nearly zero would make a single count the largest of all."""
+    """Return totals raised where a single count divided by them would be the largest of all."""
     return np.maximum(totals, LEAST_TOTAL * (totals.mean() or 1.0))
 
 

@@ -117,7 +117,6 @@ class Batches:
 
     def batch(self, samples: Tensor | None, features: Tensor | None) -> Batch:
         """Return the batch of these samples and features."""
-        N, D = self.counts.shape
         counts = self.counts
         if samples is not None:
             samples = samples.to(counts.device)
@@ -125,14 +124,10 @@ class Batches:
         if features is not None:
             features = features.to(counts.device)
             counts = counts.columns(features)
-        n, d = counts.shape
-        return Batch(
-            counts,
-            samples,
-            features,
-            likelihood_scale=D / d if self.scale_ll_D else 1.0,
-            prior_scale=1.0 if self.scale_kl_NM else n / N,
-        )
+        (n, d), (N, D) = counts.shape, self.counts.shape
+        likelihood_scale = D / d if self.scale_ll_D else 1.0
+        prior_scale = 1.0 if self.scale_kl_NM else n / N
+        return Batch(counts, samples, features, likelihood_scale, prior_scale)
 
     def _pieces(self, size: int, batch_size: int | None) -> Sequence[Tensor | None]:
         if not self.shuffle or batch_size is None or batch_size >= size:

@@ -135,7 +135,7 @@ def check_device(device: str) -> torch.device:
             "Use device='auto' or 'cpu', or install a CUDA build of torch."
         )
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
 
 
@@ -148,21 +148,10 @@ def some_of(names: Sequence[object]) -> str:
 def check_counts(X: CountsLike) -> Counts:
     """Check a matrix of counts of shape (N, D) and return it for computing.
 
-    Parameters
-    ----------
-    X : ndarray, Tensor, scipy sparse matrix, pandas DataFrame or Counts of shape (N, D)
-        Finite and non-negative. Sparse input stays sparse, and what is not float64 becomes float32.
-
-    Raises
-    ------
-    ValueError
-        For a matrix that is empty, not two-dimensional or not numeric, and for entries that are
-        NaN, infinite or negative.
-
-    Warns
-    -----
-    UserWarning
-        For entries that are not whole numbers.
+    X may be an array, a tensor, a scipy sparse matrix, a DataFrame or Counts. Sparse input stays
+    sparse, and what is not float64 becomes float32. One that is empty, not two-dimensional or not
+    numeric raises a ValueError, as do entries that are NaN, infinite or negative; entries that are
+    not whole numbers are warned of.
     """
     counts = check_matrix(X)
     if not counts.whole:
@@ -176,7 +165,19 @@ def check_counts(X: CountsLike) -> Counts:
 def check_matrix(X: CountsLike) -> Counts:
     """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
     counts = as_counts(_numeric_matrix(X))
-    _check_entries(counts.values)
+    values = counts.values
+    if not bool(torch.isfinite(values).all()):
+        n_nan = int(values.isnan().sum())
+        raise ValueError(
+            f"X must be finite; it contains NaN {n_nan} times and infinity "
+            f"{int(values.isinf().sum())} times. Remove these entries, or impute them, first."
+        )
+    lowest = float(values.min()) if values.numel() else 0.0
+    if lowest < 0:
+        raise ValueError(
+            f"Negative values in data passed to X: counts must not be negative, the lowest is "
+            f"{lowest:g}. Pass the raw counts, not centred or log-transformed data."
+        )
     return counts
 
 
@@ -223,21 +224,6 @@ def _as_numbers(matrix: np.ndarray) -> np.ndarray:
         f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
         "Drop columns of text and convert the rest to numbers."
     )
-
-
-def _check_entries(values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        n_nan = int(values.isnan().sum())
-        raise ValueError(
-            f"X must be finite; it contains NaN {n_nan} times and infinity "
-            f"{int(values.isinf().sum())} times. Remove these entries, or impute them, first."
-        )
-    lowest = float(values.min()) if values.numel() else 0.0
-    if lowest < 0:
-        raise ValueError(
-            f"Negative values in data passed to X: counts must not be negative, the lowest is "
-            f"{lowest:g}. Pass the raw counts, not centred or log-transformed data."
-        )
 
 
 def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:

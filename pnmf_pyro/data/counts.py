@@ -17,8 +17,9 @@ number for each stored entry, so that a formula over X is written once:
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TypeAlias
 
@@ -26,28 +27,24 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import ArrayLike
+from pyro.ops.provenance import extract_provenance
 from torch import Tensor
-
-from pnmf_pyro.data.tensor_like import TensorLike
+from torch.utils._pytree import tree_map_only
 
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
 
 
-class Counts(TensorLike):
-    """A non-negative matrix X of shape (n, d), samples by features.
+class Counts(ABC):
+    """A non-negative matrix X of shape (n, d), samples by features, of which `values` are stored.
 
-    Counts are no tensor, but stand for their dense one, see
-    :class:`~pnmf_pyro.data.tensor_like.TensorLike`.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    values : Tensor
-        The stored entries of X.
+    Counts are no tensor, but stand for their dense one. A function of torch sees :meth:`to_dense`,
+    so that `torch.stack([X, X])` is a dense tensor. Pyro, which takes counts as an observed value,
+    calls some methods of a tensor; only `expand` and `reshape` of these make X dense.
     """
 
     values: Tensor
+    shape: tuple[int, int]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +85,10 @@ class Counts(TensorLike):
         """Return the same counts on a device, or with values of a floating-point type."""
 
     @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return X as a dense tensor of shape (n, d)."""
+
+    @abstractmethod
     def numpy(self) -> np.ndarray | sp.csr_matrix:
         """Return X as an array, or as a CSR matrix where it is sparse; not copied on the CPU."""
 
@@ -123,6 +124,50 @@ class Counts(TensorLike):
         return torch.cat(
             [block.row_sums(torch.lgamma(block.values.double() + 1)) for _, block in self.blocks()]
         )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Call a function of torch with dense tensors in its arguments."""
+        given = (tuple(args), dict(kwargs or {}))
+        args, kwargs = tree_map_only(Counts, lambda counts: counts.to_dense(), given)
+        return func(*args, **kwargs)
+
+    @property
+    def data(self) -> Counts:
+        """The counts themselves, which carry no gradient."""
+        return self
+
+    def detach(self) -> Counts:
+        """Return the counts themselves, which carry no gradient."""
+        return self
+
+    def dim(self) -> int:
+        """Return the number of dimensions, 2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of entries n d, stored or not."""
+        return self.shape[0] * self.shape[1]
+
+    def expand(self, *shape: int) -> Tensor:
+        """Return X as a dense tensor, expanded."""
+        return self.to_dense().expand(*shape)
+
+    def reshape(self, *shape: int) -> Tensor:
+        """Return X as a dense tensor, reshaped."""
+        return self.to_dense().reshape(*shape)
+
+
+@extract_provenance.register(Counts)
+def _without_provenance(counts: Counts) -> tuple[Tensor, frozenset[str]]:
+    """Give `pyro.render_model` a tensor, which it marks as what a sample statement gave."""
+    return counts.to_dense(), frozenset()
 
 
 class DenseCounts(Counts):
@@ -165,26 +210,18 @@ class DenseCounts(Counts):
         return [*range(0, n, max(1, BLOCK_ENTRIES // max(d, 1))), n]
 
 
+@dataclass(eq=False, repr=False)
 class SparseCounts(Counts):
     """Counts held as compressed sparse rows (CSR); only stored entries cost time and memory.
 
-    Parameters
-    ----------
-    row_starts : Tensor of shape (n + 1,)
-        Position of each row's first entry in `columns_of` and `values`.
-    columns_of : Tensor of shape (n_stored,), int32
-        Column of each entry.
-    values : Tensor of shape (n_stored,)
-    shape : tuple of int
+    The entries of row i, `values` (n_stored,) in the columns `columns_of` (n_stored,), are those
+    from `row_starts[i]` to `row_starts[i + 1]`, (n + 1,).
     """
 
-    def __init__(
-        self, row_starts: Tensor, columns_of: Tensor, values: Tensor, shape: tuple[int, int]
-    ):
-        self.row_starts = row_starts
-        self.columns_of = columns_of
-        self.values = values
-        self.shape = shape
+    row_starts: Tensor
+    columns_of: Tensor
+    values: Tensor
+    shape: tuple[int, int]
 
     @classmethod
     def from_scipy(cls, matrix: sp.csr_matrix) -> SparseCounts:
@@ -222,12 +259,8 @@ class SparseCounts(Counts):
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
         if _has_sampled_addmm(self.device.type, self.dtype):
             return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
-        rows = torch.repeat_interleave(torch.arange(len(A), device=A.device), self._lengths)
+        rows = torch.arange(len(A), device=A.device).repeat_interleave(self.row_starts.diff())
         return (A[rows] * B[self.columns_of]).sum(1)
-
-    @property
-    def _lengths(self) -> Tensor:
-        return self.row_starts.diff()
 
     def row_sums(self, entries: Tensor) -> Tensor:  # noqa: D102
         return torch.segment_reduce(entries.double(), "sum", offsets=self.row_starts)
@@ -246,7 +279,7 @@ class SparseCounts(Counts):
             entries: Tensor | slice = slice(int(starts[0]), int(starts[-1]))
             starts = starts - starts[0]
         else:
-            first, lengths = self.row_starts[index], self._lengths[index]
+            first, lengths = self.row_starts[index], self.row_starts.diff()[index]
             starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             offsets = torch.repeat_interleave(first - starts[:-1], lengths)
             entries = offsets + torch.arange(len(offsets), device=self.device)
@@ -310,18 +343,10 @@ def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
 
 
 def as_counts(X: Counts | MatrixLike) -> Counts:
-    """View a matrix of shape (n, d) as counts, without checking its entries.
+    """View a matrix of shape (n, d) as counts, without checking its entries beyond their type.
 
-    Parameters
-    ----------
-    X : Counts, Tensor (dense or sparse), scipy sparse matrix or ndarray of shape (n, d)
-        float32 and float64 stay what they are, other numbers become float32. Repeated entries of a
-        sparse matrix are added up, stored zeros dropped, on a copy.
-
-    Raises
-    ------
-    ValueError
-        If X is not two-dimensional or does not hold real numbers.
+    float32 and float64 stay what they are, other real numbers become float32, and anything else is
+    a ValueError. Repeated entries of a sparse matrix are added up, stored zeros dropped, on a copy.
     """
     if isinstance(X, Counts):
         return X

@@ -29,10 +29,10 @@ def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and (factors.requires_grad or loadings.requires_grad):
         return _LogRate.apply(counts, factors, loadings, False)
-    parts = [
-        block.row_sums(block.values * _rates(block, factors[rows], loadings).log())
-        for rows, block in counts.blocks()
-    ]
+    parts = []
+    for rows, block in counts.blocks():
+        rates = _rates(block, factors[rows], loadings)
+        parts.append(block.row_sums(block.values * rates.log()))
     return torch.cat(parts)
 
 

@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import check_array, warn
 
 # What selects from tensors and from arrays, in the same way.
@@ -53,7 +52,7 @@ class Places:
 
     def take(self, index: Tensor | None) -> Places:
         """Select places by their numbers; all of them if the index is None."""
-        return Places(take(self.coordinates, index, dim=0), take(self.groups, index))
+        return self if index is None else self[index]
 
     @classmethod
     def of_inputs(cls, inputs: Tensor, grouped: bool) -> Places:

@@ -21,11 +21,9 @@ def check_random_state(random_state: RandomState) -> np.random.RandomState:
         return random_state
     if isinstance(random_state, np.random.Generator):
         return np.random.RandomState(int(random_state.integers(2**32)))
-    if random_state is None or isinstance(random_state, (int, np.integer)):
-        try:
-            return np.random.RandomState(random_state)
-        except ValueError:
-            pass
+    seeds = isinstance(random_state, (int, np.integer)) and 0 <= random_state < 2**32
+    if random_state is None or seeds:
+        return np.random.RandomState(random_state)
     raise ValueError(
         "random_state must be None, an int from 0 to 2**32 - 1, a numpy RandomState or a numpy "
         f"Generator; got {random_state!r}."
