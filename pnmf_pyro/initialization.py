@@ -64,7 +64,7 @@ def initialize_factors(
     Raises
     ------
     ValueError
-        For an unknown `init`, too many components for it, and a negative or non-finite X.
+        For an unknown `init`, too many components for it, and entries below 0, infinite or NaN.
 
     Examples
     --------
