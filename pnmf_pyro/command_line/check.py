@@ -13,7 +13,8 @@ from pnmf_pyro.analysis.predictive_checks import (
     posterior_predictive_check,
 )
 from pnmf_pyro.command_line import options as shared
-from pnmf_pyro.command_line.files import CountTable, read_model
+from pnmf_pyro.command_line.count_table import CountTable
+from pnmf_pyro.command_line.files import read_model
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import check_report, check_words
 from pnmf_pyro.estimator.pnmf import PNMF

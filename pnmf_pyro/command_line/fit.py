@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line import options as shared
-from pnmf_pyro.command_line.files import CountTable, check_results_path, write_results
+from pnmf_pyro.command_line.count_table import CountTable
+from pnmf_pyro.command_line.files import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
@@ -80,7 +81,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
     explained = _deviance_explained(model, table.X, chosen["size_factors"])
     shared.say(
         options,
-        f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components\n"
+        f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components, "
+        f"{'in' if model.spatial else 'without'} space\n"
         f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations, {seconds:.1f} s\n"
         f"deviance explained {explained:.1%} "
         "(1 - deviance / deviance of a model with feature means only)\n"
@@ -111,4 +113,5 @@ def _deviance_explained(model: PNMF, X: CountsLike, size_factors: np.ndarray | N
     feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
     factors = torch.as_tensor(get_factors(model)).to(s) * s
     loadings = torch.as_tensor(get_loadings(model)).to(s)
-    return 1 - deviance(counts, (factors, loadings)) / deviance(counts, (s, feature_means))
+    by_means = deviance(counts, (s, feature_means))
+    return 1 - deviance(counts, (factors, loadings)) / by_means if by_means else 0.0

@@ -8,15 +8,20 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from pnmf_pyro.command_line.files import CountTable, read_counts
-from pnmf_pyro.data.checks import check_counts, library_size_factors
+from pnmf_pyro.command_line.count_table import CountTable, found_places
+from pnmf_pyro.command_line.tables import read_counts
+from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
+from pnmf_pyro.data.checks import check_counts, library_size_factors, warn
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -80,10 +85,25 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "counts",
         metavar="COUNTS",
-        help=".h5ad, .npz (scipy sparse), .mtx, .csv, .tsv; the last three also with .gz",
+        help=".h5ad, .h5 (10x), .npz (scipy sparse), .mtx, .csv, .tsv or .txt, the last four also "
+        "with .gz; a folder of 10x or .zarr",
     )
-    parser.add_argument("--layer", help="layer of an .h5ad file to take in place of X")
+    parser.add_argument("--layer", help="layer of an AnnData file to take in place of X")
     parser.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
+    text = parser.add_argument_group("tables of text", "found by looking, where they are not given")
+    text.add_argument(
+        "--names", choices=[*NAMES], help="whether the first row and the first column hold names"
+    )
+    text.add_argument(
+        "--no-names", dest="names", action="store_const", const="none", help="--names none"
+    )
+    text.add_argument(
+        "--separator",
+        type=_separator,
+        metavar="SIGN",
+        help=f"sign between cells: {', '.join(SEPARATORS)} or one character",
+    )
+    text.add_argument("--decimal", choices=(".", ","), help="sign before decimals")
 
 
 def add_places(parser: argparse.ArgumentParser, use: str) -> None:
@@ -93,6 +113,13 @@ def add_places(parser: argparse.ArgumentParser, use: str) -> None:
         default=SPATIAL_KEY,
         help=f"coordinates in obsm of an .h5ad file: {use} (default: %(default)s, where it is "
         "there)",
+    )
+    parser.add_argument(
+        "--coords",
+        type=lambda text: text.split(","),
+        metavar="X,Y",
+        help="columns with coordinates: of obs of an .h5ad file, or of a table, which are then no "
+        "features",
     )
     parser.add_argument("--no-space", action="store_true", help="leave coordinates alone")
     parser.add_argument("--batch-key", help="column of obs of an .h5ad file with sections")
@@ -140,22 +167,56 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _separator(text: str) -> str:
+    """Read a sign between cells, or the name of one."""
+    sign = SEPARATORS.get(text, "\t" if text == r"\t" else text)
+    if len(sign) != 1 or sign in '\r\n"':
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {', '.join(SEPARATORS)} or one character"
+        )
+    return sign
+
+
 def read_table(options: argparse.Namespace) -> CountTable:
-    """Read the counts that the options name."""
-    return read_counts(options.counts, options.layer, options.transpose)
+    """Read the counts that the options name, and say what was taken for what."""
+    form = TextForm(options.names, options.separator, options.decimal)
+    coords = options.coords or ()
+    table = read_counts(options.counts, options.layer, options.transpose, form, coords)
+    if not options.quiet:
+        for note in table.notes:
+            sys.stderr.write(f"pnmf-pyro: {note}\n")
+    return table
 
 
 def places(
     options: argparse.Namespace, table: CountTable
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Coordinates and groups of an .h5ad file, where there are any."""
+    """Coordinates and groups of the samples, where there are any."""
     spatial_key = None if options.no_space else options.spatial_key
     keys = AnnDataKeys(None, spatial_key, options.batch_key)
+    if options.coords and spatial_key not in (None, SPATIAL_KEY):
+        raise ValueError("--coords and --spatial-key both name coordinates: leave one of them out.")
     if table.annotation is not None:
-        return keys.places(table.annotation)
+        coordinates, groups = keys.places(table.annotation)
+        if coordinates is None and not options.no_space:
+            _warn_unused_places(table.annotation)
+        return coordinates, groups
     if keys != AnnDataKeys(None, spatial_key and SPATIAL_KEY):
         raise ValueError("--spatial-key and --batch-key are for .h5ad files; leave them out.")
-    return None, None
+    return None if options.no_space else table.coordinates, None
+
+
+def _warn_unused_places(adata: AnnData) -> None:
+    """Warn of what looks like coordinates in a file whose coordinates nothing names."""
+    keys = [key for key in adata.obsm if "spatial" in key.lower() or "coord" in key.lower()]
+    pair = found_places(list(adata.obs))
+    if keys:
+        where, option = f"obsm has {keys[0]!r}", f"--spatial-key {keys[0]}"
+    elif pair:
+        where, option = f"obs has {pair[0]!r} and {pair[1]!r}", f"--coords {','.join(pair)}"
+    else:
+        return
+    warn(f"{where}, which no option names: give {option} to use them, or --no-space.")
 
 
 def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:

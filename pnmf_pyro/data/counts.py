@@ -31,6 +31,8 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from pnmf_pyro.data.sparse_structure import check_torch_structure, checked_csr
+
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
 
@@ -357,7 +359,7 @@ def as_counts(X: Counts | MatrixLike) -> Counts:
     if isinstance(X, Tensor):
         return SparseCounts.from_scipy(_torch_to_scipy(X.detach())).to(X.device)
     if sp.issparse(X):
-        return SparseCounts.from_scipy(_canonical(sp.csr_matrix(X)))
+        return SparseCounts.from_scipy(_canonical(checked_csr(X)))
     return DenseCounts(torch.from_numpy(np.array(_real(np.asarray(X)))))
 
 
@@ -391,6 +393,7 @@ def _canonical(matrix: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _torch_to_scipy(X: Tensor) -> sp.csr_matrix:
+    check_torch_structure(X)
     coo = X.cpu().to_sparse_coo().coalesce()
     rows, columns = coo.indices().numpy()
     values = _floating(coo.values()).numpy()

@@ -142,7 +142,7 @@ class AnnDataKeys:
 
 def _is_whole(X: Any) -> bool:
     entries = X.data if sp.issparse(X) else X
-    return bool((entries == np.round(entries)).all())
+    return entries.dtype.kind != "f" or bool((entries == np.round(entries)).all())
 
 
 def results(fit: Fit) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from pnmf_pyro.data.places import (
     check_extent,
     warn_lengthscale,
 )
+from pnmf_pyro.data.sparse_structure import checked_csr
 from pnmf_pyro.estimator.parameters import HYPERPARAMETERS, FittedEstimator, Settings
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors import Prior
@@ -113,6 +114,7 @@ def check_table(settings: Settings, X: CountsLike, reset: bool) -> Counts:
     with warnings.catch_warnings():
         if sp.issparse(X):  # which cannot hold names, to be compared with those of the fit
             warnings.filterwarnings("ignore", "X does not have valid feature names")
+            X = checked_csr(X)
         X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
     counts = check_counts(X)
     if reset:

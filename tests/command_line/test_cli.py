@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from pnmf_pyro import plotting
 from pnmf_pyro.command_line.cli import main
-from pnmf_pyro.command_line.files import read_counts
+from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.estimator.archive import read_archive
 from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors
 
@@ -112,11 +112,11 @@ def test_the_standard_deviation_is_that_of_exp_F(fitted):
         (["{h5ad}", "--out", "{}/a.txt"], "must end in .h5ad or .npz"),
         (["{h5ad}", "--out", "{}/absent/a.npz"], "no "),
         (["{h5ad}", "--out", "{}/a.npz", "--layer", "raw"], "its layers are ['counts']"),
-        (["{csv}", "--out", "{}/a.npz", "--layer", "raw"], "is for .h5ad files"),
+        (["{csv}", "--out", "{}/a.npz", "--layer", "raw"], "is for AnnData files"),
         (["{csv}", "--out", "{}/a.npz", "--batch-key", "region"], "are for .h5ad files"),
         (["{h5ad}", "--out", "{}/a.npz", "--spatial-key", "um"], "which has ['spatial']"),
         (["{h5ad}", "--out", "{}/a.npz", "--batch-key", "lab"], "which has ['region']"),
-        (["{bad}", "--out", "{}/a.npz"], "cannot be read as a .csv table"),
+        (["{bad}", "--out", "{}/a.npz"], "bad.csv cannot be read: row 2, column 'b' holds 'x'"),
         (["{h5ad}", "--out", "{}/a.npz", "--set", "tol=-1"], "tol"),
     ],
 )
