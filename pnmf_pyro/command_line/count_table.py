@@ -86,24 +86,18 @@ class CountTable:
         X = self.X
         if X.ndim != 2 or 0 in X.shape:
             raise ValueError(f"it must hold rows and columns; its shape is {X.shape}")
-        if sp.issparse(X):
+        if not isinstance(X, np.ndarray):
             check_claim(X.shape, X.nnz)
             X = checked_csr(X)
-        entries = X.data if sp.issparse(X) else X
-        if entries.dtype.kind not in "biuf":
-            raise ValueError(f"counts must be real numbers; it holds {entries.dtype}")
-        wrong = ~(np.isfinite(entries) & (entries >= 0))
-        if wrong.any():
-            place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-            column = int(place[1] if entries.ndim == 2 else X.indices[place[0]])
-            row = int(place[0])
-            if entries.ndim == 1:
-                row = int(np.searchsorted(X.indptr, row, side="right")) - 1
+        if X.dtype.kind not in "biuf":
+            raise ValueError(f"counts must be real numbers; it holds {X.dtype}")
+        if found := _wrong_count(X):
+            row, column, value = found
             raise ValueError(
                 f"counts must not be negative or missing; row {_label(row, self.sample_names)}, "
-                f"column {_label(column, self.feature_names)} holds {entries[place]:g}. Give raw "
-                "counts, not centred or log-transformed data, and leave out rows or columns with "
-                "missing cells"
+                f"column {_label(column, self.feature_names)} holds {value:g}. Give raw counts, "
+                "not centred or log-transformed data, and leave out rows or columns with missing "
+                "cells"
             )
         for names, size in zip((self.sample_names, self.feature_names), X.shape, strict=True):
             if names is not None and len(names) != size:
@@ -129,11 +123,12 @@ class CountTable:
         chosen = [known.index(name) for name in names]
         kept = np.setdiff1d(np.arange(len(known)), chosen)
         places = self.X[:, chosen]
+        values = places if isinstance(places, np.ndarray) else places.toarray()
         return replace(
             self,
             X=self.X[:, kept],
             feature_names=[known[j] for j in kept],
-            coordinates=np.asarray(places.toarray() if sp.issparse(places) else places, np.float64),
+            coordinates=np.asarray(values, dtype=np.float64),
         )
 
     def warn_turned(self) -> None:
@@ -163,6 +158,20 @@ def check_claim(shape: Sequence[int], n_stored: int) -> None:
         )
     if n_stored > rows * columns:
         raise ValueError(f"it claims to have {n_stored} counts in {rows} x {columns} cells")
+
+
+def _wrong_count(X: Matrix) -> tuple[int, int, float] | None:
+    """Row, column and value of the first count that is negative or not finite."""
+    entries = X if isinstance(X, np.ndarray) else X.data
+    wrong = ~(np.isfinite(entries) & (entries >= 0))
+    if not wrong.any():
+        return None
+    at = int(np.argmax(wrong))
+    if isinstance(X, np.ndarray):
+        row, column = divmod(at, X.shape[1])
+    else:
+        row, column = int(np.searchsorted(X.indptr, at, "right")) - 1, int(X.indices[at])
+    return row, column, float(entries.flat[at])
 
 
 def found_places(names: Sequence[str]) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
@@ -156,8 +156,8 @@ def _rows(path: Path, separator: str | None) -> tuple[list[str], list[list[str]]
     try:
         separator = separator or _separator(lines)
         reader = _reader(lines, separator)
-        first, lines_of_first = next(reader), reader.line_num
-        body = list(reader)
+        first, body = next(reader), list(reader)
+        lines_of_first = 1 + sum(cell.count("\n") for cell in first)
         if n_comments:  # biom writes the heading as a comment
             above = next(_reader([numbered[n_comments - 1][1].lstrip("#").lstrip(" ")], separator))
             fits = len(above) > 1 and len(above) in (len(first), len(first) - 1)
@@ -170,7 +170,8 @@ def _rows(path: Path, separator: str | None) -> tuple[list[str], list[list[str]]
 
 def _first_lines(path: Path) -> list[str]:
     """First lines of a file, at least three where there are so many."""
-    lines, n_read = [], 0
+    lines: list[str] = []
+    n_read = 0
     with open_text(path) as file:
         while n_read < LOOKED_AT or len(lines) < 3:
             line = file.readline(LONGEST_LINE)
@@ -183,7 +184,7 @@ def _first_lines(path: Path) -> list[str]:
     return lines
 
 
-def _reader(lines: Sequence[str], separator: str) -> csv.reader:
+def _reader(lines: Sequence[str], separator: str) -> Iterator[list[str]]:
     if separator == " ":
         lines = [line.strip() + "\n" for line in lines]
     return csv.reader(lines, delimiter=separator, skipinitialspace=separator == " ")

@@ -8,7 +8,7 @@ import numpy as np
 
 from pnmf_pyro.analysis.predictive_checks import FLAGGED, PredictiveCheck, StatisticCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
-from pnmf_pyro.plotting.figures import AxesLike, panels, plain
+from pnmf_pyro.plotting.figures import AxesLike, panels, plain, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.n
         (_histogram if len(one.observed) == 1 else _scatter)(ax, one)
         of = "" if one.statistic.of == "table" else f" of each {one.statistic.of}"
         colour = ODD if one.p_value < FLAGGED else SEEN
-        name = one.statistic.name.replace("_", " ")
+        name = verbatim(one.statistic.name.replace("_", " "))
         ax.set_title(f"{name}{of}\np = {one.p_value:.3g}", fontsize=9, color=colour)
         ax.tick_params(labelsize=8)
         plain(ax)

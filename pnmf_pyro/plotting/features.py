@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.interpretation import ranked_features, top_features
 from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
-from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain
+from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def plot_top_features(
     for ax, number in zip(axes, chosen, strict=True):
         rows = table[table["component"] == number]
         ax.barh(rows["rank"], rows[by], color=BLUE, height=0.7)
-        ax.set_yticks(rows["rank"], list(rows["feature"]), fontsize=7)
+        ax.set_yticks(rows["rank"], [*map(verbatim, rows["feature"])], fontsize=7)
         ax.set_ylim(n + 0.6, 0.4)
         ax.locator_params(axis="x", nbins=3)
         ax.tick_params(axis="x", labelsize=7)
@@ -109,7 +109,8 @@ def plot_loadings(
     ax = one_axes(ax, (1.6 + 0.3 * L, 0.8 + 0.15 * len(rows)))
     share = scores["share"][rows]
     image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    ax.set_yticks(range(len(rows)), found.feature_names[rows], fontsize=7)
+    names = [*map(verbatim, found.feature_names[rows])]
+    ax.set_yticks(range(len(rows)), names, fontsize=7)
     _explain(ax, image, L, "share of a feature's counts", 0.5)
     return ax
 

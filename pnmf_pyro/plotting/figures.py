@@ -61,6 +61,11 @@ def panels(n: int, size: tuple[float, float], columns: int, axes: AxesLike = Non
     return flat[:n]
 
 
+def verbatim(name: object) -> str:
+    """Return a name as matplotlib is to draw it, without mathematics where it has dollar signs."""
+    return str(name).replace("$", r"\$")
+
+
 def plain(ax: Axes) -> None:
     """Take away the frame's upper and right side."""
     ax.spines[["top", "right"]].set_visible(False)

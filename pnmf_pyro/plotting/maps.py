@@ -19,7 +19,7 @@ from pnmf_pyro.estimator.results import (
     is_fit,
     results_of,
 )
-from pnmf_pyro.plotting.figures import AxesLike, panels
+from pnmf_pyro.plotting.figures import AxesLike, panels, verbatim
 from pnmf_pyro.plotting.tissue import MapStyle, Tissue
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def plot_spatial(
     look = MapStyle(**style)
     if isinstance(values, str) or isinstance(values[0], str):
         names = np.atleast_1d(values)
-        titles = list(names) if titles is None else titles
+        titles = [*map(verbatim, names)] if titles is None else titles
         values = np.stack([_named_values(places, name) for name in names], 1)
     values = check_array("values", values)
     values = values[:, None] if values.ndim == 1 else values

@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
+from pnmf_pyro.plotting.figures import verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,7 +161,14 @@ class Tissue:
         edge = -self.disc / 2 if self.look.y_down else self.disc / 2
         write = partial(ax.annotate, textcoords="offset points", fontsize=7)
         for name, (x, y) in zip(self.names, self.tops, strict=False):
-            write(name, (x, y + edge), (0, 2), ha="center", va="bottom", annotation_clip=False)
+            write(
+                verbatim(name),
+                (x, y + edge),
+                (0, 2),
+                ha="center",
+                va="bottom",
+                annotation_clip=False,
+            )
         if not self.look.scale_bar:
             return
         length = round_length(0.4 * self.width * self.look.unit_length)
