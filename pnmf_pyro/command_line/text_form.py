@@ -16,7 +16,7 @@ from typing import TextIO, cast
 import numpy as np
 
 # Characters of a file that are looked at, and of the longest line.
-LOOKED_AT, LONGEST_LINE = 1 << 20, 1 << 27
+LOOKED_AT, LONGEST_LINE = 1 << 18, 1 << 27
 
 SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "space": " "}
 
@@ -191,16 +191,18 @@ def _reader(lines: Sequence[str], separator: str) -> Iterator[list[str]]:
 
 
 def _separator(lines: Sequence[str]) -> str:
-    """The first separator that cuts all lines into equally many cells, but for R's heading."""
-    most, found = 1, ","
+    """The first separator that cuts all lines into equally many cells; R's heading has one less."""
+    shorter, most, found = "", 1, ","
     for separator in SEPARATORS.values():
         heading, *body = (len(row) for row in _reader(lines[:200], separator))
         width = body[0] if body else heading
-        if width > 1 and {*body} <= {width} and heading in (width, width - 1):
-            return separator
+        if width > 1 and {*body} <= {width}:
+            if heading == width:
+                return separator
+            shorter = shorter or (separator if heading == width - 1 else "")
         if width > most:
             most, found = width, separator
-    return found
+    return shorter or found
 
 
 def _decimal(body: Sequence[Sequence[str]]) -> str:

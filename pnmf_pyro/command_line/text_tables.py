@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 # Cells that are read at once.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 # A table of more cells, fewer than a tenth of them above zero, is kept as a sparse matrix.
 LARGE = 1 << 20
@@ -59,6 +59,7 @@ def read_text(path: Path, form: TextForm) -> CountTable:
                 keep_default_na=False,
                 na_values=[],
                 low_memory=False,
+                float_precision="round_trip",
                 chunksize=max(1, PIECE // look.width),
             ):
                 for j, column in enumerate(words):

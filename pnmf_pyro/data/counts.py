@@ -367,7 +367,7 @@ def transposed_counts(X: MatrixLike) -> Counts:
     """View a matrix of shape (d, n), features by samples, as counts; see :func:`as_counts`."""
     if isinstance(X, Tensor) and X.layout != torch.strided:
         return as_counts(_torch_to_scipy(X.detach()).T).to(X.device)
-    return as_counts(X.T)
+    return as_counts((checked_csr(X) if sp.issparse(X) else X).T)
 
 
 def _floating(X: Tensor) -> Tensor:

@@ -86,11 +86,13 @@ class AnnDataKeys:
                 "pass adata.to_memory()."
             )
         X = counts_of(adata, self.layer)
-        if self.layer is None and "counts" in adata.layers and not _is_whole(X):
-            warn(
-                "adata.X does not hold whole numbers, and there is a layer of counts: pass "
-                "layer='counts' to fit that."
-            )
+        if self.layer is None and not _is_whole(X):
+            layers = [name for name, values in adata.layers.items() if _is_whole(values)]
+            found = f"a layer of counts: pass layer={layers[0]!r}" if layers else ""
+            if not layers and adata.raw is not None and _is_whole(adata.raw.X):
+                found = "adata.raw, which does: pass adata.raw.to_adata()"
+            if found:
+                warn(f"adata.X does not hold whole numbers, and there is {found} to fit that.")
         return X
 
     def _coordinates(self, adata: AnnData, required: bool) -> np.ndarray | None:
@@ -142,6 +144,8 @@ class AnnDataKeys:
 
 def _is_whole(X: Any) -> bool:
     entries = X.data if sp.issparse(X) else X
+    if not isinstance(entries, np.ndarray):
+        return False
     return entries.dtype.kind != "f" or bool((entries == np.round(entries)).all())
 
 
