@@ -6,9 +6,12 @@ What a file claims to hold is compared with what it holds before memory is taken
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,10 +24,13 @@ from pnmf_pyro.command_line.text_tables import import_pandas
 from pnmf_pyro.estimator.results import import_optional
 
 if TYPE_CHECKING:
-    from h5py import File, Group
+    from h5py import Dataset, File, Group
 
 # Bytes that one byte of a compressed file can stand for, at most (deflate).
 EXPANSION = 1032
+
+# How a heap of an HDF5 file begins.
+HEAP = b"GCOL\x01\0\0\0"
 
 # Entries of a .mtx file that are read at once.
 PIECE = 1 << 22
@@ -215,11 +221,7 @@ def _entries(file: TextIO, kinds: Sequence[type], n_entries: int) -> list[np.nda
 
 def read_10x_h5(path: Path) -> CountTable:
     """Read a matrix in an HDF5 file of Cell Ranger, of version 2 or 3."""
-    h5py = import_optional(
-        "h5py", "Reading .h5 files needs h5py, which comes with anndata", "anndata"
-    )
-    with h5py.File(path) as file:
-        check_hdf5(file)
+    with open_hdf5(path) as file:
         groups = [name for name in file if "indptr" in file[name]]
         if len(groups) != 1:
             raise ValueError(
@@ -246,12 +248,30 @@ def _words(strings: Sequence[bytes]) -> list[str]:
     return [word.decode() if isinstance(word, bytes) else str(word) for word in strings[:]]
 
 
-def check_hdf5(file: File) -> None:
-    """Raise a ValueError for arrays that claim far more than the file holds."""
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[File]:
+    """Open an HDF5 file; raise a ValueError for damage at which its library would not end.
 
-    def check(name: str, thing: object) -> None:
-        claimed = getattr(thing, "nbytes", 0)
-        if claimed > 1 << 28 and claimed > EXPANSION * thing.id.get_storage_size():  # type: ignore[attr-defined]
-            raise ValueError(f"{name} claims {claimed} bytes, which the file cannot hold")
+    That is an object of no size in a heap, and an array that claims far more than the file holds.
+    """
+    h5py = import_optional("h5py", f"Reading {path.suffix} files needs h5py", "anndata")
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        at = data.find(HEAP)
+        while at >= 0:
+            end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
+            place = at + 16
+            while place + 16 <= end:
+                number, size = struct.unpack_from("<H6xQ", data, place)
+                place += 16 + -(-size // 8) * 8 if number else size
+                if not (number or size):
+                    raise ValueError("it is damaged: a heap of it has an object of no size")
+            at = data.find(HEAP, at + 8)
 
-    file.visititems(check)
+    def check(name: str, thing: Dataset | Group) -> None:
+        claimed = thing.nbytes if isinstance(thing, h5py.Dataset) else 0
+        if claimed > 1 << 28 and claimed > EXPANSION * thing.id.get_storage_size():
+            raise ValueError(f"{name} claims {claimed} bytes, which it cannot hold")
+
+    with h5py.File(path) as file:
+        file.visititems(check)
+        yield file

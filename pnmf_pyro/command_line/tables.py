@@ -12,12 +12,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.matrix_files import (
-    check_hdf5,
+    open_hdf5,
     read_10x_folder,
     read_10x_h5,
     read_mtx,
@@ -115,22 +116,20 @@ def _anndata_table(path: Path, layer: str | None) -> CountTable:
 def open_anndata(path: Path) -> AnnData:
     """Read an .h5ad file or a .zarr folder; raise a ValueError for whatever anndata raises."""
     anndata = import_anndata()
-    need = f"Reading {path.name} needs"
-    in_folder = path.is_dir()
-    store = import_optional(*(("zarr", f"{need} zarr", "zarr") if in_folder else
-                              ("h5py", f"{need} h5py", "anndata")))  # fmt: skip
+    if path.is_dir():
+        import_optional("zarr", "Reading .zarr folders needs zarr", "zarr")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what anndata will change, and of names
-            if in_folder:
+            if path.is_dir():
                 return anndata.read_zarr(path)
-            with store.File(path) as file:
-                check_hdf5(file)
+            with open_hdf5(path):
+                pass
             return anndata.read_h5ad(path)
     except Exception as error:
         raise ValueError(
             f"{_reason(error)}; it is damaged, of another program, or of a newer anndata than "
-            f"{anndata.__version__}"
+            f"{version('anndata')}"
         ) from error
 
 

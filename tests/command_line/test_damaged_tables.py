@@ -109,7 +109,7 @@ def test_changed_bytes(name, change, whole, tmp_path):
     for _ in range(N_EACH):
         path.write_bytes(change(whole[name], random))
         n_refused += refused_or_usable(path)
-    if change in (cut_off, in_front) and name not in ("t.csv", "t.csv.gz"):
+    if change is cut_off and name != "t.csv":
         assert n_refused > N_EACH / 2
 
 
@@ -189,6 +189,14 @@ def test_claims_are_refused_before_memory_is_taken(claim, tmp_path):
     assert refused_or_usable(path)
     assert tracemalloc.get_traced_memory()[1] < 3e7
     tracemalloc.stop()
+
+
+def test_heaps_of_hdf5_without_an_end(whole, tmp_path):
+    data = whole["sparse.h5ad"]
+    free = data.index(b"GCOL") + 16
+    (tmp_path / "t.h5ad").write_bytes(data[:free] + b"\0" * 16 + data[free + 16 :])
+    with pytest.raises(ValueError, match="a heap of it has an object of no size"):
+        read_counts(tmp_path / "t.h5ad")
 
 
 def test_arrays_of_hdf5_that_are_not_there(whole, tmp_path):
