@@ -117,9 +117,13 @@ def look_at(path: Path, form: TextForm) -> Look:
             "delete it or put # before it; if the separator is wrong, name it with --separator"
         )
     shorter = len(first) == end - 1  # as R writes headings where rows have names
-    columns = zip(*(row for row in body if len(row) == width), strict=True)
+    columns = [*zip(*(row for row in body if len(row) == width), strict=True)]
     words = [_holds_words(column, is_number) for column in columns]
-    n_names = next((j for j in range(end) if not words[j]), end)
+    n_names = 0
+    while n_names < end and (
+        words[n_names] or (n_names and not any(map(is_number, columns[n_names])))
+    ):
+        n_names += 1
     while end > n_names and words[end - 1]:
         end -= 1
     if wants_heading is not False and not shorter:
@@ -194,6 +198,8 @@ def _separator(lines: Sequence[str]) -> str:
     """The first separator that cuts all lines into equally many cells; R's heading has one less."""
     shorter, most, found = "", 1, ","
     for separator in SEPARATORS.values():
+        if not any(separator in line for line in lines[:2]):
+            continue
         heading, *body = (len(row) for row in _reader(lines[:200], separator))
         width = body[0] if body else heading
         if width > 1 and {*body} <= {width}:

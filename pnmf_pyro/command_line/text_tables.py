@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from pandas import DataFrame, Series
 
-# Cells that are read at once.
-PIECE = 1 << 20
+# Cells that are read at once, and rows at least.
+PIECE, FEWEST_ROWS = 1 << 20, 100
 
 # A table of more cells, fewer than a tenth of them above zero, is kept as a sparse matrix.
 LARGE = 1 << 20
@@ -60,7 +60,7 @@ def read_text(path: Path, form: TextForm) -> CountTable:
                 na_values=[],
                 low_memory=False,
                 float_precision="round_trip",
-                chunksize=max(1, PIECE // look.width),
+                chunksize=max(FEWEST_ROWS, PIECE // look.width),
             ):
                 for j, column in enumerate(words):
                     column.extend(frame[j].str.strip())

@@ -178,6 +178,7 @@ def test_pieces_are_one_table_and_know_their_rows(tmp_path, monkeypatch):
     frame = pd.DataFrame(counts, columns=[*"abcdefghi"]).rename(index="r{}".format)
     frame.to_csv(tmp_path / "t.csv")
     monkeypatch.setattr(text_tables, "PIECE", 70)
+    monkeypatch.setattr(text_tables, "FEWEST_ROWS", 1)
     table = read_counts(tmp_path / "t.csv")
     np.testing.assert_array_equal(table.X, counts)
     assert table.X.dtype == np.float64

@@ -1,0 +1,43 @@
+"""Names with signs of mathematics in plots: drawn as they are."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from pnmf_pyro import fit, plotting
+
+NAMES = ["a$1$", r"$\x$", "$$", "plain"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    X = np.random.default_rng(0).poisson(3.0, size=(20, 4))
+    return fit(pd.DataFrame(X, columns=NAMES), n_components=2)
+
+
+def drawn(labels):
+    """What matplotlib draws of labels, and whether as mathematics."""
+    return {label._preprocess_math(label.get_text()) for label in labels}
+
+
+@pytest.mark.parametrize("plot", [plotting.plot_top_features, plotting.plot_loadings])
+def test_names_of_features(plot, model):
+    ax = np.ravel(plot(model, 4))[0]
+    ax.figure.canvas.draw()
+    assert drawn(ax.get_yticklabels()) == {(name, False) for name in NAMES}
+    plt.close(ax.figure)
+
+
+def test_names_of_sections_and_panels():
+    anndata = pytest.importorskip("anndata")
+    rng = np.random.default_rng(0)
+    adata = anndata.AnnData(rng.poisson(3.0, (20, 4)).astype("f4"))
+    adata.var_names = NAMES
+    adata.obsm["spatial"] = rng.uniform(size=(20, 2))
+    adata.obs["slide"] = ["$1$", "$2$"] * 10
+    axes = plotting.plot_spatial(adata, NAMES, groups="slide")
+    axes[0].figure.canvas.draw()
+    assert drawn(ax.title for ax in axes) == {(name, False) for name in NAMES}
+    assert {("$1$", False), ("$2$", False)} <= drawn(axes[0].texts)
+    plt.close(axes[0].figure)
