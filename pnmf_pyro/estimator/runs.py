@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -44,11 +45,15 @@ class Training:
 
 @dataclass
 class Run:
-    """What a stage does: something to the model at once (`prepare`), some training, or both."""
+    """What a stage does: something to the model at once (`prepare`), some training, or both.
+
+    It trains on the `counts`, which are those of the fit unless given.
+    """
 
     name: str
     training: Training | None = None
     prepare: Callable[[], object] = lambda: None
+    counts: Counts | None = None
 
 
 def training_of(
