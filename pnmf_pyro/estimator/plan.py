@@ -290,7 +290,7 @@ def train_runs(
         left -= 1
         if run is runs[0]:
             history += _best_start(training, starts, settings, seen, generator, last)
-        budget = last - len(history)
+        budget = min(last - len(history), run.most_steps or last)
         report = partial(_report, history, on_step, training.model)
         _train(training, settings, seen, generator, budget, on_step=report, warn=training.warns)
         history.stages.append((run.name, first, len(history)))

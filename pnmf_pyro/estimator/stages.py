@@ -38,6 +38,10 @@ WARM_UP_TOL = 10
 # Steps on coarse levels cost little, and what they find the rest builds on.
 LEVEL_TOL = 0.1
 
+# Steps in which samples depart from the bins they came from, given the loadings. Many would leave
+# each to its own counts alone.
+SAMPLE_STEPS = 3
+
 
 @dataclass
 class Draft:
@@ -168,14 +172,23 @@ class WarmUp:
             last = coarse, level
         if last is None:
             return [self._run(draft, "warm-up", draft.trained)]
-        samples = np.arange(model.N)
-        return [*runs, Run("samples", prepare=partial(_hand_down, *last, draft.trained, samples))]
+        samples = self._run(draft, "samples", draft.trained, loadings=None)
+        samples.prepare = partial(_hand_down, *last, draft.trained, np.arange(model.N))
+        samples.most_steps = SAMPLE_STEPS
+        return [*runs, samples]
 
     def _run(
-        self, draft: Draft, name: str, model: PoissonFactorization, looser: float = 1.0
+        self,
+        draft: Draft,
+        name: str,
+        model: PoissonFactorization,
+        looser: float = 1.0,
+        loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
     ) -> Run:
-        tol = looser * draft.settings.tol
-        training = training_of(draft.settings, model, "lower-bound", tol, self.kl_weight, warm=True)
+        tol, weight = looser * draft.settings.tol, self.kl_weight
+        training = training_of(
+            draft.settings, model, "lower-bound", tol, weight, warm=True, loadings=loadings
+        )
         training.warns = False
         return Run(name, training)
 
