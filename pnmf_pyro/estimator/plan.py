@@ -192,7 +192,7 @@ def make_runs(
     draft = Draft(settings, data.counts, model, random, learned(settings))
     given = cast(Sequence[Stage] | None, settings.stages)
     stages = default_stages(settings, model.prior) if given is None else given
-    runs = [stage.plan(draft) for stage in stages]
+    runs = [run for stage in stages for run in stage.plan(draft)]
     if not runs or runs[0].training is None:
         raise ValueError(
             "stages must begin with a stage that trains, such as Settle() or WarmUp(); got "
@@ -245,15 +245,24 @@ def fit_by_plan(
     """
     random, counts = check_random_state(settings.random_state), data.counts
     model = make_model(settings, data, random)
-    inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
-    L, s = settings.n_components, data.size_factors
-    starts = [start_values(counts, L, init, random, s) for init in inits]
     runs = make_runs(settings, data, model, random)
+    starts = _starts(settings, runs[0], counts, random)
     generator = torch_generator(random)
     history = train_runs(runs, starts, settings, counts, generator, on_step)
     objective = FactorizationELBO(settings.mode, max(settings.E, FINAL_DRAWS))
     batches = Batches(counts, settings.batch_size)
     return model.eval(), history, evaluate_elbo(model, batches, objective, generator)
+
+
+def _starts(
+    settings: Settings, first: Run, counts: Counts, random: np.random.RandomState
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the values W (D, L) and exp F (N, L) from which the first run may start."""
+    inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
+    counts = counts if first.counts is None else first.counts
+    training = cast(Training, first.training)
+    s = training.model.size_factors
+    return [start_values(counts, settings.n_components, init, random, s) for init in inits]
 
 
 def train_runs(
@@ -275,14 +284,15 @@ def train_runs(
         training = run.training
         if training is None:
             continue
+        seen = counts if run.counts is None else run.counts
         first = len(history)
         last = first + (settings.max_iter - first) // left
         left -= 1
         if run is runs[0]:
-            history += _best_start(training, starts, settings, counts, generator, last)
-        budget = last - len(history)
+            history += _best_start(training, starts, settings, seen, generator, last)
+        budget = min(last - len(history), run.most_steps or last)
         report = partial(_report, history, on_step, training.model)
-        _train(training, settings, counts, generator, budget, on_step=report, warn=training.warns)
+        _train(training, settings, seen, generator, budget, on_step=report, warn=training.warns)
         history.stages.append((run.name, first, len(history)))
     return history
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -44,11 +45,16 @@ class Training:
 
 @dataclass
 class Run:
-    """What a stage does: something to the model at once (`prepare`), some training, or both."""
+    """What a stage does: something to the model at once (`prepare`), some training, or both.
+
+    It trains on the `counts`, which are those of the fit unless given, in `most_steps` at most.
+    """
 
     name: str
     training: Training | None = None
     prepare: Callable[[], object] = lambda: None
+    counts: Counts | None = None
+    most_steps: int | None = None
 
 
 def training_of(
@@ -60,28 +66,28 @@ def training_of(
     *,
     warm: bool = False,
     moves_factors: bool = True,
-    loadings: type[ClosedFormLoadings] = ClosedFormLoadings,
+    loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
 ) -> Training:
     """Say how the parameters of an estimator have a model trained in one stage.
 
     After a warm-up (`warm`) the covariance of q may move seldom. `loadings` is the kind of steps of
-    multiplicative loadings.
+    multiplicative loadings; None leaves loadings of any kind at rest.
     """
     natural = settings.training_mode == "natural"
     batched = settings.batch_size is not None or settings.y_batch_size is not None
-    exact = loadings is ClosedFormLoadings  # others do not maximise the bound
+    exact = loadings in (ClosedFormLoadings, None)  # others do not maximise the bound
     monotone = natural and mode == "lower-bound" and not batched and exact
     every = model.prior.steps_apart if monotone and warm and moves_factors else 1
     for_q, for_W = _sizes(settings, mode)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
         steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
-    if settings.loadings_mode == "multiplicative":
+    if settings.loadings_mode == "multiplicative" and loadings is not None:
         steps.append((loadings(model.W, model.expected_totals), for_W))
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
         steps.append((ClosedFormScale(model.prior), for_W))
-    by_gradient = _trained_by_gradient(settings, model, moves_factors)
+    by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
         steps.insert(0, (GradientSteps(optimizer), _schedule(settings)))
@@ -100,14 +106,14 @@ def _sizes(settings: Settings, mode: str) -> tuple[Schedule, Schedule]:
 
 
 def _trained_by_gradient(
-    settings: Settings, model: PoissonFactorization, moves_factors: bool
+    settings: Settings, model: PoissonFactorization, moves_factors: bool, moves_loadings: bool
 ) -> list[torch.nn.Parameter]:
     parameters: list[torch.nn.Parameter] = []
     if settings.training_mode == "standard" and moves_factors:
         parameters += model.prior.parameters()
         if isinstance(model.observation, torch.nn.Module):
             parameters += model.observation.parameters()
-    if settings.loadings_mode != "multiplicative":
+    if settings.loadings_mode != "multiplicative" and moves_loadings:
         parameters.append(model.W.raw)
     return parameters
 

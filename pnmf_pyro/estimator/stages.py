@@ -7,8 +7,9 @@ train: each may take as many as an equal share of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -27,11 +28,19 @@ from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
+from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
 # A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
 # tolerance.
 WARM_UP_TOL = 10
+
+# Steps on coarse levels cost little, and what they find the rest builds on.
+LEVEL_TOL = 0.1
+
+# Steps in which samples depart from the bins they came from, given the loadings. Many would leave
+# each to its own counts alone.
+SAMPLE_STEPS = 3
 
 
 @dataclass
@@ -77,8 +86,8 @@ def _take_over(model: PoissonFactorization, source: PoissonFactorization, counts
 class Stage(Protocol):
     """One stage of a fit."""
 
-    def plan(self, draft: Draft) -> Run:
-        """Return what the stage does, given those before it."""
+    def plan(self, draft: Draft) -> Sequence[Run]:
+        """Return what the stage does in turn, given the stages before it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Settle:
             check_choice("mode", self.mode, MODES)
         check_positive("kl_weight", self.kl_weight)
 
-    def plan(self, draft: Draft) -> Run:
+    def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the run of the training loop."""
         settings = draft.settings
         mode = settings.mode if self.mode is None else self.mode
@@ -115,7 +124,7 @@ class Settle:
             settings, draft.model, mode, settings.tol, self.kl_weight, warm=draft.warm
         )
         draft.kl_weight = self.kl_weight
-        return Run("settle", training, draft.take_over())
+        return [Run("settle", training, draft.take_over())]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,9 @@ class WarmUp:
     """Train in `lower-bound` mode, which has no noise, until it has nearly settled.
 
     A model in space, or of another likelihood, begins with Poisson factors that know no space and
-    settle to the tolerance of the fit: they decide which components are found.
+    settle to the tolerance of the fit: they decide which components are found. Where samples in
+    space have few counts these are factors of bins of places, see
+    :mod:`~pnmf_pyro.training.levels`.
 
     Parameters
     ----------
@@ -136,23 +147,50 @@ class WarmUp:
     def __post_init__(self) -> None:
         check_positive("kl_weight", self.kl_weight)
 
-    def plan(self, draft: Draft) -> Run:
-        """Return the run of the training loop."""
-        settings, model = draft.settings, draft.model
-        tol = WARM_UP_TOL * settings.tol
-        if model.prior.places is not None or model.observation is not None:
-            if draft.trained is not None:
-                raise ValueError(
-                    "stages: WarmUp() of a model in space, or of another likelihood, trains "
-                    "another model to start from; put it first."
-                )
-            model, tol = _independent(draft), settings.tol
-        else:
+    def plan(self, draft: Draft) -> Sequence[Run]:
+        """Return the runs of the training loop, one for each level."""
+        model = draft.model
+        if model.prior.places is None and model.observation is None:
             draft.kl_weight = self.kl_weight
-        draft.trained, draft.warm = model, True
-        training = training_of(settings, model, "lower-bound", tol, self.kl_weight, warm=True)
+            draft.trained, draft.warm = model, True
+            return [self._run(draft, "warm-up", model, WARM_UP_TOL)]
+        if draft.trained is not None:
+            raise ValueError(
+                "stages: WarmUp() of a model in space, or of another likelihood, trains "
+                "another model to start from; put it first."
+            )
+        s = model.size_factors
+        draft.trained, draft.warm = _independent(draft, model.N, s), True
+        runs, last = [], None
+        for level in _levels(draft):
+            coarse = _independent(draft, len(level.centres), level.size_factors)
+            run = self._run(draft, f"{len(level.centres)} bins", coarse, LEVEL_TOL)
+            run.counts = level.counts
+            if last is not None:
+                run.prepare = partial(_hand_down, *last, coarse, level.centres)
+            runs.append(run)
+            last = coarse, level
+        if last is None:
+            return [self._run(draft, "warm-up", draft.trained)]
+        samples = self._run(draft, "samples", draft.trained, loadings=None)
+        samples.prepare = partial(_hand_down, *last, draft.trained, np.arange(model.N))
+        samples.most_steps = SAMPLE_STEPS
+        return [*runs, samples]
+
+    def _run(
+        self,
+        draft: Draft,
+        name: str,
+        model: PoissonFactorization,
+        looser: float = 1.0,
+        loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
+    ) -> Run:
+        tol, weight = looser * draft.settings.tol, self.kl_weight
+        training = training_of(
+            draft.settings, model, "lower-bound", tol, weight, warm=True, loadings=loadings
+        )
         training.warns = False
-        return Run("warm-up", training)
+        return Run(name, training)
 
 
 @dataclass(frozen=True)
@@ -173,7 +211,7 @@ class LearnHyperparameters:
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
 
-    def plan(self, draft: Draft) -> Run:
+    def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the search, from what was trained before."""
         source, draft.trained = draft.trained, draft.model
         if draft.model.prior.places is None or source is None:
@@ -184,14 +222,14 @@ class LearnHyperparameters:
         search = HyperparameterSearch(
             draft.model, draft.counts, draft.learned, self.criterion, draft.random
         )
-        return Run("hyperparameters", prepare=lambda: search.learn_from(source))
+        return [Run("hyperparameters", prepare=lambda: search.learn_from(source))]
 
 
 @dataclass(frozen=True)
 class RestoreSpread:
     """Give q the covariance that a weight of 1 on the divergence says, around the same means."""
 
-    def plan(self, draft: Draft) -> Run:
+    def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the restoration of the spread that the stages before made narrow or wide."""
         prior, take_over = draft.model.prior, draft.take_over()
         if not prior.natural:
@@ -205,7 +243,7 @@ class RestoreSpread:
             take_over()
             prior.restore_spread(weight)
 
-        return Run("spread", prepare=restore)
+        return [Run("spread", prepare=restore)]
 
 
 @dataclass(frozen=True)
@@ -227,7 +265,7 @@ class Correlate:
         if self.rank != 0:
             check_count("rank", self.rank)
 
-    def plan(self, draft: Draft) -> Run:
+    def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the drawing of the correlated part."""
         prior, take_over = draft.model.prior, draft.take_over()
         if not isinstance(prior, LCGP):
@@ -240,7 +278,7 @@ class Correlate:
             take_over()
             prior.correlate(self.rank)
 
-        return Run("correlation", prepare=correlate)
+        return [Run("correlation", prepare=correlate)]
 
 
 @dataclass(frozen=True)
@@ -260,7 +298,7 @@ class SettleLoadings:
     def __post_init__(self) -> None:
         check_flag("shrink", self.shrink)
 
-    def plan(self, draft: Draft) -> Run:
+    def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the run of the training loop."""
         settings, model = draft.settings, draft.model
         if self.shrink and settings.loadings_mode != "multiplicative":
@@ -272,19 +310,40 @@ class SettleLoadings:
         training = training_of(
             settings, model, settings.mode, settings.tol, moves_factors=False, loadings=loadings
         )
-        return Run("loadings", training, draft.take_over())
+        return [Run("loadings", training, draft.take_over())]
 
 
 STAGES = (Settle, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
 
 
-def _independent(draft: Draft) -> PoissonFactorization:
-    """The same Poisson factorisation, of the same loadings, with factors that know no space."""
+def _independent(draft: Draft, N: int, size_factors: torch.Tensor | None) -> PoissonFactorization:
+    """A Poisson factorisation of N samples, of the same loadings, whose factors know no space."""
     model, settings = draft.model, draft.settings
-    y = torch.empty((model.D, model.N), dtype=model.W.dtype, device="meta")
+    y = torch.empty((model.D, N), dtype=model.W.dtype, device="meta")
     prior = GaussianPrior(y, model.L, use_natural_gradients=settings.training_mode == "natural")
     independent = PoissonFactorization(
-        prior, y, model.L, model.loadings_mode, model.mode, size_factors=model.size_factors
+        prior, y, model.L, model.loadings_mode, model.mode, size_factors=size_factors
     )
     independent.W = model.W
     return independent.to(model.W.device)
+
+
+def _levels(draft: Draft) -> list[Level]:
+    """Coarse levels of the places of a draft, if it has places."""
+    places, s = draft.model.prior.places, draft.model.size_factors
+    if places is None:
+        return []
+    s = draft.counts.values.new_ones(len(places)) if s is None else s
+    return coarse_levels(draft.counts, places, s, draft.model.L)
+
+
+@torch.no_grad()
+def _hand_down(
+    source: PoissonFactorization,
+    level: Level,
+    target: PoissonFactorization,
+    samples: np.ndarray,
+) -> None:
+    """Start q(F) of a finer level from that of the bins in which its samples are."""
+    q = source.prior.marginal(torch.from_numpy(level.bins[samples]).to(source.W.device))
+    target.prior.assign(q.loc, q.scale)
