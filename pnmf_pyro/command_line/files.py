@@ -1,4 +1,4 @@
-"""Tables of counts from files, and results to files.
+"""Tables of counts, fits and models from files.
 
 A file that is not there is a FileNotFoundError, and one that cannot be read a ValueError.
 """
@@ -16,9 +16,7 @@ import numpy as np
 import scipy.io
 import scipy.sparse as sp
 
-from pnmf_pyro.data.checks import check_output_path
-from pnmf_pyro.estimator.anndata_bridge import add_results, import_anndata, results, settings
-from pnmf_pyro.estimator.archive import write_archive
+from pnmf_pyro.estimator.anndata_bridge import import_anndata
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import counts_of
 
@@ -114,26 +112,6 @@ READERS: dict[str, Callable[[Path], CountTable]] = {
 }
 
 
-def write_results(path: str | Path, model: PNMF, table: CountTable) -> None:
-    """Write factors, their uncertainty, loadings, settings and history of a fit, as .h5ad or .npz.
-
-    An .h5ad file keeps the annotation of samples and features, but not the counts.
-    """
-    check_results_path(path)
-    if Path(path).suffix == ".npz":
-        names = {"sample_names": table.sample_names, "feature_names": table.feature_names}
-        named = {key: np.asarray(value, dtype=str) for key, value in names.items() if value}
-        write_archive(path, {"settings": settings(model)}, results(model) | named)
-        return
-    adata = table.annotation
-    if adata is None:
-        adata = import_anndata().AnnData(shape=table.X.shape)
-        adata.obs_names = table.sample_names or adata.obs_names
-        adata.var_names = table.feature_names or adata.var_names
-    add_results(adata, model)
-    adata.write_h5ad(path)
-
-
 def read_fit(path: str | Path) -> PNMF | AnnData:
     """Read an .h5ad file with results, or the .npz of :meth:`PNMF.save`."""
     path, kind = _check_file(path, "FIT", (".h5ad", ".npz"))
@@ -155,9 +133,3 @@ def _check_file(path: str | Path, argument: str, endings: Sequence[str]) -> tupl
     if kind not in endings:
         raise ValueError(f"{argument} must end in {' or '.join(endings)}; got {path.name}.")
     return path, kind
-
-
-def check_results_path(path: str | Path) -> None:
-    """Raise a ValueError if results cannot be written there, before a fit takes its time."""
-    if check_output_path("--out", path, (".h5ad", ".npz")).suffix == ".h5ad":
-        import_anndata()

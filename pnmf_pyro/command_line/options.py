@@ -7,11 +7,11 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.files import CountTable, read_counts
 from pnmf_pyro.data.checks import check_counts, library_size_factors
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
@@ -19,22 +19,6 @@ from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-class Exit(IntEnum):
-    """What the exit code of a command says."""
-
-    FINE = 0
-    LOOK = 1
-    UNUSABLE = 2
-    FAULT = 3
-
-
-COMMON_CODES = {
-    Exit.UNUSABLE: "the input, the options or the place of the output cannot be used; one line on "
-    "standard error says why",
-    Exit.FAULT: "a fault of the program, with a traceback",
-}
 
 
 def add_command(
@@ -176,5 +160,5 @@ def show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def say(options: argparse.Namespace, text: str) -> None:
     """Write to standard output, unless it is to be quiet."""
-    if not options.quiet:
+    if not getattr(options, "quiet", False):
         sys.stdout.write(f"{text}\n")

@@ -6,6 +6,7 @@ reader finds the old file or the new one, and whatever ends the writing leaves t
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -39,7 +40,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         If the file cannot be written; it names `path`.
     """
     target = Path(os.path.realpath(path))
-    check_replaceable(target)
+    check_replaceable(path)
     part = target.with_name(f"{_prefix(target)}{os.getpid()}-{next(_numbers)}{PART}")
     _under_way.add(part)
     try:
@@ -62,13 +63,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
-    """Raise an OSError if there is something at `path` that must not be replaced."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(21, "a folder is there, and a file was to be written", str(path))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(22, "this is a device, and a file was to be written", str(path))
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise PermissionError(13, "this file is write-protected", str(path))
+    """Raise an OSError that names `path` unless a file can be written there, or replaced."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there, not a file", os.fspath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "a device is there, not a file", os.fspath(path))
+    for one, what in ((target, "this file is"), (target.parent, "its folder is")):
+        if one.exists() and not os.access(one, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{what} write-protected", os.fspath(path))
 
 
 def _named(error: OSError, path: str | os.PathLike) -> OSError:

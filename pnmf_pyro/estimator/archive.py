@@ -107,8 +107,8 @@ def _header(text: str) -> dict[str, Any]:
     header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    version = header.get("format_version")
-    whole = isinstance(version, int) and not isinstance(version, bool)
+    version: Any = header.get("format_version")
+    whole = type(version) is int
     if header.get("format") != FORMAT or (whole and version > FORMAT_VERSION):
         raise _OtherFormat(
             f"has format {str(header.get('format'))[:20]!r} {str(version)[:20]}; this version "

@@ -102,7 +102,9 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
     try:
         check_usable(model)
     except ValueError as error:
-        raise ValueError(f"this fit cannot be saved, since no use can be made of it: {error}") from error
+        raise ValueError(
+            f"this fit cannot be saved, since no use can be made of it: {error}"
+        ) from error
     write_archive(path, header, arrays)
 
 
@@ -137,7 +139,7 @@ def _plain_value(value: object) -> Any:
 
 
 def _plain_label(label: Hashable) -> Any:
-    """The name of a group as JSON: text and numbers as they are, bytes and dates with their kind."""
+    """The name of a group for JSON: text and numbers as they are, the rest with its kind."""
     if isinstance(label, bytes):
         return {"bytes": label.decode("latin-1")}
     if isinstance(label, date):
@@ -218,7 +220,9 @@ def _shape_of(model: Saved, n_samples: object, state: dict[str, torch.Tensor]) -
     if type(n_samples) is not int or n_samples != N:
         raise ValueError(f"n_samples is {str(n_samples)[:20]}, and its arrays are of {N} samples")
     if W.ndim != 2 or W.shape[1] != model.n_components:
-        raise ValueError(f"loadings have shape {tuple(W.shape)} for {model.n_components} components")
+        raise ValueError(
+            f"loadings have shape {tuple(W.shape)} for {model.n_components} components"
+        )
     return torch.empty((len(W), N), dtype=W.dtype, device="meta")
 
 
@@ -240,7 +244,6 @@ def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Pri
     for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
         getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
     return prior
-
 
 
 def check_usable(model: Saved) -> None:
