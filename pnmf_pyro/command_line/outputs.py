@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # Options that name files to read, and files to write.
-READ = {"counts": "COUNTS", "coords": "--coords", "model": "MODEL", "fit": "FIT"}
+READ = {"counts": "COUNTS", "model": "MODEL", "fit": "FIT"}
 WRITTEN = {"out": "--out", "save_model": "--save-model", "report": "--report"}
 
 # Tables of CSV results, and what their rows are.
@@ -59,7 +59,7 @@ def check_clashes(options: argparse.Namespace) -> None:
     written = [
         (label, path)
         for name, label in WRITTEN.items()
-        for path in _files(getattr(options, name, None))
+        for path in files_of(getattr(options, name, None))
     ]
     for (label, path), (other, target) in [
         *((one, two) for one in read for two in written),
@@ -75,8 +75,8 @@ def check_clashes(options: argparse.Namespace) -> None:
 _INTO = "; results can go into COUNTS where it is an .h5ad file, without --transpose"
 
 
-def _files(path: str | None) -> list[Path]:
-    """Files that an option makes a command write."""
+def files_of(path: str | None) -> list[Path]:
+    """Return the files that an option of this value makes a command write."""
     if path is None:
         return []
     return list(_csv_files(path).values()) if _kind(path) == ".csv" else [Path(path)]
@@ -110,7 +110,7 @@ def check_results_path(options: argparse.Namespace) -> None:
             f"--out must end in {' or '.join(ENDINGS)}, or in / for a folder of CSV files; got "
             f"{Path(options.out).name}."
         )
-    for path in _files(options.out):
+    for path in files_of(options.out):
         new = path.parent == Path(options.out) and not path.parent.exists()
         one = path.parent if new else path  # a folder that is to be made
         check_output_path("--out", one, (one.suffix,))
@@ -212,10 +212,12 @@ def _annotated(model: PNMF, table: CountTable) -> tuple[AnnData, list[str]]:
             ]
             left_out += [f"{axis}[{column!r}]" for column in odd]
             setattr(adata, axis, frame.drop(columns=odd))
-        for key in list(adata.obsm):
-            if not _is_writable(AnnData(shape=adata.shape, obsm={key: adata.obsm[key]})):
-                left_out.append(f"obsm[{key!r}]")
-                del adata.obsm[key]
+        for part in ("obsm", "uns"):
+            held = getattr(adata, part)
+            for key in list(held):
+                if not _is_writable(AnnData(shape=adata.shape, **{part: {key: held[key]}})):
+                    left_out.append(f"{part}[{key!r}]")
+                    del held[key]
     add_results(adata, model)
     return adata, left_out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TypeAlias
 
 import numpy as np
@@ -153,7 +154,16 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
     found = labels.tolist()
     if any(label is None or label != label for label in found):
         raise ValueError("groups must not be missing (None or NaN). Give each sample a group.")
-    return found
+    return [_plain_label(label) for label in found]
+
+
+def _plain_label(label: Hashable) -> Hashable:
+    """Text, numbers, bytes and dates as they are, and the text of anything else.
+
+    These are what files of models hold.
+    """
+    label = label.item() if isinstance(label, np.generic) else label
+    return label if isinstance(label, str | int | float | bytes | date) else str(label)
 
 
 def spacing(places: Places) -> float:

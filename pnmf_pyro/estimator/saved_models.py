@@ -183,6 +183,8 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     parameters = {name: tuple(v) if isinstance(v, list) else v for name, v in listed}
     if parameters["stages"] is not None:
         parameters["stages"] = tuple(stage_of(one) for one in parameters["stages"])
+    if parameters["device"] == "cuda" and not torch.cuda.is_available():
+        parameters["device"] = "auto"  # where to compute is no part of what was found
     model = kind(**parameters)
     check_parameters(model)
     state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
@@ -261,6 +263,7 @@ def check_usable(model: Saved) -> None:
     }
     found = {
         **module.state_dict(),
+        **_elsewhere(module.prior),
         "factors": get_factors(model, return_tensor=True),
         "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
         "history": torch.tensor(model.history_, dtype=torch.float64),
@@ -278,13 +281,27 @@ def check_usable(model: Saved) -> None:
     _check_names(model)
 
 
+@torch.no_grad()
+def _elsewhere(prior: Prior) -> dict[str, torch.Tensor]:
+    """What a spatial prior predicts at a place, as at one of no sample."""
+    if prior.places is None:
+        return {}
+    field = prior.at(prior.places[:1]).marginal()
+    return {"predicted factors": (field.mean + field.variance / 2).exp()}
+
+
 def _check_names(model: Saved) -> None:
-    """Raise a ValueError unless names of features and groups are as many as there are."""
+    """Raise a ValueError unless names and settings are those of a model of this kind."""
     features = getattr(model, "feature_names_in_", None)
     if features is not None and np.shape(features) != (model.model_.D,):
         raise ValueError(f"feature_names must be {model.model_.D}; got {np.shape(features)}")
     places = model.model_.prior.places
     codes = None if places is None else places.groups
+    is_spatial, is_grouped = places is not None, codes is not None
+    if model.spatial != is_spatial or (is_spatial and model.multigroup != is_grouped):
+        raise ValueError(
+            f"spatial={model.spatial}, multigroup={model.multigroup} are of another fit"
+        )
     n = 0 if codes is None else int(codes.max()) + 1
     if codes is not None and (int(codes.min()) < 0 or n > len(model.groups_ or ())):
         raise ValueError(f"groups of samples must have names; got {model.groups_}")
