@@ -110,9 +110,10 @@ def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[
         written = [*map(str, files_of(options.out)), *written]
         if odd:
             left_out.append(f"{options.out} is without {', '.join(odd)}, which cannot be written")
-    except (OSError, ValueError) as error:
+    except Exception:
         kept = written[0] if written else _rescue(model)
-        raise ValueError(f"{error}. The fitted model is in {kept}; PNMF.load reads it.") from error
+        shared.show_warning(f"no results, but the fitted model is in {kept}; PNMF.load reads it")
+        raise
     if options.report:
         try:
             fit_report(model).write(options.report)

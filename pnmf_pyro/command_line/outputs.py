@@ -279,8 +279,8 @@ def _check_layout(path: str | Path, file: Any, new: Any = None) -> None:
             "--out another name, or write the file anew with anndata."
         )
     for axis in ("obs", "var") if new is not None else ():
-        held, names = (list(one[axis][one[axis].attrs["_index"]].asstr()) for one in (file, new))
-        if held != names:
+        held, names = (one[axis][one[axis].attrs["_index"]].asstr()[:] for one in (file, new))
+        if not np.array_equal(held, names):
             raise ValueError(f"{path} has changed since it was read: its {axis}_names are others.")
 
 
