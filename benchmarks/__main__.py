@@ -429,10 +429,10 @@ def local_step(options: argparse.Namespace) -> dict[str, Any]:
 def kills(options: argparse.Namespace) -> None:
     """Files that a process was writing when it was killed, `--repeats` times for each kind."""
     rows = [["file", "seconds to write", "kills", "in the middle", "lost", "rests after a write"]]
-    for name, line in all_killed(options.repeats, options.N, options.D, options.L).items():
-        found = report(benchmark="kills", file=name, **line)
+    for line in all_killed(options.repeats, options.N, options.D, options.L):
+        report(benchmark="kills", **line)
         keys = ("seconds", "kills", "interrupted", "lost", "rests")
-        rows.append([name, *(f"{found[key]:.3g}" for key in keys)])
+        rows.append([line["file"], *(f"{line[key]:.3g}" for key in keys)])
     sys.stdout.write(table(rows))
 
 

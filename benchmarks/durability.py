@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,18 @@ def killed(path: Path, kind: Kind, times: int, random: np.random.Generator) -> d
     seconds, _ = timed(lambda: write(path))
     found = {"seconds": seconds, "kills": times, "lost": 0, "interrupted": 0, "rests": 0}
     before = set(os.listdir(path.parent))
-    for _ in range(times):
+    for number in range(times):
         child = os.fork()
         if child == 0:
             write(path)
             os._exit(0)
-        time.sleep(random.uniform(0, 1.1 * seconds))
+        if number % 2:  # at any time, or soon after the file is begun
+            time.sleep(random.uniform(0, 1.1 * seconds))
+        else:
+            last = time.perf_counter() + 3 * seconds
+            while set(os.listdir(path.parent)) == before and time.perf_counter() < last:
+                pass
+            time.sleep(random.uniform(0, 0.05 * seconds))
         os.kill(child, signal.SIGKILL)  # one that has ended waits for its parent
         os.waitpid(child, 0)
         try:
@@ -95,12 +101,10 @@ def killed(path: Path, kind: Kind, times: int, random: np.random.Generator) -> d
     return found
 
 
-def all_killed(times: int, N: int, D: int, L: int, seed: int = 0) -> dict[str, dict[str, Any]]:
+def all_killed(times: int, N: int, D: int, L: int) -> Iterator[dict[str, Any]]:
     """Kill processes while they write files of each kind."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return {
-            file: killed(folder / file, kind, times, random)
-            for file, kind in kinds(folder, N, D, L).items()
-        }
+        for file, kind in kinds(folder, N, D, L).items():
+            yield {"file": file, **killed(folder / file, kind, times, random)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +17,9 @@ from pnmf_pyro.data.checks import check_array, warn
 
 # What selects from tensors and from arrays, in the same way.
 Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
+
+# Kinds of names of groups that files of models hold.
+PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,9 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
 
 
 def _plain_label(label: Hashable) -> Hashable:
-    """Text, numbers, bytes and dates as they are, and the text of anything else.
-
-    These are what files of models hold.
-    """
+    """Text, numbers, bytes and dates as they are, and the text of anything else."""
     label = label.item() if isinstance(label, np.generic) else label
-    return label if isinstance(label, str | int | float | bytes | date) else str(label)
+    return label if type(label) in PLAIN_LABELS else str(label)
 
 
 def spacing(places: Places) -> float:

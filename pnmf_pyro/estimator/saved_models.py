@@ -21,6 +21,7 @@ from pnmf_pyro.estimator.plan import History, spatial_prior
 from pnmf_pyro.estimator.results import named
 from pnmf_pyro.estimator.stages import plain_stage, stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
+from pnmf_pyro.gp.multi_group import check_group_distances
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior, Prior
 from pnmf_pyro.transforms import factor_uncertainty, get_factors
@@ -172,7 +173,7 @@ def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
         model = _model_of(kind, header, arrays)
         check_usable(model)
     except Exception as error:  # a header of any values leads to any error
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200].rstrip(".")
         why = f"it lacks {why}" if isinstance(error, KeyError) else why
         raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {why}.") from error
     return model
@@ -305,5 +306,7 @@ def _check_names(model: Saved) -> None:
     n = 0 if codes is None else int(codes.max()) + 1
     if codes is not None and (int(codes.min()) < 0 or n > len(model.groups_ or ())):
         raise ValueError(f"groups of samples must have names; got {model.groups_}")
+    if is_grouped:
+        check_group_distances(model.model_.prior.kernel.group_distances, len(model.groups_ or ()))
     if model.groups_ is not None and len(set(model.groups_)) != len(model.groups_):
         raise ValueError(f"groups must differ; got {model.groups_}")
