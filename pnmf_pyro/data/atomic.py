@@ -54,7 +54,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(OSError):  # not every system can flush a folder
             _flush(target.parent)
     except OSError as error:
-        if error.filename not in (None, str(part)):
+        if error.filename is not None and str(part) not in map(
+            str, (error.filename, error.filename2)
+        ):
             raise  # of another file
         raise _named(error, path) from error
     finally:

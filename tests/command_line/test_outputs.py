@@ -1,6 +1,7 @@
 """Outputs of the commands: what they keep, what they refuse, and how they end when stopped."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -135,6 +136,20 @@ def test_a_file_of_an_old_layout_is_refused_before_the_fit(folder, capsys):
         file["obs"] = np.array([(b"a", 1)], dtype=[("index", "S5"), ("n", "i4")])
     assert fit("counts.h5ad", "--out", "counts.h5ad") == 2
     one_line(capsys, "layout of an old anndata", "Give --out another name")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved")
+def test_room_is_reserved_before_hdf5_writes(folder, monkeypatch, capsys):
+    """HDF5 crashes on a disk that is full, so it is not to find it so."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = names(folder), (folder / "counts.h5ad").read_bytes()
+    assert fit("counts.h5ad", "--out", "counts.h5ad", "--save-model", "../model.npz") == 2
+    assert "No space left on device: 'counts.h5ad'" in capsys.readouterr().err
+    assert (names(folder), (folder / "counts.h5ad").read_bytes()) == before
 
 
 # --- names that clash
