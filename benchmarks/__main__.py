@@ -13,6 +13,7 @@ import numpy as np
 import pnmf_pyro
 from benchmarks import ours, peers, tables
 from benchmarks import spatial as places
+from benchmarks.durability import all_killed
 from benchmarks.measure import (
     in_new_process,
     interleaved,
@@ -422,6 +423,17 @@ def local_step(options: argparse.Namespace) -> dict[str, Any]:
         step_seconds=taken[1:].tolist(),
         mib_in_all=peak_memory_mib(),
     )
+
+
+@benchmark
+def kills(options: argparse.Namespace) -> None:
+    """Files that a process was writing when it was killed, `--repeats` times for each kind."""
+    rows = [["file", "seconds to write", "kills", "in the middle", "lost", "rests after a write"]]
+    for line in all_killed(options.repeats, options.N, options.D, options.L):
+        report(benchmark="kills", **line)
+        keys = ("seconds", "kills", "interrupted", "lost", "rests")
+        rows.append([line["file"], *(f"{line[key]:.3g}" for key in keys)])
+    sys.stdout.write(table(rows))
 
 
 def main() -> None:

@@ -1,65 +1,86 @@
-"""The command line: pnmf-pyro fit, check, select, plot and demo."""
+"""The command line as a process: its signals, its streams, and the code with which it ends."""
 
 from __future__ import annotations
 
-import argparse
+import io
+import os
+import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
+from typing import Any, TextIO
 
-from pnmf_pyro.command_line import check, demo, fit, plot, select
-from pnmf_pyro.command_line.options import COMMON_CODES, Exit, epilog, show_warning
+from pnmf_pyro.command_line.exits import Exit
 
-COMMANDS = (fit, check, select, plot, demo)
-
-EXAMPLES = (
-    "pnmf-pyro select counts.h5ad --range 2:12 --out select.html",
-    "pnmf-pyro fit counts.h5ad --components 8 --out factors.h5ad --save-model model.npz",
-    "pnmf-pyro plot factors.h5ad --out report.html",
-    "pnmf-pyro check model.npz counts.h5ad --out check.html",
-    "pnmf-pyro fit --help",
-)
-CODES = {
-    Exit.FINE: "all went well",
-    Exit.LOOK: "done, but look at the result: the fit had not settled, the check flagged a misfit, "
-    "or the chosen number is at the end of its range",
-    **COMMON_CODES,
+# Signals that ask a process to end, what Python does by itself, and the code to end with.
+SIGNALS = {
+    signal.SIGINT: (signal.default_int_handler, Exit.INTERRUPTED),
+    signal.SIGTERM: (signal.SIG_DFL, Exit.TERMINATED),
 }
-
-# What the user can do something about: what is given, where it is to be written, what is installed.
-THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments`, those of the process if None; return the exit code.
 
     It is 0 if all went well, 1 if the result needs a look, 2 if the input or the options cannot be
-    used, 3 for a fault of the program. What 1 means for each command is in its --help.
+    used, 3 for a fault of the program, 130 or 143 if SIGINT or SIGTERM stopped it. What 1 means for
+    each command is in its --help.
     """
-    options = parser().parse_args(arguments)
+    out, err = _Patient(sys.stdout), _Patient(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err), _stopping() as stopped:
+        try:
+            from pnmf_pyro.command_line.commands import run  # takes seconds, and can be stopped
+
+            return run(arguments)
+        except BaseException as error:
+            if not stopped and not isinstance(error, KeyboardInterrupt):
+                raise
+            number = stopped[0] if stopped else signal.SIGINT
+            said = "files that were not finished are as they were before"
+            sys.stderr.write(f"pnmf-pyro: stopped by {number.name}; {said}.\n")
+            return SIGNALS[number][1]
+
+
+@contextmanager
+def _stopping() -> Iterator[list[signal.Signals]]:
+    """Let signals raise KeyboardInterrupt where the process has no handlers; list those that came.
+
+    What is being written is then put away, as after any other error.
+    """
+    came: list[signal.Signals] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, (usual, _) in SIGNALS.items():
+            if signal.getsignal(number) == usual:
+                before[number] = signal.signal(number, stop)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning  # at once: a fit may take hours
-            return options.run(options)
-    except THEIRS as error:
-        sys.stderr.write(f"pnmf-pyro: {error}\n")
-        return Exit.UNUSABLE
-    except Exception:
-        # Python itself would end with 1, which here is an answer.
-        traceback.print_exc()
-        return Exit.FAULT
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; what it has parsed can `run`."""
-    found = argparse.ArgumentParser(
-        prog="pnmf-pyro",
-        description="Probabilistic non-negative matrix factorisation of counts.",
-        epilog=epilog(EXAMPLES, CODES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = found.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for command in COMMANDS:
-        command.add(commands)
-    return found
+class _Patient:
+    """A stream to which can be written also when its reader has gone, as `head` does."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream: TextIO = io.StringIO() if stream is None else stream
+
+    def write(self, text: str) -> int:
+        """Write at once; a reader that has gone misses it."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

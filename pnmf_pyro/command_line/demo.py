@@ -13,6 +13,7 @@ from sklearn.decomposition import NMF
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.selection import thin_counts
 from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
+from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors
@@ -79,5 +80,6 @@ def _draw_digits(components: np.ndarray, history: Sequence[float], folder: Path)
     plotting.plot_elbo(history, trace.subplots())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "digits.png"
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=150)
     return path

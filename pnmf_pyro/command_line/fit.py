@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -14,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
-from pnmf_pyro.command_line.files import check_results_path, write_results
+from pnmf_pyro.command_line.outputs import check_results_path, files_of, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
@@ -42,10 +44,17 @@ def add(commands: shared.Commands) -> None:
             "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
         ),
         fine="the fit has settled, and results are written",
-        look="results are written, but the fit had not settled: a warning says what to do",
+        look="results are written, but the fit had not settled, or not all that was asked for is "
+        "written: a warning says what",
     )
     parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--out", "-o", required=True, help="where to write results: .h5ad or .npz")
+    parser.add_argument(
+        "--out",
+        "-o",
+        required=True,
+        help="where to write results: .h5ad, .npz, .csv, or FOLDER/ for CSV files; an .h5ad file "
+        "of COUNTS gets them as well",
+    )
     parser.add_argument(
         "--save-model",
         metavar="MODEL",
@@ -57,7 +66,7 @@ def add(commands: shared.Commands) -> None:
 
 def run(options: argparse.Namespace) -> shared.Exit:
     """Fit, write and say how it went."""
-    check_results_path(options.out)  # before the fit takes its time
+    check_results_path(options)  # before the fit takes its time
     if options.save_model:
         check_output_path("--save-model", options.save_model, (".npz",))
     if options.report:
@@ -70,14 +79,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     seconds = time.perf_counter() - started
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
-    written = [options.out]
-    write_results(options.out, model, table)
-    if options.save_model:
-        model.save(options.save_model)
-        written.append(options.save_model)
-    if options.report:
-        fit_report(model).write(options.report)
-        written.append(options.report)
+    written, complete = _keep(options, model, table)
     explained = _deviance_explained(model, table.X, chosen["size_factors"])
     shared.say(
         options,
@@ -88,7 +90,47 @@ def run(options: argparse.Namespace) -> shared.Exit:
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {', '.join(written)}",
     )
-    return shared.Exit.FINE if settled else shared.Exit.LOOK
+    return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
+
+
+def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[list[str], bool]:
+    """Write the model, the results, the report; return what is written, and if nothing is left out.
+
+    What is left out is warned of. Without results the model is kept all the same.
+    """
+    written: list[str] = []
+    left_out: list[str] = []
+    if options.save_model:
+        try:
+            model.save(options.save_model)
+            written.append(options.save_model)
+        except (OSError, ValueError) as error:
+            left_out.append(f"the model is not saved: {error}")
+    try:
+        odd = write_results(options, model, table)
+        written = [*map(str, files_of(options.out)), *written]
+        if odd:
+            left_out.append(f"{options.out} is without {', '.join(odd)}, which cannot be written")
+    except Exception:
+        kept = written[0] if written else _rescue(model)
+        shared.show_warning(f"no results, but the fitted model is in {kept}; PNMF.load reads it")
+        raise
+    if options.report:
+        try:
+            fit_report(model).write(options.report)
+            written.append(options.report)
+        except Exception as error:  # a plot must not cost the results
+            left_out.append(f"the report is not written: {error}; results are in {options.out}")
+    for one in left_out:
+        shared.show_warning(one)
+    return written, not left_out
+
+
+def _rescue(model: PNMF) -> str:
+    """Save a model where there is room, and return where."""
+    path = os.path.join(tempfile.mkdtemp(prefix="pnmf-pyro-"), "model.npz")
+    model.save(path)
+    return path
 
 
 def _fit(

@@ -7,12 +7,12 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from pnmf_pyro.command_line.count_table import CountTable, found_places
+from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
 from pnmf_pyro.data.checks import check_counts, library_size_factors, warn
@@ -24,22 +24,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-class Exit(IntEnum):
-    """What the exit code of a command says."""
-
-    FINE = 0
-    LOOK = 1
-    UNUSABLE = 2
-    FAULT = 3
-
-
-COMMON_CODES = {
-    Exit.UNUSABLE: "the input, the options or the place of the output cannot be used; one line on "
-    "standard error says why",
-    Exit.FAULT: "a fault of the program, with a traceback",
-}
 
 
 def add_command(
@@ -237,5 +221,5 @@ def show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def say(options: argparse.Namespace, text: str) -> None:
     """Write to standard output, unless it is to be quiet."""
-    if not options.quiet:
+    if not getattr(options, "quiet", False):
         sys.stdout.write(f"{text}\n")

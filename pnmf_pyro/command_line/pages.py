@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.plotting.figures import pyplot
 
@@ -128,7 +129,9 @@ class Page:
 
     def write(self, path: str | Path) -> None:
         """Write the page to a file that ends in .html and holds the pictures."""
-        check_report_path("path", path).write_text(self.html(), encoding="utf-8")
+        text = self.html()
+        with replacing(check_report_path("path", path)) as part:
+            part.write_text(text, encoding="utf-8")
 
     def html(self) -> str:
         """Return the page as one HTML file."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from pnmf_pyro.command_line.files import read_fit
-from pnmf_pyro.command_line.options import Commands, Exit, add_command
+from pnmf_pyro.command_line.options import Commands, Exit, add_command, say
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 
@@ -36,5 +35,5 @@ def run(options: argparse.Namespace) -> Exit:
     """Draw and write."""
     check_report_path("--out", options.out)
     fit_report(read_fit(options.fit), key=options.key, unit=options.unit).write(options.out)
-    sys.stdout.write(f"wrote {options.out}\n")
+    say(options, f"wrote {options.out}")
     return Exit.FINE

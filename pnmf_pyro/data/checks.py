@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from pnmf_pyro.data.atomic import check_replaceable
 from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike, as_counts
 
 Choice = TypeVar("Choice")
@@ -92,12 +93,17 @@ def check_array(name: str, values: CountsLike) -> np.ndarray:
 
 
 def check_output_path(name: str, path: str | Path, endings: tuple[str, ...]) -> Path:
-    """Return a path to write to; raise a ValueError for another ending or a folder not there."""
+    """Return a path to write to.
+
+    Another ending, and a folder that is not there, are a ValueError; what cannot be written to is
+    an OSError.
+    """
     path = Path(path)
     if path.suffix not in endings:
         raise ValueError(f"{name} must end in {' or '.join(endings)}; got {path.name}.")
     if not path.parent.is_dir():
         raise ValueError(f"{name} must be in an existing folder; there is no {path.parent}.")
+    check_replaceable(path)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,9 @@ from pnmf_pyro.data.checks import check_array, warn
 
 # What selects from tensors and from arrays, in the same way.
 Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
+
+# Kinds of names of groups that files of models hold.
+PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,13 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
     found = labels.tolist()
     if any(label is None or label != label for label in found):
         raise ValueError("groups must not be missing (None or NaN). Give each sample a group.")
-    return found
+    return [_plain_label(label) for label in found]
+
+
+def _plain_label(label: Hashable) -> Hashable:
+    """Text, numbers, bytes and dates as they are, and the text of anything else."""
+    label = label.item() if isinstance(label, np.generic) else label
+    return label if type(label) in PLAIN_LABELS else str(label)
 
 
 def spacing(places: Places) -> float:

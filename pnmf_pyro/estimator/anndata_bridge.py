@@ -39,6 +39,11 @@ def import_anndata() -> ModuleType:
     return import_optional("anndata", need, "anndata")
 
 
+def import_h5py() -> ModuleType:
+    """Import h5py, which comes with anndata."""
+    return import_optional("h5py", "Writing .h5ad files needs h5py", "anndata")
+
+
 @dataclass(frozen=True)
 class AnnDataKeys:
     """What to read from an AnnData object and where to write, by the parameters of `pnmf_pyro.fit`.

@@ -15,11 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 from pnmf_pyro.data.checks import check_callback, check_size_factors
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.estimator.archive import read_model, write_model
 from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.prediction import expected_counts, mean_log_likelihood, new_factors
+from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
 

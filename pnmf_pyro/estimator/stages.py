@@ -7,10 +7,10 @@ train: each may take as many as an equal share of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -314,6 +314,20 @@ class SettleLoadings:
 
 
 STAGES = (Settle, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
+
+
+def plain_stage(stage: Any) -> dict[str, Any]:
+    """Return a stage as its name and values; a TypeError for one of the user's own."""
+    if type(stage) not in STAGES:
+        raise TypeError(f"{stage!r} is no stage of pnmf_pyro.estimator.stages")
+    return {"stage": type(stage).__name__, **asdict(stage)}
+
+
+def stage_of(plain: Mapping[str, Any]) -> Stage:
+    """Return the stage of which :func:`plain_stage` made name and values."""
+    kinds = {stage.__name__: stage for stage in STAGES}
+    values = {name: value for name, value in plain.items() if name != "stage"}
+    return kinds[plain["stage"]](**values)
 
 
 def _independent(draft: Draft, N: int, size_factors: torch.Tensor | None) -> PoissonFactorization:

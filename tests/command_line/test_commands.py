@@ -14,7 +14,8 @@ import scipy.sparse as sp
 
 from pnmf_pyro import PNMF, posterior_predictive_check, select_n_components
 from pnmf_pyro.command_line import fit
-from pnmf_pyro.command_line.cli import COMMANDS, main, parser
+from pnmf_pyro.command_line.cli import main
+from pnmf_pyro.command_line.commands import COMMANDS, parser
 from pnmf_pyro.command_line.tables import read_counts
 from tests.support.data import simulate
 

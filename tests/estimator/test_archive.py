@@ -11,7 +11,8 @@ import pytest
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.estimator.archive import NAMES, read_archive
+from pnmf_pyro.estimator.archive import read_archive
+from pnmf_pyro.estimator.saved_models import NAMES
 from pnmf_pyro.estimator.stages import (
     Correlate,
     LearnHyperparameters,

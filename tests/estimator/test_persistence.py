@@ -1,5 +1,6 @@
 """Saving and loading (identity 9), in this process and a new one."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,9 +8,13 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pnmf_pyro import PNMF
 from pnmf_pyro.estimator.archive import read_archive, write_archive
+from pnmf_pyro.estimator.stages import Correlate, Settle
+from tests.support.data import tissue
+from tests.support.settings import STEPS, unconverged
 
 
 def test_round_trip(fitted, counts, tmp_path):
@@ -98,6 +103,86 @@ def test_foreign_files(tmp_path):
     write_archive(tmp_path / "results.npz", {"settings": {}}, {"factors": np.ones(3)})
     with pytest.raises(ValueError, match="not a saved PNMF model"):
         PNMF.load(tmp_path / "results.npz")
+
+
+LABELS = {
+    "bytes": np.array([b"a", b"\xff"]),
+    "dates": np.array(["2024-01-31", "2025-06-01"], dtype="datetime64[D]"),
+    "times": np.array(["2024-01-31T10", "2025-06-01T11"], dtype="datetime64[s]"),
+    "stamps": pd.to_datetime(["2024-01-31", "2025-06-01"]).to_series().astype(object).to_numpy(),
+    "numbers": np.array([0.5, 2.0]),
+    "numpy's numbers": np.array([np.int64(3), np.int64(4)], dtype=object),
+    "truth": np.array([True, False]),
+    "intervals": np.asarray(pd.cut([1, 5], [0, 2, 6])),
+    "words": np.array(["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@unconverged
+def test_groups_of_every_kind_of_label(labels, tmp_path):
+    X, x, *_ = tissue(N=20)
+    model = PNMF(2, **{**STEPS, "max_iter": 3}, multigroup=True)
+    groups = np.repeat(labels, 10)
+    model.fit(X, coordinates=x, groups=groups).save(tmp_path / "model.npz")
+    again = PNMF.load(tmp_path / "model.npz")
+    assert again.groups_ == model.groups_
+    assert [type(name) for name in again.groups_] == [type(name) for name in model.groups_]
+    predicted = (one.transform(None, coordinates=x, groups=groups) for one in (model, again))
+    np.testing.assert_array_equal(*predicted)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"kernel": [np.str_("RBF")], "num_inducing": np.int64(9)},
+        {"learn": {"sigma", "nugget"}},
+        {"learn": frozenset({"sigma"}), "lengthscale": np.float32(0.3)},
+        {"stages": [Settle(kl_weight=np.float32(0.5)), Settle(mode=np.str_("expanded"))]},
+        {
+            "stages": (Settle(), Correlate(np.int64(2)), Settle()),
+            "local": np.True_,
+            "K": np.int8(4),
+        },
+    ],
+)
+@unconverged
+def test_what_fit_accepts_is_saved(parameters, tmp_path):
+    X, x, *_ = tissue(N=20)
+    model = PNMF(2, **{**STEPS, "max_iter": 3, **parameters}).fit(X, coordinates=x)
+    model.save(tmp_path / "model.npz")
+    again = PNMF.load(tmp_path / "model.npz")
+    for name, value in model.get_params().items():
+        held = getattr(again, name)
+        value = tuple(value) if isinstance(value, list | set | frozenset) else value
+        assert held == value or set(held) == set(value), name
+    np.testing.assert_array_equal(again.components_, model.components_)
+
+
+def test_a_stage_of_ones_own_cannot_be_saved(fitted, tmp_path):
+    class Mine(Settle):
+        pass
+
+    model = copy.copy(fitted).set_params(stages=[Mine()])
+    with pytest.raises(ValueError, match=r"stages.*cannot be saved: it is an object"):
+        model.save(tmp_path / "model.npz")
+
+
+def test_a_fit_of_no_use_is_not_saved(fitted, tmp_path):
+    """What is saved can be loaded; so both look at the same things."""
+    broken = copy.deepcopy(fitted)
+    broken.elbo_ = float("nan")
+    with pytest.raises(ValueError, match="cannot be saved, since no use can be made of it: elbo"):
+        broken.save(tmp_path / "model.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_on_a_device_that_is_not_here(fitted, tmp_path, counts):
+    model = copy.copy(fitted)
+    model.set_params(device="cuda").save(tmp_path / "model.npz")
+    again = PNMF.load(tmp_path / "model.npz")
+    assert again.device == ("cuda" if torch.cuda.is_available() else "auto")
+    np.testing.assert_allclose(again.transform(counts), fitted.transform(counts), rtol=1e-5)
 
 
 def test_a_newer_format_says_to_upgrade(tmp_path):

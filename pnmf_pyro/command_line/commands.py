@@ -1,0 +1,64 @@
+"""All commands: pnmf-pyro fit, check, select, plot and demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from pnmf_pyro.command_line import check, demo, fit, plot, select
+from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
+from pnmf_pyro.command_line.options import epilog, show_warning
+from pnmf_pyro.command_line.outputs import check_clashes
+
+COMMANDS = (fit, check, select, plot, demo)
+
+EXAMPLES = (
+    "pnmf-pyro select counts.h5ad --range 2:12 --out select.html",
+    "pnmf-pyro fit counts.h5ad --components 8 --out factors.h5ad --save-model model.npz",
+    "pnmf-pyro plot factors.h5ad --out report.html",
+    "pnmf-pyro check model.npz counts.h5ad --out check.html",
+    "pnmf-pyro fit --help",
+)
+CODES = {
+    Exit.FINE: "all went well",
+    Exit.LOOK: "done, but look at the result: the fit had not settled, the check flagged a misfit, "
+    "or the chosen number is at the end of its range",
+    **COMMON_CODES,
+}
+
+# What the user can do something about: what is given, where it is to be written, what is installed.
+THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` name, those of the process if None; return the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # at once: a fit may take hours
+            check_clashes(options)
+            return options.run(options)
+    except THEIRS as error:
+        sys.stderr.write(f"pnmf-pyro: {' '.join(str(error).split())}\n")
+        return Exit.UNUSABLE
+    except Exception:
+        # Python itself would end with 1, which here is an answer.
+        traceback.print_exc()
+        return Exit.FAULT
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what it has parsed can `run`."""
+    found = argparse.ArgumentParser(
+        prog="pnmf-pyro",
+        description="Probabilistic non-negative matrix factorisation of counts.",
+        epilog=epilog(EXAMPLES, CODES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = found.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.add(commands)
+    return found

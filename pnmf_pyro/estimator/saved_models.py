@@ -1,0 +1,312 @@
+"""One file for a fitted model: what of it is in the file, and what a file must hold to be used.
+
+The names in a file are those of the table `NAMES`, whatever attributes of the package are called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from datetime import date, datetime
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from pnmf_pyro.data.places import GroupCodes, Places
+from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
+from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
+from pnmf_pyro.estimator.plan import History, spatial_prior
+from pnmf_pyro.estimator.results import named
+from pnmf_pyro.estimator.stages import plain_stage, stage_of
+from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
+from pnmf_pyro.gp.multi_group import check_group_distances
+from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.priors import GaussianPrior, Prior
+from pnmf_pyro.transforms import factor_uncertainty, get_factors
+
+
+class Saved(FittedEstimator, Protocol):
+    """A fitted :class:`~pnmf_pyro.PNMF`, with what else a file holds of it."""
+
+    history_: History
+    n_iter_: int
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name."""
+
+    def _publish(self, model: PoissonFactorization) -> None:
+        """Make a model readable as this estimator's."""
+
+
+Model = TypeVar("Model", bound=Saved)
+
+# What an array is called in a file, and where a model holds it. An array "unconstrained" is mapped
+# to values by the mode of its parameter; multiplied by "unit".
+NAMES = {
+    "loadings/unconstrained": "W._raw",
+    "loadings/unit": "W.unit",
+    "size_factors": "size_factors",
+    "prior/scale": "prior.scale_pf",
+    "prior/mean": "prior.mean",
+    "prior/kernel/lengthscale": "prior.kernel.lengthscale",
+    "prior/kernel/sigma": "prior.kernel.sigma",
+    "prior/kernel/nugget": "prior.kernel.nugget",
+    "prior/kernel/group_diff_param": "prior.kernel.group_diff_param",
+    "prior/kernel/group_distances": "prior.kernel.group_distances",
+    "prior/kernel/chosen": "prior.kernel.chosen",
+    "places/coordinates": "prior.place_coordinates",
+    "places/groups": "prior.place_groups",
+    "inducing/coordinates": "prior.inducing_coordinates",
+    "inducing/groups": "prior.inducing_groups",
+    "factors/mean": "prior.q.mean",
+    "factors/scale/unconstrained": "prior.q.scale._raw",
+    "factors/scale/unit": "prior.q.scale.unit",
+    "factors/natural/first": "prior.q.theta1",
+    "factors/natural/second": "prior.q.theta2",
+    "inducing/mean": "prior.q.u_loc",
+    "inducing/scale/unconstrained": "prior.q.u_scale._raw",
+    "inducing/scale/unit": "prior.q.u_scale.unit",
+    "inducing/below_diagonal": "prior.q.u_below",
+    "sites/shift": "prior.q.site_shift",
+    "sites/precision": "prior.q.site_precision",
+    "local/mean": "prior.q.loc",
+    "local/variance": "prior.q.diagonal",
+    "local/low_rank": "prior.low_rank",
+    "local/sites/precision": "prior.q.curvature",
+    "local/sites/shift": "prior.q.pull",
+}
+
+
+_HELD = {held: name for name, held in NAMES.items()}
+_OF_ESTIMATOR = ("components", "history", "feature_names")
+_KNOWN = {*NAMES, *_OF_ESTIMATOR, *(PREFIX + held for held in _HELD)}
+
+
+def write_model(path: str | os.PathLike, model: Saved) -> None:
+    """Write a fitted estimator to one file; an object of the user in it is a ValueError."""
+    header = {
+        "parameters": plain_parameters(model),
+        "groups": None if model.groups_ is None else [_plain_label(g) for g in model.groups_],
+        "n_samples": model.model_.N,
+        "elbo": model.elbo_,
+        "stages": model.history_.stages,
+    }
+    arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
+    arrays["components"] = model.components_
+    arrays["history"] = np.asarray(model.history_, dtype=np.float64)
+    if hasattr(model, "feature_names_in_"):
+        arrays["feature_names"] = np.asarray(model.feature_names_in_, dtype=str)
+    try:
+        check_usable(model)
+    except ValueError as error:
+        raise ValueError(
+            f"this fit cannot be saved, since no use can be made of it: {error}"
+        ) from error
+    write_archive(path, header, arrays)
+
+
+def plain_parameters(model: Saved) -> dict[str, Any]:
+    """Return the parameters of an estimator as values that JSON can hold.
+
+    An object of the user, for which a file has no name, is a ValueError.
+    """
+    plain = {}
+    for name, value in model.get_params(deep=False).items():
+        if name == "random_state" and not isinstance(value, int | np.integer):
+            value = None  # it is only where a seed came from
+        try:
+            if name == "stages" and value is not None:
+                value = [plain_stage(one) for one in value]
+            plain[name] = json.loads(json.dumps(value, default=_plain_value))
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={named(value)!r} cannot be saved: it is an object, and a file holds names "
+                "and numbers. Keep model_.state_dict() and the program that made the object."
+            ) from error
+    return plain
+
+
+def _plain_value(value: object) -> Any:
+    """What JSON holds in the place of a number or array of numpy, or of a set."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{value!r} is an object")
+
+
+def _plain_label(label: Hashable) -> Any:
+    """The name of a group for JSON: text and numbers as they are, the rest with its kind."""
+    if isinstance(label, bytes):
+        return {"bytes": label.decode("latin-1")}
+    if isinstance(label, date):
+        return {"datetime" if isinstance(label, datetime) else "date": label.isoformat()}
+    return label
+
+
+def _label(plain: Any) -> Hashable:
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, text),) = plain.items()
+    read = {
+        "bytes": lambda text: text.encode("latin-1"),
+        "date": date.fromisoformat,
+        "datetime": datetime.fromisoformat,
+    }
+    return read[kind](text)
+
+
+def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
+    """Open a fitted estimator of class `kind` that :func:`write_model` wrote, or version 0.1.
+
+    A file that is damaged, is no saved model, or holds a model of which no use can be made is a
+    ValueError.
+    """
+    header, arrays = read_archive(path, _KNOWN)
+    try:
+        if header["format_version"] == 1:
+            header, arrays = of_version_1(header, arrays, _HELD)
+        model = _model_of(kind, header, arrays)
+        check_usable(model)
+    except Exception as error:  # a header of any values leads to any error
+        why = " ".join(str(error).split())[:200].rstrip(".")
+        why = f"it lacks {why}" if isinstance(error, KeyError) else why
+        raise ValueError(f"{path} is not a saved PNMF model, or is damaged: {why}.") from error
+    return model
+
+
+def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Model:
+    listed = header["parameters"].items()
+    parameters = {name: tuple(v) if isinstance(v, list) else v for name, v in listed}
+    if parameters["stages"] is not None:
+        parameters["stages"] = tuple(stage_of(one) for one in parameters["stages"])
+    if parameters["device"] == "cuda" and not torch.cuda.is_available():
+        parameters["device"] = "auto"  # where to compute is no part of what was found
+    model = kind(**parameters)
+    check_parameters(model)
+    state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
+    groups = header["groups"]
+    model.groups_ = None if groups is None else [_label(plain) for plain in groups]
+    y = _shape_of(model, header["n_samples"], state)
+    module = PoissonFactorization(
+        _prior(model, state, y),
+        y,
+        model.n_components,
+        model.loadings_mode,
+        model.mode,
+        size_factors=state.get("size_factors"),
+    )
+    module.load_state_dict(state)
+    model.n_features_in_ = module.D
+    if "feature_names" in arrays:
+        model.feature_names_in_ = arrays["feature_names"].astype(object)
+    model._publish(module.eval())
+    if "components" in arrays:
+        if not np.allclose(arrays["components"], model.components_, rtol=1e-4, atol=0):
+            raise ValueError("components are not those of its loadings")
+        model.components_ = arrays["components"]
+    model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
+    model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
+    return model
+
+
+def _shape_of(model: Saved, n_samples: object, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor (D, N) without memory, if the header's sizes are those of the arrays."""
+    W = state["W._raw"]
+    per_sample = ("prior.place_coordinates", "prior.q.mean", "prior.q.theta1")
+    first = next(state[name] for name in per_sample if name in state)
+    N = first.shape[0 if first is state.get(per_sample[0]) else -1]
+    if type(n_samples) is not int or n_samples != N:
+        raise ValueError(f"n_samples is {str(n_samples)[:20]}, and its arrays are of {N} samples")
+    if W.ndim != 2 or W.shape[1] != model.n_components:
+        raise ValueError(
+            f"loadings have shape {tuple(W.shape)} for {model.n_components} components"
+        )
+    return torch.empty((len(W), N), dtype=W.dtype, device="meta")
+
+
+def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Prior:
+    """Make the prior that the arrays of a file belong to."""
+    if "prior.place_coordinates" not in state:
+        natural = "prior.q.theta1" in state
+        return GaussianPrior(y, model.n_components, use_natural_gradients=natural)
+    places = Places(state["prior.place_coordinates"], state.get("prior.place_groups"))
+    inducing = None
+    if "prior.inducing_coordinates" in state:
+        inducing = Places(state["prior.inducing_coordinates"], state.get("prior.inducing_groups"))
+    groups = None if model.groups_ is None else GroupCodes(model.groups_)
+    settings = model
+    if "prior.q.u_loc" in state and model.training_mode == "natural":  # of version 0.1
+        held = {"training_mode": "standard", "cholesky_mode": "exp"}
+        settings = type(model)(**{**model.get_params(deep=False), **held})
+    prior = spatial_prior(settings, places, groups, y.dtype, np.random.RandomState(0), inducing)
+    for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
+        getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
+    return prior
+
+
+def check_usable(model: Saved) -> None:
+    """Raise a ValueError unless all that a fitted estimator is asked for is a number."""
+    module = model.model_
+    kernel = getattr(module.prior, "kernel", None)
+    positive = {
+        "size_factors": module.size_factors,
+        "prior/scale": getattr(module.prior, "scale_pf", None),
+        **{name: getattr(kernel, name, None) for name in ("lengthscale", "sigma")},
+    }
+    never_negative = {
+        "components": torch.as_tensor(model.components_),
+        **{name: getattr(kernel, name, None) for name in ("nugget", "group_diff_param")},
+    }
+    found = {
+        **module.state_dict(),
+        **_elsewhere(module.prior),
+        "factors": get_factors(model, return_tensor=True),
+        "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
+        "history": torch.tensor(model.history_, dtype=torch.float64),
+        "elbo": torch.tensor(float(model.elbo_)),
+        **positive,
+        **never_negative,
+    }
+    for name, values in found.items():
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name} must be finite numbers")
+        if values is not None and values.numel() and name in {*positive, *never_negative}:
+            lowest = float(values.min())
+            if lowest < 0 or (lowest == 0 and name in positive):
+                raise ValueError(f"{name} must not be negative or too small; got {lowest:g}")
+    _check_names(model)
+
+
+@torch.no_grad()
+def _elsewhere(prior: Prior) -> dict[str, torch.Tensor]:
+    """What a spatial prior predicts at a place, as at one of no sample."""
+    if prior.places is None:
+        return {}
+    field = prior.at(prior.places[:1]).marginal()
+    return {"predicted factors": (field.mean + field.variance / 2).exp()}
+
+
+def _check_names(model: Saved) -> None:
+    """Raise a ValueError unless names and settings are those of a model of this kind."""
+    features = getattr(model, "feature_names_in_", None)
+    if features is not None and np.shape(features) != (model.model_.D,):
+        raise ValueError(f"feature_names must be {model.model_.D}; got {np.shape(features)}")
+    places = model.model_.prior.places
+    codes = None if places is None else places.groups
+    is_spatial, is_grouped = places is not None, codes is not None
+    if model.spatial != is_spatial or (is_spatial and model.multigroup != is_grouped):
+        raise ValueError(
+            f"spatial={model.spatial}, multigroup={model.multigroup} are of another fit"
+        )
+    n = 0 if codes is None else int(codes.max()) + 1
+    if codes is not None and (int(codes.min()) < 0 or n > len(model.groups_ or ())):
+        raise ValueError(f"groups of samples must have names; got {model.groups_}")
+    if is_grouped:
+        check_group_distances(model.model_.prior.kernel.group_distances, len(model.groups_ or ()))
+    if model.groups_ is not None and len(set(model.groups_)) != len(model.groups_):
+        raise ValueError(f"groups must differ; got {model.groups_}")
