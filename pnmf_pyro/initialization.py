@@ -49,6 +49,7 @@ def initialize_factors(
         that are largest for a sample's own cluster. None: `nndsvda` where n_components <=
         min(n_samples, n_features), and `random` otherwise.
     random_state : int, RandomState, Generator or None
+        Seed of `random`, `k-means` and the filling of `nndsvdar`; the others have no randomness.
     scale_log_mu : bool
         Whether the log-factors of each component are shifted and scaled to mean 0 and standard
         deviation `target_std`, as the prior has; W keeps the total of each component.
@@ -124,7 +125,8 @@ def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
 
 def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
-    U, S, Vt = randomized_svd(X, L, random_state=random)
+    # Random directions of features: neither a seed nor the order of the samples matters.
+    U, S, Vt = randomized_svd(X, L, transpose=False, random_state=0)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
     exp_F[:, 0], W[:, 0] = (
         np.sqrt(S[0]) * _without_rounding(np.abs(part)) for part in (U[:, 0], Vt[0])

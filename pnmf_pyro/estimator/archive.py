@@ -154,6 +154,7 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "groups": model.groups_,
         "n_samples": model.model_.N,
         "elbo": model.elbo_,
+        "elbo_se": model.elbo_se_,
         "stages": model.history_.stages,
     }
     arrays = {names[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
@@ -228,6 +229,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.nd
         model.components_ = arrays["components"]
     model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
     model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
+    model.elbo_se_ = header.get("elbo_se", float("nan"))  # version 0.1 did not tell
     return model
 
 

@@ -42,8 +42,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Form of the ELBO: draws, draws for the log rate only, or none but Jensen's lower bound.
     training_mode : {'standard', 'natural'}
         What trains q(F): the optimiser, or natural-gradient steps.
-    E : int
-        Number of Monte Carlo draws at each step.
+    E : int or 'fixed'
+        Number of Monte Carlo draws at each step; `fixed`, for `expanded` mode, for points in their
+        place, so that the fit has no noise, see :mod:`pnmf_pyro.models.points`.
     max_iter : int
         Number of steps at most, in all stages together.
     tol : float
@@ -130,8 +131,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     n_components_, n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features,)
         Names of the features, where X had names.
-    elbo_ : float
-        ELBO in nats, constants included: a lower bound on log p(X | W), from 20 draws or more.
+    elbo_, elbo_se_ : float
+        ELBO in nats, constants included: a lower bound on log p(X | W); and its standard error over
+        20 draws, 0 in `lower-bound` mode.
     history_ : History
         ELBO at each step of what was trained then, with its `stages`.
     n_iter_ : int
@@ -292,7 +294,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        model, self.history_, self.elbo_ = fit_by_plan(self, data, report)
+        model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
         self._publish(model)
         self.n_iter_ = len(self.history_)
         return (self.history_, self) if return_history else self
@@ -370,10 +372,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PNMF:
-        """Open a model saved by :meth:`save`, of this version or an earlier one.
-
-        A file that is damaged, or is no saved model, is a ValueError.
-        """
+        """Open a model saved by :meth:`save`; what is damaged, or no such file, is a ValueError."""
         return read_model(path, cls)
 
     @property

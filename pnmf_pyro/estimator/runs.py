@@ -10,6 +10,7 @@ import torch
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence
@@ -70,9 +71,10 @@ def training_of(
     natural = settings.training_mode == "natural"
     batched = settings.batch_size is not None or settings.y_batch_size is not None
     exact = loadings is ClosedFormLoadings  # others do not maximise the bound
-    monotone = natural and mode == "lower-bound" and not batched and exact
+    noisy = mode != "lower-bound" and settings.E != FIXED
+    monotone = natural and not noisy and not batched and exact
     every = model.prior.steps_apart if monotone and warm and moves_factors else 1
-    for_q, for_W = _sizes(settings, mode)
+    for_q, for_W = _sizes(settings, noisy)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
         steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
@@ -91,10 +93,10 @@ def training_of(
     return Training(model, objective, steps, Convergence(tol, **settled), monotone)
 
 
-def _sizes(settings: Settings, mode: str) -> tuple[Schedule, Schedule]:
+def _sizes(settings: Settings, noisy: bool) -> tuple[Schedule, Schedule]:
     """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
-    noisy = mode != "lower-bound" or settings.y_batch_size is not None
-    for_q = Decreasing() if noisy else Constant()
+    steady = not noisy and settings.y_batch_size is None
+    for_q = Constant() if steady else Decreasing()
     # Each batch sees W anew: average over many of them.
     return for_q, for_q if settings.batch_size is None else Decreasing(delay=100.0)
 

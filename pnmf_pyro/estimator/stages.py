@@ -29,10 +29,6 @@ from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
-# A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
-# tolerance.
-WARM_UP_TOL = 10
-
 
 @dataclass
 class Draft:
@@ -120,10 +116,10 @@ class Settle:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Train in `lower-bound` mode, which has no noise, until it has nearly settled.
+    """Train in `lower-bound` mode, which has no noise, until it has settled.
 
-    A model in space, or of another likelihood, begins with Poisson factors that know no space and
-    settle to the tolerance of the fit: they decide which components are found.
+    A model in space, or of another likelihood, begins with Poisson factors that know no space: they
+    decide which components are found.
 
     Parameters
     ----------
@@ -139,18 +135,19 @@ class WarmUp:
     def plan(self, draft: Draft) -> Run:
         """Return the run of the training loop."""
         settings, model = draft.settings, draft.model
-        tol = WARM_UP_TOL * settings.tol
         if model.prior.places is not None or model.observation is not None:
             if draft.trained is not None:
                 raise ValueError(
                     "stages: WarmUp() of a model in space, or of another likelihood, trains "
                     "another model to start from; put it first."
                 )
-            model, tol = _independent(draft), settings.tol
+            model = _independent(draft)
         else:
             draft.kl_weight = self.kl_weight
         draft.trained, draft.warm = model, True
-        training = training_of(settings, model, "lower-bound", tol, self.kl_weight, warm=True)
+        training = training_of(
+            settings, model, "lower-bound", settings.tol, self.kl_weight, warm=True
+        )
         training.warns = False
         return Run("warm-up", training)
 
