@@ -62,11 +62,12 @@ def training_of(
     warm: bool = False,
     moves_factors: bool = True,
     loadings: type[ClosedFormLoadings] = ClosedFormLoadings,
+    least_scale: float = 0.0,
 ) -> Training:
     """Say how the parameters of an estimator have a model trained in one stage.
 
     After a warm-up (`warm`) the covariance of q may move seldom. `loadings` is the kind of steps of
-    multiplicative loadings.
+    multiplicative loadings, `least_scale` how small a learned scale of the prior may become.
     """
     natural = settings.training_mode == "natural"
     batched = settings.batch_size is not None or settings.y_batch_size is not None
@@ -82,7 +83,7 @@ def training_of(
         steps.append((loadings(model.W, model.expected_totals), for_W))
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
-        steps.append((ClosedFormScale(model.prior), for_W))
+        steps.append((ClosedFormScale(model.prior, least_scale), for_W))
     by_gradient = _trained_by_gradient(settings, model, moves_factors)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

@@ -30,6 +30,10 @@ from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, s
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
 
+# Smallest scale that a warm-up learns, that of the log-factors to start from.
+LEAST_SCALE = 1.0
+
+
 @dataclass
 class Draft:
     """A fit as far as it is planned.
@@ -146,7 +150,13 @@ class WarmUp:
             draft.kl_weight = self.kl_weight
         draft.trained, draft.warm = model, True
         training = training_of(
-            settings, model, "lower-bound", settings.tol, self.kl_weight, warm=True
+            settings,
+            model,
+            "lower-bound",
+            settings.tol,
+            self.kl_weight,
+            warm=True,
+            least_scale=LEAST_SCALE,
         )
         training.warns = False
         return Run("warm-up", training)
