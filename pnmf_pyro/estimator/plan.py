@@ -33,6 +33,7 @@ from pnmf_pyro.estimator.stages import (
     Stage,
     WarmUp,
 )
+from pnmf_pyro.estimator.verdict import warn_of_doubts
 from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import inducing_points
 from pnmf_pyro.gp.kernels import SpatialKernel
@@ -253,6 +254,7 @@ def fit_by_plan(
     history = train_runs(runs, starts, settings, counts, generator, on_step)
     batches = Batches(counts, settings.batch_size)
     elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
+    warn_of_doubts(model, counts, elbo[0])
     return model.eval(), history, elbo
 
 

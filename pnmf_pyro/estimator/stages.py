@@ -29,7 +29,6 @@ from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
-
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
 LEAST_SCALE = 1.0
 
