@@ -15,11 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 from pnmf_pyro.data.checks import check_callback, check_size_factors
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator import prediction
 from pnmf_pyro.estimator.archive import read_model, write_model
 from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
-from pnmf_pyro.estimator.prediction import expected_counts, mean_log_likelihood, new_factors
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
 
@@ -309,7 +309,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> np.ndarray:
         """Fit the model as :meth:`fit` does, and return its factors E exp F, (N, L)."""
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
-        return np.asarray(get_factors(self))
+        return prediction.typed_like(X, np.asarray(get_factors(self)))
 
     def transform(
         self,
@@ -332,7 +332,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ndarray of shape (n_samples, n_components)
         """
         check_is_fitted(self)
-        return new_factors(self, X, coordinates, groups, size_factors)
+        return prediction.new_factors(self, X, coordinates, groups, size_factors)
 
     def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
         """Return expected counts (N, D): factors exp F (N, L) times `components_`.
@@ -341,7 +341,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Size factors play no part.
         """
         check_is_fitted(self)
-        return expected_counts(self, transformed, totals)
+        return prediction.expected_counts(self, transformed, totals)
 
     def score(
         self,
@@ -359,7 +359,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         places. Parameters are those of :meth:`transform`.
         """
         check_is_fitted(self)
-        return mean_log_likelihood(self, X, coordinates, groups, size_factors)
+        return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors)
 
     def encode_places(self, coordinates: MaybeArray, groups: MaybeArray, n_samples: int) -> Places:
         """Check `n_samples` new places, and give their groups the codes that the fit has."""
