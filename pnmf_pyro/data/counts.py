@@ -377,8 +377,8 @@ def _real(X: Table) -> Table:
         raise ValueError(f"X must hold real numbers; got {X.dtype}.")
     if X.dtype in (np.float32, np.float64):
         return X
-    large = ((X.data if sp.issparse(X) else X) > LARGE_TOTAL).any()
-    return X.astype(np.float64 if large else np.float32)
+    values = np.asarray(X.data if sp.issparse(X) else X)
+    return X.astype(np.float64 if (values > LARGE_TOTAL).any() else np.float32)
 
 
 def _canonical(matrix: sp.csr_matrix) -> sp.csr_matrix:
