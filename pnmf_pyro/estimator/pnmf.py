@@ -12,10 +12,10 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
+import pnmf_pyro.estimator.prediction as prediction
 from pnmf_pyro.data.checks import check_callback, check_size_factors
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.estimator import prediction
 from pnmf_pyro.estimator.archive import read_model, write_model
 from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
 from pnmf_pyro.estimator.parameters import check_parameters

@@ -1,9 +1,10 @@
 """Places: how far apart they are."""
 
 import numpy as np
+import pytest
 import torch
 
-from pnmf_pyro.data.places import Places, spacing, typical_lengthscale
+from pnmf_pyro.data.places import Places, check_coordinates, spacing, typical_lengthscale
 
 
 def test_spacing_and_start():
