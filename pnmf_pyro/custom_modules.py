@@ -262,7 +262,7 @@ class PositiveParameter(ConstrainedParameter):
         step : float in (0, 1]
             How far to go towards the updated value; less than 1 averages over minibatches.
         """
-        counts = X if isinstance(X, Counts) else transposed_counts(X)
+        counts = (X if isinstance(X, Counts) else transposed_counts(X)).to(self.data.dtype)
         with torch.no_grad():
             W = self.data if idy is None else self.data[idy]
             numerator, denominator = self._update_terms(counts, W, terms)

@@ -49,6 +49,7 @@ def initialize_factors(
         that are largest for a sample's own cluster. None: `nndsvda` where n_components <=
         min(n_samples, n_features), and `random` otherwise.
     random_state : int, RandomState, Generator or None
+        Seed of `random`, `k-means` and the filling of `nndsvdar`; the others have no randomness.
     scale_log_mu : bool
         Whether the log-factors of each component are shifted and scaled to mean 0 and standard
         deviation `target_std`, as the prior has; W keeps the total of each component.
@@ -87,8 +88,11 @@ def initialize_factors(
             f"init={init!r} needs n_components <= {limit(matrix.shape)} for X of shape "
             f"{matrix.shape}; got n_components={n_components}. Use init='random'."
         )
-    exp_F, W = make(matrix, n_components, check_random_state(random_state))
-    return _scale_log(W, exp_F, target_std) if scale_log_mu else (W, exp_F)
+    # In float64: what is zero but for rounding must not depend on the type of the numbers.
+    exp_F, W = make(matrix.astype(np.float64), n_components, check_random_state(random_state))
+    if scale_log_mu:
+        W, exp_F = _scale_log(W, exp_F, target_std)
+    return W.astype(matrix.dtype), exp_F.astype(matrix.dtype)
 
 
 def start_values(
@@ -119,12 +123,13 @@ def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
     typical = np.sqrt(X.mean() / L)
     exp_F = typical * np.abs(random.standard_normal((X.shape[0], L)))
     W = typical * np.abs(random.standard_normal((X.shape[1], L)))
-    return exp_F.astype(X.dtype), W.astype(X.dtype)
+    return exp_F, W
 
 
 def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
-    U, S, Vt = randomized_svd(X, L, random_state=random)
+    # Random directions of features: neither a seed nor the order of the samples matters.
+    U, S, Vt = randomized_svd(X, L, transpose=False, random_state=0)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
     exp_F[:, 0], W[:, 0] = (
         np.sqrt(S[0]) * _without_rounding(np.abs(part)) for part in (U[:, 0], Vt[0])
@@ -136,7 +141,7 @@ def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
         if norms[best] > 0:
             u, v = (_without_rounding(part) / np.linalg.norm(part) for part in parts[best])
             exp_F[:, k], W[:, k] = (np.sqrt(S[k] * norms[best]) * part for part in (u, v))
-    return exp_F.astype(X.dtype), W.astype(X.dtype)
+    return exp_F, W
 
 
 def _without_rounding(part: np.ndarray) -> np.ndarray:
@@ -152,7 +157,7 @@ def _nndsvda(X: Table, L: int, random: np.random.RandomState) -> Factors:
 def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
     def fill(part: np.ndarray) -> np.ndarray:
         small = np.abs(X.mean() * random.standard_normal(part.shape) / 100)
-        return np.where(part > 0, part, small.astype(part.dtype))
+        return np.where(part > 0, part, small)
 
     exp_F, W = _nndsvd(X, L, random)
     return fill(exp_F), fill(W)
@@ -160,7 +165,7 @@ def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
 
 def _biwhitened(X: Table, L: int, random: np.random.RandomState) -> Factors:
     rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
-    a, b = (np.sqrt(one / np.sqrt(rows.sum())).astype(X.dtype) for one in (rows, columns))
+    a, b = (np.sqrt(one / np.sqrt(rows.sum())) for one in (rows, columns))
     exp_F, W = _nndsvda(_divide_rows(_divide_rows(X, a).T, b).T, L, random)
     return exp_F * a[:, None], W * b[:, None]
 
@@ -174,10 +179,10 @@ def _k_means(X: Table, L: int, random: np.random.RandomState) -> Factors:
     from sklearn.cluster import KMeans  # slow to import, and seldom needed
 
     clusters = KMeans(L, n_init=1, random_state=random).fit(X)
-    exp_F = np.full((X.shape[0], L), 1 / L, dtype=X.dtype)
+    exp_F = np.full((X.shape[0], L), 1 / L)
     exp_F[np.arange(X.shape[0]), clusters.labels_] += 1
     W = np.maximum(clusters.cluster_centers_.T, 0) + FLOOR * X.mean()
-    return exp_F, W.astype(X.dtype) / 2
+    return exp_F, W / 2
 
 
 INITS: dict[str, tuple[Callable[..., Factors], Callable[[tuple[int, int]], float]]] = {
@@ -197,4 +202,4 @@ def _scale_log(W: np.ndarray, exp_F: np.ndarray, target_std: float) -> Factors:
     spread = log_F.std(0)
     log_F = (log_F - log_F.mean(0)) * (target_std / np.where(spread > 1e-6, spread, 1))
     exp_F = np.exp(log_F)
-    return (W * (totals / exp_F.sum(0))).astype(W.dtype), exp_F.astype(W.dtype)
+    return W * (totals / exp_F.sum(0)), exp_F

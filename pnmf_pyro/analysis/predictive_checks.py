@@ -79,24 +79,29 @@ class StatisticCheck:
     replicated: np.ndarray
 
     @cached_property
-    def _scores(self) -> tuple[np.ndarray, float]:
-        """z-scores of the data and the p-value of all of them."""
-        tables = np.vstack([self.observed.astype(self.replicated.dtype), self.replicated])
-        spread = tables.std(0, dtype=np.float64)
-        z = tables - tables.mean(0, dtype=np.float64)
-        np.divide(z, spread, out=z, where=spread > 0)
-        S = np.mean(z**2, axis=1)
-        return z[0], float(np.mean(S[0] <= S))
+    def _tables(self) -> np.ndarray:
+        """Values of the data and of the replicated tables, one below another."""
+        return np.vstack([self.observed.astype(self.replicated.dtype), self.replicated])
 
-    @property
+    @cached_property
     def z(self) -> np.ndarray:
-        """z-score of each number, (m,): its distance from the replicated mean in their sd."""
-        return self._scores[0]
+        """z-score of each number, (m,): its distance from the replicated mean in their sd.
 
-    @property
+        Where all replicated tables have the same number, the sd is that with the data among them.
+        """
+        away = self._tables[0] - self.replicated.mean(0, dtype=np.float64)
+        spread = self.replicated.std(0, dtype=np.float64)
+        spread = np.where(spread > 0, spread, self._tables.std(0, dtype=np.float64))
+        return np.divide(away, spread, out=np.zeros_like(away), where=spread > 0)
+
+    @cached_property
     def p_value(self) -> float:
         """Probability of replicated tables as far from what the model expects as the data are."""
-        return self._scores[1]
+        spread = self._tables.std(0, dtype=np.float64)
+        z = self._tables - self._tables.mean(0, dtype=np.float64)
+        np.divide(z, spread, out=z, where=spread > 0)
+        S = np.mean(z**2, axis=1)
+        return float(np.mean(S[0] <= S))
 
     @property
     def p_values(self) -> np.ndarray:
@@ -128,17 +133,26 @@ class StatisticCheck:
     def sentence(self) -> str:
         """What the check found, in words."""
         s, row = self.statistic, self.row
-        higher = row["mean_z"] > 0
-        if abs(row["mean_z"]) < ONE_SIDED * np.sqrt(np.mean(self.z**2)):
+        higher, away = row["mean_z"] > 0, row["observed"] - row["replicated"]
+        one_sided = abs(row["mean_z"]) >= ONE_SIDED * np.sqrt(np.mean(self.z**2))
+        if not one_sided or away * row["mean_z"] <= 0:
             found = "too high in the data for some and too low for others"
             meaning = f"the model does not follow it from one {s.of} to another"
         else:
             found = (
                 f"{'higher' if higher else 'lower'} in the data, on average "
-                f"{row['observed']:.3g} against {row['replicated']:.3g}"
+                f"{_told_apart(row['observed'], row['replicated'])}"
             )
             meaning = (s.above if higher else s.below) or "the model does not reproduce it"
         return f"{s.name} of each {s.of}: {found} (p = {self.p_value:.3g}): {meaning}."
+
+
+def _told_apart(a: float, b: float) -> str:
+    """Two numbers that differ, with as many digits as show it."""
+    for digits in range(3, 17):
+        if f"{a:.{digits}g}" != f"{b:.{digits}g}":
+            break
+    return f"{a:.{digits}g} against {b:.{digits}g}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,13 @@ class PredictiveCheck:
 
     def verdict(self) -> str:
         """Say in words what the model misses."""
-        flagged = self.flagged
+        flagged, smallest = self.flagged, 1 / (self.n_draws + 1)
+        if smallest >= FLAGGED:
+            return (
+                f"{self.n_draws} tables are too few to say anything: the smallest p-value of so "
+                f"many is {smallest:.2g}, and p < {FLAGGED} is reported. Check again with n_draws "
+                f"of {round(1 / FLAGGED)} or more."
+            )
         if not flagged:
             return (
                 f"None of the {len(self.results)} statistics tells the data from {self.n_draws} "
@@ -328,7 +348,7 @@ def _check(
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])
-    observed = [one(table) for one in chosen]
+    observed = [_finite(one, one(table), "the data") for one in chosen]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
     tables = replicated_counts(
         model, n_draws, prior=kind == "prior", sparse=sparse, random_state=random_state
@@ -336,10 +356,22 @@ def _check(
     with progress_bar(n_draws, int(verbose), f"{kind} predictive") as progress:
         for draw, replicate in enumerate(tables):
             for one, values in zip(chosen, replicated, strict=True):
-                values[draw] = one(replicate)
+                values[draw] = _finite(one, one(replicate), "a replicated table")
             progress.update()
     results = [
         StatisticCheck(one, one.labels or names.get(one.of) or range(len(seen)), seen, values)
         for one, seen, values in zip(chosen, observed, replicated, strict=True)
     ]
     return PredictiveCheck(results, n_draws, kind)
+
+
+def _finite(statistic: Statistic, values: np.ndarray, table: str) -> np.ndarray:
+    """Return the values of a statistic, which must be numbers that can be compared."""
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(
+            f"statistics: {statistic.name!r} of {table} is NaN or infinite for {bad} of "
+            f"{len(values)} ({statistic.of}), and such numbers cannot be compared. Let it return "
+            "a finite number there too, such as 0 for a sample or feature without counts."
+        )
+    return values

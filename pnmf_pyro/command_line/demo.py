@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> Exit:
         options,
         f"digits: {train.shape[0]} samples x {train.shape[1]} features with counts, "
         f"{L} components\n"
-        f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations\n"
+        f"ELBO {model.elbo_:.6g} ± {model.elbo_se_:.2g} nats after {model.n_iter_} iterations\n"
         f"mean Poisson deviance of held-out counts ({1 - TRAIN_FRACTION:.0%}, by thinning):",
     )
     for name, mean in predictions.items():

@@ -85,7 +85,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
         options,
         f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components, "
         f"{'in' if model.spatial else 'without'} space\n"
-        f"ELBO {model.elbo_:.6g} nats after {model.n_iter_} iterations, {seconds:.1f} s\n"
+        f"ELBO {model.elbo_:.6g} ± {model.elbo_se_:.2g} nats after {model.n_iter_} iterations, "
+        f"{seconds:.1f} s\n"
         f"deviance explained {explained:.1%} "
         "(1 - deviance / deviance of a model with feature means only)\n"
         f"wrote {', '.join(written)}",

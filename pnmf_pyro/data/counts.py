@@ -1,17 +1,9 @@
 """A count matrix as the objective sees it: stored entries, and four products over them.
 
 Term (a) of the ELBO, its gradients and every closed form of the model need the stored entries of X
-alone. Dense and CSR counts offer the same products, written with "entries" e, a tensor with one
-number for each stored entry, so that a formula over X is written once:
-
-``inner(A, B)``
-    entries (A B^T)_ij, for A (n, L) and B (d, L)
-``row_sums(e)``
-    sum_j e_ij in float64, shape (n,)
-``matmul(e, B)``
-    sum_j e_ij B_jl, shape (n, L)
-``transposed_matmul(e, A)``
-    sum_i e_ij A_il, shape (d, L)
+alone. Dense and CSR counts offer the same products, `inner`, `row_sums`, `matmul` and
+`transposed_matmul`, written with "entries" e, a tensor with one number for each stored entry, so
+that a formula over X is written once.
 """
 
 from __future__ import annotations
@@ -35,6 +27,9 @@ from pnmf_pyro.data.sparse_structure import check_torch_structure, checked_csr
 
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
+
+# Total of a sample from which on all is computed in float64; float32 failed at ten times as much.
+LARGE_TOTAL = 1e5
 
 
 class Counts(ABC):
@@ -140,14 +135,11 @@ class Counts(ABC):
         args, kwargs = tree_map_only(Counts, lambda counts: counts.to_dense(), given)
         return func(*args, **kwargs)
 
-    @property
-    def data(self) -> Counts:
-        """The counts themselves, which carry no gradient."""
-        return self
-
     def detach(self) -> Counts:
         """Return the counts themselves, which carry no gradient."""
         return self
+
+    data = property(detach)
 
     def dim(self) -> int:
         """Return the number of dimensions, 2."""
@@ -347,20 +339,24 @@ def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
 def as_counts(X: Counts | MatrixLike) -> Counts:
     """View a matrix of shape (n, d) as counts, without checking its entries beyond their type.
 
-    float32 and float64 stay what they are, other real numbers become float32, and anything else is
-    a ValueError. Repeated entries of a sparse matrix are added up, stored zeros dropped, on a copy.
+    float64 stays float64. Other real numbers become float32, or float64 where a sample has more
+    than `LARGE_TOTAL` counts; anything else is a ValueError. Repeated entries of a sparse matrix
+    are added up, stored zeros dropped, on a copy.
     """
     if isinstance(X, Counts):
         return X
     if len(X.shape) != 2:
         raise ValueError(f"X must have shape (samples, features); got {tuple(X.shape)}.")
+    counts: Counts
     if isinstance(X, Tensor) and X.layout == torch.strided:
-        return DenseCounts(_floating(X.detach()))
-    if isinstance(X, Tensor):
-        return SparseCounts.from_scipy(_torch_to_scipy(X.detach())).to(X.device)
-    if sp.issparse(X):
-        return SparseCounts.from_scipy(_canonical(checked_csr(X)))
-    return DenseCounts(torch.from_numpy(np.array(_real(np.asarray(X)))))
+        counts = DenseCounts(_floating(X.detach()))
+    elif isinstance(X, Tensor):
+        counts = SparseCounts.from_scipy(_torch_to_scipy(X.detach())).to(X.device)
+    elif sp.issparse(X):
+        counts = SparseCounts.from_scipy(_canonical(checked_csr(X)))
+    else:
+        counts = DenseCounts(torch.from_numpy(np.array(_real(np.asarray(X)))))
+    return counts.to(torch.float64) if (counts.row_totals > LARGE_TOTAL).any() else counts
 
 
 def transposed_counts(X: MatrixLike) -> Counts:
@@ -373,13 +369,18 @@ def transposed_counts(X: MatrixLike) -> Counts:
 def _floating(X: Tensor) -> Tensor:
     if X.is_complex():
         raise ValueError(f"X must hold real numbers; got {X.dtype}.")
-    return X if X.dtype in (torch.float32, torch.float64) else X.float()
+    if X.dtype in (torch.float32, torch.float64):
+        return X
+    return X.double() if (X > LARGE_TOTAL).any() else X.float()
 
 
 def _real(X: Table) -> Table:
     if X.dtype.kind not in "biuf":
         raise ValueError(f"X must hold real numbers; got {X.dtype}.")
-    return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)
+    if X.dtype in (np.float32, np.float64):
+        return X
+    values = np.asarray(X.data if sp.issparse(X) else X)
+    return X.astype(np.float64 if (values > LARGE_TOTAL).any() else np.float32)
 
 
 def _canonical(matrix: sp.csr_matrix) -> sp.csr_matrix:

@@ -22,6 +22,10 @@ Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
 PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 
 
+# Largest coordinate, and one over the smallest extent, of which the squares are still numbers.
+FARTHEST = 1e100
+
+
 @dataclass(frozen=True)
 class Places:
     """Points in space, each perhaps in a group: what a covariance is a function of.
@@ -109,6 +113,12 @@ def check_coordinates(
         raise ValueError(
             f"coordinates must be finite; {len(bad)} samples have NaN or infinity there, the first "
             f"is sample {bad[0]}. Remove these samples."
+        )
+    far, span = np.abs(values).max(initial=0), np.ptp(values, axis=0).max(initial=0)
+    if far > FARTHEST or 0 < span < 1 / FARTHEST:
+        raise ValueError(
+            f"coordinates must be from {1 / FARTHEST:g} to {FARTHEST:g} apart, since distances "
+            f"are squared; the largest is {far:g}, and they extend over {span:g}. Use another unit."
         )
     return torch.from_numpy(values)
 

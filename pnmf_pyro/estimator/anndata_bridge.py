@@ -188,8 +188,9 @@ def settings(fit: Fitted) -> dict[str, Any]:
     Returns
     -------
     dict
-        `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo` and
-        `n_iter`, where they are known; of a spatial model `kernel` and `hyperparameters`.
+        `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo`, its
+        standard error `elbo_se` and `n_iter`, where they are known; of a spatial model `kernel` and
+        `hyperparameters`.
     """
     found: dict[str, Any] = {"version": __version__}
     get_params = getattr(fit, "get_params", None)
@@ -201,7 +202,8 @@ def settings(fit: Fitted) -> dict[str, Any]:
     history = results_of(fit).elbo_history
     elbo = getattr(fit, "elbo_", getattr(fit, "elbo", None))
     if history is not None and elbo is not None:
-        found |= {"elbo": float(elbo), "n_iter": len(history)}
+        error = getattr(fit, "elbo_se_", getattr(fit, "elbo_se", float("nan")))
+        found |= {"elbo": float(elbo), "elbo_se": float(error), "n_iter": len(history)}
     prior: Any = fitted_module(fit).prior
     if hasattr(prior, "kernel"):
         learned = {**prior.kernel.hyperparameters, "mean": prior.mean}

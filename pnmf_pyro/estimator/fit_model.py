@@ -20,7 +20,7 @@ from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.training.loop import TrainingResult, evaluate_elbo, train
+from pnmf_pyro.training.loop import TrainingResult, final_elbo, train
 from pnmf_pyro.training.schedules import GradientSteps, OneCycle
 
 # Draws for the value of the ELBO at the end, whose noise then hardly matters.
@@ -33,13 +33,14 @@ class ModelFit(TrainingResult):
 
     Attributes
     ----------
-    elbo : float
-        ELBO of the trained model in nats, from 50 draws, constants included.
+    elbo, elbo_se : float
+        ELBO of the trained model in nats, constants included, and its standard error over 50 draws.
     model : PoissonFactorization
         The trained model.
     """
 
     elbo: float = field(kw_only=True)
+    elbo_se: float = field(kw_only=True)
     model: PoissonFactorization = field(kw_only=True, repr=False)
 
 
@@ -133,9 +134,10 @@ def fit_model(
         max_iter=max_iter,
         verbose=int(verbose),
     )
-    final = FactorizationELBO(model.mode, FINAL_DRAWS)
-    elbo = evaluate_elbo(model, Batches(counts, batch_size), final, generator)
-    return ModelFit(trained.history, trained.converged, trained.failure, elbo=elbo, model=model)
+    batches = Batches(counts, batch_size)
+    elbo, error = final_elbo(model, batches, model.mode, FINAL_DRAWS, generator)
+    done = trained.history, trained.converged, trained.failure
+    return ModelFit(*done, elbo=elbo, elbo_se=error, model=model)
 
 
 def _run_once(model: PoissonFactorization, batch: Batch) -> None:

@@ -29,6 +29,7 @@ from pnmf_pyro.gp.multi_group import MultiGroupKernel
 from pnmf_pyro.initialization import INITS
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.factorization import Likelihood
+from pnmf_pyro.models.points import check_draws
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.training.schedules import OPTIMIZERS
@@ -45,7 +46,7 @@ class Settings(Protocol):
     loadings_mode: str
     mode: str
     training_mode: str
-    E: int
+    E: int | str
     max_iter: int
     tol: float
     learning_rate: float
@@ -97,6 +98,7 @@ class FittedEstimator(Settings, Protocol):
     groups_: list[Hashable] | None
     model_: PoissonFactorization
     elbo_: float
+    elbo_se_: float
 
 
 def _check_random_state(name: str, value: object) -> None:
@@ -159,6 +161,9 @@ def _check_likelihood(name: str, value: object) -> None:
 def check_combinations(settings: Settings) -> None:
     """Raise a ValueError for parameters that cannot go together."""
     natural = settings.training_mode == "natural"
+    check_draws("E", settings.E, settings.mode)
+    if settings.likelihood is not None:
+        check_count("E", settings.E)  # there are no points in the place of its draws
     closed = natural or settings.loadings_mode == "multiplicative"
     if settings.likelihood is not None and (closed or settings.mode == "lower-bound"):
         raise ValueError(
@@ -206,7 +211,7 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "inducing_allocation": ALLOCATIONS,
     "neighbors": ("knn", "probabilistic"),
 }
-_COUNTS = ("n_components", "E", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
+_COUNTS = ("n_components", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
 _POSITIVE = ("learning_rate", "lengthscale", "sigma", "jitter")
 _LIMITS = {
     "tol": (0.0, inf),

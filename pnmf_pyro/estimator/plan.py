@@ -33,21 +33,22 @@ from pnmf_pyro.estimator.stages import (
     Stage,
     WarmUp,
 )
+from pnmf_pyro.estimator.verdict import warn_of_doubts
 from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import inducing_points
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
-from pnmf_pyro.models import FactorizationELBO, PoissonFactorization
+from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
-from pnmf_pyro.training.loop import evaluate_elbo, train
+from pnmf_pyro.training.loop import final_elbo, train
 
 logger = logging.getLogger("pnmf_pyro")
 
 # Steps after which starts are compared: the ELBO of ten still misleads.
 TRIAL_STEPS = 20
 
-# Draws at least for the ELBO of a finished fit, which is quoted and compared.
+# Draws for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
 
 
@@ -238,8 +239,8 @@ OnStep = Callable[[PoissonFactorization, int, float], None]
 
 def fit_by_plan(
     settings: Settings, data: Data, on_step: OnStep
-) -> tuple[PoissonFactorization, History, float]:
-    """Make a model of the data, train it through all stages, and return its ELBO in nats as well.
+) -> tuple[PoissonFactorization, History, tuple[float, float]]:
+    """Make a model of the data, train it through all stages; return its ELBO and the error as well.
 
     `on_step` is called with the model, the number of the step and the ELBO after it.
     """
@@ -249,9 +250,10 @@ def fit_by_plan(
     starts = _starts(settings, runs[0], counts, random)
     generator = torch_generator(random)
     history = train_runs(runs, starts, settings, counts, generator, on_step)
-    objective = FactorizationELBO(settings.mode, max(settings.E, FINAL_DRAWS))
     batches = Batches(counts, settings.batch_size)
-    return model.eval(), history, evaluate_elbo(model, batches, objective, generator)
+    elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
+    warn_of_doubts(model, counts, elbo[0])
+    return model.eval(), history, elbo
 
 
 def _starts(

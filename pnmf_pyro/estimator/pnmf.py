@@ -12,13 +12,13 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
+import pnmf_pyro.estimator.prediction as prediction
 from pnmf_pyro.data.checks import check_callback, check_size_factors
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
-from pnmf_pyro.estimator.prediction import expected_counts, mean_log_likelihood, new_factors
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
@@ -42,8 +42,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Form of the ELBO: draws, draws for the log rate only, or none but Jensen's lower bound.
     training_mode : {'standard', 'natural'}
         What trains q(F): the optimiser, or natural-gradient steps.
-    E : int
-        Number of Monte Carlo draws at each step.
+    E : int or 'fixed'
+        Number of Monte Carlo draws at each step; `fixed`, for `expanded` mode, for points in their
+        place, so that the fit has no noise, see :mod:`pnmf_pyro.models.points`.
     max_iter : int
         Number of steps at most, in all stages together.
     tol : float
@@ -130,8 +131,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     n_components_, n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features,)
         Names of the features, where X had names.
-    elbo_ : float
-        ELBO in nats, constants included: a lower bound on log p(X | W), from 20 draws or more.
+    elbo_, elbo_se_ : float
+        ELBO in nats, constants included: a lower bound on log p(X | W); and its standard error over
+        20 draws, 0 in `lower-bound` mode.
     history_ : History
         ELBO at each step of what was trained then, with its `stages`.
     n_iter_ : int
@@ -292,7 +294,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        model, self.history_, self.elbo_ = fit_by_plan(self, data, report)
+        model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
         self._publish(model)
         self.n_iter_ = len(self.history_)
         return (self.history_, self) if return_history else self
@@ -307,7 +309,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> np.ndarray:
         """Fit the model as :meth:`fit` does, and return its factors E exp F, (N, L)."""
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
-        return np.asarray(get_factors(self))
+        return prediction.typed_like(X, np.asarray(get_factors(self)))
 
     def transform(
         self,
@@ -330,7 +332,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ndarray of shape (n_samples, n_components)
         """
         check_is_fitted(self)
-        return new_factors(self, X, coordinates, groups, size_factors)
+        return prediction.new_factors(self, X, coordinates, groups, size_factors)
 
     def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
         """Return expected counts (N, D): factors exp F (N, L) times `components_`.
@@ -339,7 +341,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Size factors play no part.
         """
         check_is_fitted(self)
-        return expected_counts(self, transformed, totals)
+        return prediction.expected_counts(self, transformed, totals)
 
     def score(
         self,
@@ -357,7 +359,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         places. Parameters are those of :meth:`transform`.
         """
         check_is_fitted(self)
-        return mean_log_likelihood(self, X, coordinates, groups, size_factors)
+        return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors)
 
     def encode_places(self, coordinates: MaybeArray, groups: MaybeArray, n_samples: int) -> Places:
         """Check `n_samples` new places, and give their groups the codes that the fit has."""
@@ -370,10 +372,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PNMF:
-        """Open a model saved by :meth:`save`, of this version or an earlier one.
-
-        A file that is damaged, or is no saved model, is a ValueError.
-        """
+        """Open a model saved by :meth:`save`; what is damaged, or no such file, is a ValueError."""
         return read_model(path, cls)
 
     @property

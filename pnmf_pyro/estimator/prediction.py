@@ -28,13 +28,20 @@ def new_factors(
         refuse_places(coordinates, groups)
         counts, loadings, s = check_new(model, X, size_factors)
         max_iter = max(model.max_iter, 200)
-        return factors_given_loadings(counts, loadings, s, max_iter=max_iter).cpu().numpy()
+        found = factors_given_loadings(counts, loadings, s, max_iter=max_iter).cpu().numpy()
+        return typed_like(X, found)
     if size_factors is not None:
         raise ValueError(
             "size_factors do not change what a spatial model predicts at new places, the "
             "factors; multiply the expected counts by them instead."
         )
     return np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
+
+
+def typed_like(X: object, factors: np.ndarray) -> np.ndarray:
+    """Return factors in float32 where that is the type of the counts, large as they may be."""
+    single = str(getattr(X, "dtype", "")).endswith("float32")
+    return factors.astype(np.float32) if single else factors
 
 
 def expected_counts(
@@ -50,10 +57,11 @@ def expected_counts(
     if totals is None:
         return rates
     n = check_array("totals", totals)
-    if n.shape != (len(factors),) or not (n >= 0).all():
+    if n.shape != (len(factors),) or not (np.isfinite(n) & (n >= 0)).all():
         raise ValueError(
-            f"totals must be the total count of each of the {len(factors)} samples, not "
-            f"negative; got shape {n.shape} and values from {n.min(initial=0):g}."
+            f"totals must be the total count of each of the {len(factors)} samples, finite "
+            f"and not negative; got shape {n.shape} and values from {n.min(initial=0):g} to "
+            f"{n.max(initial=0):g}."
         )
     seen = rates.sum(1)
     return rates * np.divide(n, seen, out=np.zeros_like(seen), where=seen > 0)[:, None]

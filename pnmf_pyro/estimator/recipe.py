@@ -30,13 +30,13 @@ logger = logging.getLogger("pnmf_pyro")
 
 # Steps in closed form, which have no learning rate to choose: from a decomposition of the counts,
 # or of biwhitened ones where that leads higher, first up a bound without noise until that has
-# nearly settled, then up the tighter one. docs/performance.md has what these choices gain.
+# settled, then up the tighter one, at fixed points. docs/performance.md has what this gains.
 RECIPE: dict[str, Any] = {
     "mode": "expanded",
     "training_mode": "natural",
     "loadings_mode": "multiplicative",
     "scale_pf": "auto",
-    "E": 1,
+    "E": "fixed",
     "init": (None, "biwhitened"),
     "max_iter": 600,
     "random_state": 0,
@@ -212,6 +212,8 @@ def _fit_arrays(
         recipe = _spatial(n_places, groups, parameters)
     if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
         recipe = {**recipe, **ANY_LIKELIHOOD}
+    if parameters.get("mode") == "simple":
+        recipe = {**recipe, "E": 3}  # which needs draws
     chosen = {**recipe, **parameters}
     if n_components > min(np.shape(X)):  # more than a decomposition has
         chosen = {**chosen, "init": None, **parameters}

@@ -11,6 +11,7 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence
@@ -67,18 +68,21 @@ def training_of(
     warm: bool = False,
     moves_factors: bool = True,
     loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
+    least_scale: float = 0.0,
 ) -> Training:
     """Say how the parameters of an estimator have a model trained in one stage.
 
     After a warm-up (`warm`) the covariance of q may move seldom. `loadings` is the kind of steps of
-    multiplicative loadings; None leaves loadings of any kind at rest.
+    multiplicative loadings; None leaves loadings of any kind at rest. `least_scale` is how small a
+    learned scale of the prior may become.
     """
     natural = settings.training_mode == "natural"
     batched = settings.batch_size is not None or settings.y_batch_size is not None
     exact = loadings in (ClosedFormLoadings, None)  # others do not maximise the bound
-    monotone = natural and mode == "lower-bound" and not batched and exact
+    noisy = mode != "lower-bound" and settings.E != FIXED
+    monotone = natural and not noisy and not batched and exact
     every = model.prior.steps_apart if monotone and warm and moves_factors else 1
-    for_q, for_W = _sizes(settings, mode)
+    for_q, for_W = _sizes(settings, noisy)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
         steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
@@ -86,7 +90,7 @@ def training_of(
         steps.append((loadings(model.W, model.expected_totals), for_W))
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
-        steps.append((ClosedFormScale(model.prior), for_W))
+        steps.append((ClosedFormScale(model.prior, least_scale), for_W))
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
@@ -97,10 +101,10 @@ def training_of(
     return Training(model, objective, steps, Convergence(tol, **settled), monotone)
 
 
-def _sizes(settings: Settings, mode: str) -> tuple[Schedule, Schedule]:
+def _sizes(settings: Settings, noisy: bool) -> tuple[Schedule, Schedule]:
     """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
-    noisy = mode != "lower-bound" or settings.y_batch_size is not None
-    for_q = Decreasing() if noisy else Constant()
+    steady = not noisy and settings.y_batch_size is None
+    for_q = Constant() if steady else Decreasing()
     # Each batch sees W anew: average over many of them.
     return for_q, for_q if settings.batch_size is None else Decreasing(delay=100.0)
 

@@ -93,6 +93,7 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "groups": None if model.groups_ is None else [_plain_label(g) for g in model.groups_],
         "n_samples": model.model_.N,
         "elbo": model.elbo_,
+        "elbo_se": model.elbo_se_,
         "stages": model.history_.stages,
     }
     arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
@@ -211,6 +212,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.components_ = arrays["components"]
     model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
     model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
+    model.elbo_se_ = header.get("elbo_se", float("nan"))  # version 0.1 did not tell
     return model
 
 

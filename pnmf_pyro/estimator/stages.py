@@ -31,9 +31,8 @@ from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, s
 from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
-# A warm-up of the same factors only has to bring a fit near; it settles at this multiple of the
-# tolerance.
-WARM_UP_TOL = 10
+# Smallest scale that a warm-up learns, that of the log-factors to start from.
+LEAST_SCALE = 1.0
 
 # Steps on coarse levels cost little, and what they find the rest builds on.
 LEVEL_TOL = 0.1
@@ -129,12 +128,11 @@ class Settle:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Train in `lower-bound` mode, which has no noise, until it has nearly settled.
+    """Train in `lower-bound` mode, which has no noise, until it has settled.
 
-    A model in space, or of another likelihood, begins with Poisson factors that know no space and
-    settle to the tolerance of the fit: they decide which components are found. Where samples in
-    space have few counts these are factors of bins of places, see
-    :mod:`~pnmf_pyro.training.levels`.
+    A model in space, or of another likelihood, begins with Poisson factors that know no space: they
+    decide which components are found. Where samples in space have few counts these are factors of
+    bins of places, see :mod:`~pnmf_pyro.training.levels`.
 
     Parameters
     ----------
@@ -153,7 +151,7 @@ class WarmUp:
         if model.prior.places is None and model.observation is None:
             draft.kl_weight = self.kl_weight
             draft.trained, draft.warm = model, True
-            return [self._run(draft, "warm-up", model, WARM_UP_TOL)]
+            return [self._run(draft, "warm-up", model)]
         if draft.trained is not None:
             raise ValueError(
                 "stages: WarmUp() of a model in space, or of another likelihood, trains "
@@ -182,12 +180,18 @@ class WarmUp:
         draft: Draft,
         name: str,
         model: PoissonFactorization,
-        looser: float = 1.0,
+        tighter: float = 1.0,
         loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
     ) -> Run:
-        tol, weight = looser * draft.settings.tol, self.kl_weight
         training = training_of(
-            draft.settings, model, "lower-bound", tol, weight, warm=True, loadings=loadings
+            draft.settings,
+            model,
+            "lower-bound",
+            tighter * draft.settings.tol,
+            self.kl_weight,
+            warm=True,
+            loadings=loadings,
+            least_scale=LEAST_SCALE,
         )
         training.warns = False
         return Run(name, training)

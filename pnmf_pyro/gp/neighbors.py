@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
+from torch import Tensor
 
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.ordering import Covariance, group_embedding, max_min_order, tree_query
@@ -28,6 +29,12 @@ METHODS = ("knn", "probabilistic")
 PREFIX_GROWTH = 1.25
 # K probabilistic neighbours are drawn from this many times K nearest places.
 CANDIDATES = 3
+# Neighbours from which a sample is predicted, of its own group and of others.
+NEAREST = 16
+NEAREST_ELSEWHERE = 8
+
+# Neighbours at one and the same place, at most: the others say how the field varies.
+AT_A_PLACE = 4
 # Numbers that one block of a search may hold.
 BLOCK = 1 << 22
 
@@ -132,6 +139,47 @@ def nearest(
         best = np.argsort(-score, axis=1, kind="stable")[:, :K]
         chosen[part] = np.take_along_axis(block, best, 1)
     return chosen
+
+
+def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
+    """Return the numbers of the samples from which each judged one is predicted, (n, K).
+
+    The nearest of its own group, and of the other groups where there are any. Where there are
+    fewer than asked for, the sample's own number fills up: it is masked.
+    """
+    points, chosen = Places(places.coordinates.cpu()), judged.cpu().numpy()
+    few = _number_at_place(places.inputs.cpu().numpy()) < AT_A_PLACE
+    codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
+    K = NEAREST if places.groups is None else NEAREST + NEAREST_ELSEWHERE
+    found = np.repeat(chosen[:, None], K, 1)
+    for code in np.unique(codes[chosen]):
+        rows, mine = codes[chosen] == code, codes == code
+        found[rows, :NEAREST] = _nearest_others(points, chosen[rows], mine & few, NEAREST)
+        if not mine.all():
+            elsewhere = _nearest_others(points, chosen[rows], ~mine & few, NEAREST_ELSEWHERE)
+            found[rows, NEAREST:] = elsewhere
+    if criterion == "elbo":  # each given those before it: the chain rule
+        found = np.where(found < chosen[:, None], found, chosen[:, None])
+    return torch.from_numpy(found).to(judged.device)
+
+
+def _number_at_place(inputs: np.ndarray) -> np.ndarray:
+    """How many samples before each are at its place, of the same group, (N,)."""
+    _, place = np.unique(inputs, axis=0, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], place[order])
+    number = np.empty(len(order), np.int64)
+    number[order] = np.arange(len(order)) - starts
+    return number
+
+
+def _nearest_others(points: Places, samples: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
+    """The K nearest of the pool that are not the sample itself, filled up by the sample."""
+    members = np.flatnonzero(pool)
+    near = nearest(points[members], points[samples], min(K + 1, len(members)))
+    found = np.c_[members[near], np.repeat(samples[:, None], K, 1)]
+    itself_last = np.argsort(found == samples[:, None], axis=1, kind="stable")
+    return np.take_along_axis(found, itself_last, 1)[:, :K]
 
 
 def _nearest_of_prefix(

@@ -37,7 +37,8 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pnmf_pyro.data.checks import MODES, check_choice, check_count
+from pnmf_pyro.data.checks import MODES, check_choice
+from pnmf_pyro.models.points import FIXED, check_draws
 from pnmf_pyro.models.poisson import PoissonFactors
 
 logger = logging.getLogger("pnmf_pyro")
@@ -60,8 +61,9 @@ class FactorizationELBO(ELBO):
     mode : {'simple', 'expanded', 'lower-bound'}
         How the expectation of a Poisson factorisation is taken, see
         :meth:`PoissonFactors.expected_log_prob`.
-    n_draws : int
-        Monte Carlo draws for each term that needs them.
+    n_draws : int or 'fixed'
+        Monte Carlo draws for each term that needs them; `fixed`, of `expanded` mode, for points in
+        their place, see :mod:`pnmf_pyro.models.points`, so that the value has no noise.
     newton : bool
         Take gradients for natural-gradient steps: those of the expected log-likelihood alone, in
         variances from curvatures, see :meth:`PoissonFactors.expected_log_prob`.
@@ -72,13 +74,13 @@ class FactorizationELBO(ELBO):
     def __init__(
         self,
         mode: str = "expanded",
-        n_draws: int = 3,
+        n_draws: int | str = 3,
         newton: bool = False,
         kl_weight: float = 1.0,
     ):
-        super().__init__(num_particles=n_draws)
         self.mode = check_choice("mode", mode, MODES)
-        self.n_draws = check_count("n_draws", n_draws)
+        self.n_draws = check_draws("n_draws", n_draws, mode)
+        super().__init__(num_particles=1 if isinstance(n_draws, str) else n_draws)
         self.newton = newton
         self.kl_weight = kl_weight
         self._told: set[str] = set()
@@ -103,7 +105,7 @@ class FactorizationELBO(ELBO):
         traces = self._get_trace(model, means(guide), args, kwargs)
         divergences = _divergences(traces)
         drawn = self._drawn(traces, divergences)
-        n_runs, n_inner = (self.n_draws, 1) if drawn else (1, self.n_draws)
+        n_runs, n_inner = (int(self.n_draws), 1) if drawn else (1, self.n_draws)
         zero = torch.zeros((), dtype=torch.float64)
         found = {"log_likelihood": zero, "kl": zero}
         for run in range(n_runs):
@@ -151,10 +153,11 @@ class FactorizationELBO(ELBO):
         return bool(averaged or free)
 
     def _check_mode(self, name: str, reason: str) -> None:
-        if self.mode == "lower-bound":
+        if self.mode == "lower-bound" or self.n_draws == FIXED:
+            without = "mode='lower-bound'" if self.mode == "lower-bound" else "E='fixed'"
             raise ValueError(
-                f"mode='lower-bound' has no draws, and {name} needs them: {reason}. Use "
-                "mode='expanded' or 'simple'."
+                f"{without} has no draws, and {name} needs them: {reason}. Use mode='expanded' or "
+                "'simple' and a number of draws."
             )
 
     def _tell(self, averaged: dict[str, str]) -> None:
@@ -162,11 +165,13 @@ class FactorizationELBO(ELBO):
         if torch.is_grad_enabled():
             for name in averaged.keys() - self._told:
                 logger.warning(
-                    "%s: averaged over %d draws; %s.", name, self.n_draws, averaged[name]
+                    "%s: averaged over %s draws; %s.", name, self.n_draws, averaged[name]
                 )
             self._told |= averaged.keys()
 
-    def _expected(self, statement: Statement, guide_trace: Trace, n_draws: int) -> Tensor | None:
+    def _expected(
+        self, statement: Statement, guide_trace: Trace, n_draws: int | str
+    ) -> Tensor | None:
         """Expected log density of an observed statement in closed form, or None."""
         source = _source_of_log_factors(statement["fn"], guide_trace)
         if isinstance(source, str):

@@ -30,6 +30,7 @@ from pnmf_pyro.data.checks import MODES, check_choice
 from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
 from pnmf_pyro.models.events import count_events
+from pnmf_pyro.models.points import FIXED, standard_normals
 
 # Mean rate below which events are drawn one by one and not a Poisson number for each entry.
 SPARSE_RATE = 0.2
@@ -234,7 +235,7 @@ class PoissonFactors(TorchDistribution):
         value: Counts | MatrixLike,
         q: Distribution,
         mode: str = "expanded",
-        n_draws: int = 3,
+        n_draws: int | str = 3,
         *,
         newton: bool = False,
     ) -> Tensor:
@@ -251,12 +252,13 @@ class PoissonFactors(TorchDistribution):
             and takes E exp F = exp(mu + sigma^2 / 2) in the expected rate; `lower-bound` replaces
             the first by log sum_l W_jl exp(mu_il), which is no larger: log-sum-exp is convex
             (Jensen).
-        n_draws : int
-            Draws from q, not used by `lower-bound`.
+        n_draws : int or 'fixed'
+            Draws from q, not used by `lower-bound`; or points in their place, see
+            :mod:`~pnmf_pyro.models.points`, for `expanded`.
         newton : bool
             Take the gradient in the variance of q, which is half the expected curvature (Price's
             theorem), from the curvature at the draws, bounded so that a natural-gradient step
-            cannot make a precision negative. `lower-bound` needs no such care.
+            cannot make a precision negative. What has no noise needs no such care.
 
         Returns
         -------
@@ -267,9 +269,9 @@ class PoissonFactors(TorchDistribution):
         expected = (mean + scale.square() / 2).exp()
         if mode == "lower-bound":
             return self._expectation(value, [mean.exp()], expected)
-        newton = newton and torch.is_grad_enabled()
+        newton = newton and n_draws != FIXED and torch.is_grad_enabled()
         spread = scale.detach() if newton else scale
-        draws = [(mean + spread * torch.randn_like(mean)).exp() for _ in range(n_draws)]
+        draws = [(mean + spread * noise).exp() for noise in standard_normals(mean, n_draws)]
         if mode == "simple":
             expected = torch.stack(draws).mean(0)
         if not newton:

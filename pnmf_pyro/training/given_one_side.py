@@ -61,6 +61,8 @@ def check_fixed(
         )
     if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
         raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
+    if not matrix.any():
+        raise ValueError(f"{name} must have entries above zero, or no rate is; all are zero.")
     return torch.from_numpy(matrix).to(counts.device, counts.dtype)
 
 

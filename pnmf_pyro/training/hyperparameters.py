@@ -24,24 +24,22 @@ from typing import cast
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.places import Places, extent, spacing
+from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import Pairs, fill_symmetric
-from pnmf_pyro.gp.neighbors import nearest
+from pnmf_pyro.gp.neighbors import neighbours_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors import LCGP, SVGP
 
 CRITERIA = ("leave-one-out", "elbo")
-
-# Neighbours from which a sample is predicted, of its own group and of others.
-NEAREST = 16
-NEAREST_ELSEWHERE = 8
 
 # Of L-BFGS-B; more change predictions by less than splits of the data do.
 ITERATIONS = 10
@@ -93,36 +91,6 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
     )
     h = (-2 * curvature).clamp_min(1e-6)
     return loc.detach().double() + (slope / h).clamp_max(HIGHEST_SITE), 1 / h
-
-
-def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
-    """Return the numbers of the samples from which each judged one is predicted, (n, K).
-
-    The nearest of its own group, and of the other groups where there are any. Where there are
-    fewer than asked for, the sample's own number fills up: it is masked.
-    """
-    points, chosen = Places(places.coordinates.cpu()), judged.cpu().numpy()
-    codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
-    K = NEAREST if places.groups is None else NEAREST + NEAREST_ELSEWHERE
-    found = np.repeat(chosen[:, None], K, 1)
-    for code in np.unique(codes[chosen]):
-        rows, mine = codes[chosen] == code, codes == code
-        found[rows, :NEAREST] = _nearest_others(points, chosen[rows], mine, NEAREST)
-        if not mine.all():
-            elsewhere = _nearest_others(points, chosen[rows], ~mine, NEAREST_ELSEWHERE)
-            found[rows, NEAREST:] = elsewhere
-    if criterion == "elbo":  # each given those before it: the chain rule
-        found = np.where(found < chosen[:, None], found, chosen[:, None])
-    return torch.from_numpy(found).to(judged.device)
-
-
-def _nearest_others(points: Places, samples: np.ndarray, pool: np.ndarray, K: int) -> np.ndarray:
-    """The K nearest of the pool that are not the sample itself, filled up by the sample."""
-    members = np.flatnonzero(pool)
-    near = nearest(points[members], points[samples], min(K + 1, len(members)))
-    found = np.c_[members[near], np.repeat(samples[:, None], K, 1)]
-    itself_last = np.argsort(found == samples[:, None], axis=1, kind="stable")
-    return np.take_along_axis(found, itself_last, 1)[:, :K]
 
 
 def predict_without(
@@ -208,12 +176,31 @@ class HyperparameterSearch:
         """
         self._observe(source)
         values, mean = self._best_of_grid()
+        self._warn_of_ends(values)
         values, mean = self._descend(values, mean)
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
             self.prior.mean.copy_(mean)
         self.prior.assign(self.y, self.noise.sqrt())
+
+    def _warn_of_ends(self, values: dict[str, Tensor]) -> None:
+        """Warn of a lengthscale that the samples do not tell."""
+        if "lengthscale" not in self.names:
+            return
+        found, grid = float(values["lengthscale"][0]), self._grids()["lengthscale"]
+        if found <= 1.01 * grid[0]:
+            told = "shorter than the samples are apart: neighbours do not resemble one another"
+        elif found >= 0.99 * grid[-1]:
+            told = "longer than the samples extend: factors hardly vary over the places"
+        else:
+            return
+        warn(
+            f"The lengthscale was learned as {found:.3g}, the end of what was tried, {told}. Check "
+            "that coordinates are those of the samples, in their order, and in one unit for all "
+            "sections; or fit without coordinates.",
+            ConvergenceWarning,
+        )
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""

@@ -123,14 +123,17 @@ class ClosedFormScale(Step):
     Parameters
     ----------
     prior : GaussianPrior
+    least : float
+        Smallest scale. The `lower-bound` mode makes little of counts that vary less than a Poisson,
+        such as presences, and would lead from there to factors that are all alike.
 
     Notes
     -----
     A step of size `lr` below 1 goes that fraction of the way, in scale^2.
     """
 
-    def __init__(self, prior: GaussianPrior):
-        self.prior, self.batch = prior, Batch()
+    def __init__(self, prior: GaussianPrior, least: float = 0.0):
+        self.prior, self.least, self.batch = prior, least, Batch()
 
     def prepare(self, batch: Batch) -> None:
         """Take note of the batch."""
@@ -140,6 +143,6 @@ class ClosedFormScale(Step):
     def step(self) -> None:
         """Move the scale towards its optimum given q."""
         q = self.prior.marginal(self.batch.samples)
-        optimum = (q.loc.square() + q.variance).mean()
+        optimum = (q.loc.square() + q.variance).mean().clamp_min(self.least**2)
         scale = self.prior.scale_pf
         scale.copy_(scale.square().lerp(optimum, self.lr).sqrt())

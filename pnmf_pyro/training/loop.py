@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -215,6 +216,27 @@ def evaluate_elbo(
             with threads_for(batch, model):
                 total -= share * objective.loss(model.model, model.guide, batch)
     return total
+
+
+def final_elbo(
+    model: PoissonFactorization,
+    batches: Batches,
+    mode: str,
+    n_draws: int,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Return the ELBO of all the data in nats, and its standard error.
+
+    In `lower-bound` mode it is exact. Both other modes have the same expectation, of which
+    `simple` has far less noise: near the optimum the log-likelihood hardly depends on the draw,
+    while its two terms do, and of these `expanded` draws only one.
+    """
+    if mode == "lower-bound":
+        return evaluate_elbo(model, batches, FactorizationELBO(mode), generator), 0.0
+    one_draw = FactorizationELBO("simple", 1)
+    values = [evaluate_elbo(model, batches, one_draw, generator) for _ in range(n_draws)]
+    error = statistics.stdev(values) / math.sqrt(n_draws)
+    return statistics.fmean(values), error
 
 
 @contextmanager

@@ -375,3 +375,43 @@ def test_other_data_than_those_of_the_fit(misfit):
         result.table("gene")
     with pytest.raises(KeyError, match="no statistic 'gene'"):
         result["gene"]
+
+
+@pytest.mark.parametrize(("n_draws", "told"), [(50, "too few"), (99, "too few"), (100, "None of")])
+def test_tables_that_cannot_reach_the_threshold_are_called_too_few(n_draws, told):
+    """The smallest p-value of n tables is 1 / (n + 1), which must be below the threshold."""
+    X = np.random.default_rng(0).poisson(5, (30, 8))
+    assert told in posterior_predictive_check(fit(X), X, n_draws=n_draws, random_state=0).verdict()
+
+
+def test_z_is_the_distance_in_units_of_the_replicated_tables_alone():
+    random = np.random.default_rng(0)
+    replicated = random.normal(size=(40, 3)).astype(np.float32)
+    observed = np.array([100.0, 0.0, 1.0], np.float32)
+    replicated[:, 2] = 1.0  # all alike, like the data
+    one = check(observed, replicated)
+    expected = (observed[:2] - replicated[:, :2].mean(0)) / replicated[:, :2].std(0)
+    np.testing.assert_allclose(one.z, [*expected, 0], rtol=1e-5)
+    replicated[:, 2] = 0.0  # all alike, and unlike the data
+    assert np.isfinite(check(observed, replicated).z[2])
+
+
+def test_words_agree_with_the_numbers_that_they_name():
+    replicated = np.random.default_rng(0).normal(491.2, 1e-4, (200, 1))
+    told = check(np.array([491.201]), replicated).sentence
+    assert "higher in the data, on average 491.201 against 491.2" in told
+    # Far above by its own sd for one, and far more below in plain numbers for another.
+    replicated = np.random.default_rng(0).normal([0.0, 1e4], [1e-3, 1e4], (200, 2))
+    told = check(np.array([1.0, 0.0]), replicated).sentence
+    assert "too high in the data for some and too low for others" in told
+
+
+@pytest.mark.parametrize("where", ["the data", "a replicated table"])
+def test_a_statistic_that_is_no_number_is_refused(where):
+    X = np.random.default_rng(0).poisson(5, (30, 8))
+
+    def broken(table):
+        return np.nan if (table.sum() == X.sum()) == (where == "the data") else 1.0
+
+    with pytest.raises(ValueError, match=f"'broken' of {where} is NaN"):
+        posterior_predictive_check(fit(X), X, statistics=[broken], n_draws=5, random_state=0)

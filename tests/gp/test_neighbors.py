@@ -248,3 +248,18 @@ def test_identical_places(N):
     graph = build_graph(places_of(np.ones((N, 2))), K)
     assert sorted(graph.order) == list(range(N))
     assert ((graph.predecessors >= 0).sum(1) == np.minimum(np.arange(N), K)).all()
+
+
+@pytest.mark.parametrize("each", [1, 3, 10])
+def test_samples_are_predicted_from_several_places(each):
+    """At most `AT_A_PLACE` of each place, the nearest first, never the sample itself."""
+    grid = np.stack(np.meshgrid(np.arange(5.0), np.arange(5.0)), -1).reshape(-1, 2)
+    points = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(grid, each, 0)))
+    judged = torch.arange(0, len(points), 7)
+    found = neighbors.neighbours_of(Places(points), judged, "leave-one-out").numpy()
+    for sample, near in zip(judged.tolist(), found, strict=True):
+        assert sample not in near
+        assert len(set(near)) == len(near) == neighbors.NEAREST
+        _, times = np.unique(points[near].numpy(), axis=0, return_counts=True)
+        assert times.max() <= neighbors.AT_A_PLACE
+        assert len(times) >= neighbors.NEAREST // neighbors.AT_A_PLACE

@@ -1,0 +1,77 @@
+"""Whether the end of a fit can be trusted, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.log_rate import log_rate_with_gradients
+from pnmf_pyro.models import PoissonFactorization
+
+# Steps of the loadings, and the relative rise of the bound by them that a settled fit is far below.
+STEPS = 10
+LEFT = 0.02
+
+
+def warn_of_doubts(model: PoissonFactorization, counts: Counts, elbo: float) -> None:
+    """Warn of a Poisson fit that is not finite, far below its optimum, or no use."""
+    if model.observation is None:
+        with torch.no_grad():
+            doubt = _doubt(model, counts, elbo)
+        if doubt:
+            warn(doubt, ConvergenceWarning)
+
+
+def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | None:
+    """Say what is wrong with a fit, the worst first."""
+    q, W = model.prior.marginal(), model.W.data
+    factors = (q.loc + q.variance / 2).exp().mT.contiguous().to(W)
+    if not all(part.isfinite().all() for part in (q.loc, q.scale, factors, W, torch.tensor(elbo))):
+        return (
+            f"The fit is not usable: its factors, loadings or ELBO (elbo_ = {elbo:g}) are not "
+            f"finite. The largest count is {float(counts.values.max()):g}: is it a count? Remove "
+            "such entries, or fit with pnmf_pyro.fit."
+        )
+    s = torch.ones_like(factors[:, :1])
+    if model.size_factors is not None:
+        s = model.size_factors[:, None].to(W)
+    left = _rise_left(counts, (s * q.loc.exp().mT.to(W)).contiguous(), s * factors, W)
+    if left > LEFT * abs(elbo):
+        return (
+            f"The fit ended far below its optimum: {STEPS} more steps of the loadings alone would "
+            f"raise the ELBO, {elbo:.4g}, by {left:.2g}. Increase max_iter or learning_rate, or "
+            "use pnmf_pyro.fit, which needs no tuning."
+        )
+    flat = _of_means(counts, s)
+    if elbo < flat:
+        return (
+            f"The factors explain nothing: the ELBO, {elbo:.6g}, is below {flat:.6g}, the "
+            "log-likelihood of the mean of each feature alone. Either the counts vary no more than "
+            "Poisson noise does around these means, or the fit failed: check that the rows of X "
+            "are samples, and try fewer n_components."
+        )
+    return None
+
+
+def _of_means(counts: Counts, s: Tensor) -> float:
+    """Log-likelihood of the rates s_i m_j with m the total of each feature over that of s."""
+    totals = counts.transposed_matmul(counts.values, torch.ones_like(s)).double()
+    size = s.double().sum()
+    fitted = torch.xlogy(totals, totals / size).sum() - totals.sum()
+    of_samples = torch.xlogy(counts.row_totals, s[:, 0].double()) - counts.log_factorials
+    return float(fitted + of_samples.sum())
+
+
+def _rise_left(counts: Counts, typical: Tensor, expected: Tensor, W: Tensor) -> float:
+    """How far multiplicative steps of W raise the bound of `lower-bound` mode, given q(F)."""
+    totals = expected.sum(0, dtype=torch.float64)
+    divisor = totals.to(W).clamp_min(torch.finfo(W.dtype).tiny)
+    bounds = []
+    for _ in range(STEPS + 1):
+        values, _, gradient = log_rate_with_gradients(counts, typical, W)
+        bounds.append(float(values.sum() - totals @ W.sum(0, dtype=torch.float64)))
+        W = W * gradient / divisor
+    return bounds[-1] - bounds[0]
