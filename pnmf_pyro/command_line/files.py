@@ -17,10 +17,10 @@ import scipy.io
 import scipy.sparse as sp
 
 from pnmf_pyro.data.checks import check_output_path
+from pnmf_pyro.data.tables import counts_of
 from pnmf_pyro.estimator.anndata_bridge import add_results, import_anndata, results, settings
 from pnmf_pyro.estimator.archive import write_archive
 from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.results import counts_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pnmf_pyro.command_line.files import CountTable, read_counts
-from pnmf_pyro.data.checks import check_counts, library_size_factors
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
@@ -160,9 +159,8 @@ def places(
 
 def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
     """Size factors, seed, verbosity and parameters of PNMF, by the names that fits take."""
-    total = options.size_factors == "total"
     return {
-        "size_factors": library_size_factors(check_counts(table.X)) if total else None,
+        "size_factors": "total" if options.size_factors == "total" else None,
         "random_state": options.seed,
         "verbose": not options.quiet,
         **dict(options.set),

@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, as_counts
+from pnmf_pyro.data.tables import numeric_matrix, refuse_masked
 
 Choice = TypeVar("Choice")
 
@@ -80,12 +81,15 @@ def check_array(name: str, values: CountsLike) -> np.ndarray:
 
     Sparse input becomes dense. float32 stays float32, and everything else becomes float64.
     """
+    refuse_masked(name, values)
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().to_dense()
     elif hasattr(values, "toarray"):
         values = values.toarray()
     try:
         array = np.asarray(values)
+        if array.dtype.kind in "cmM":
+            raise TypeError(f"got entries of type {array.dtype}")
         return array if array.dtype == np.float32 else array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}.") from error
@@ -164,7 +168,7 @@ def check_counts(X: CountsLike) -> Counts:
 
 def check_matrix(X: CountsLike) -> Counts:
     """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
-    counts = as_counts(_numeric_matrix(X))
+    counts = as_counts(numeric_matrix(X))
     values = counts.values
     if not bool(torch.isfinite(values).all()):
         n_nan = int(values.isnan().sum())
@@ -189,43 +193,6 @@ def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> No
     _warn_empty("features", column_totals, feature_names)
 
 
-def _numeric_matrix(X: CountsLike) -> Counts | MatrixLike:
-    """Return counts, a tensor, a sparse matrix or an array of numbers, of two dimensions."""
-    matrix: Counts | MatrixLike
-    if isinstance(X, (Counts, Tensor)) or hasattr(X, "tocsr"):
-        matrix = cast(Counts | MatrixLike, X)
-    elif (
-        hasattr(X, "sparse")
-        and hasattr(X, "dtypes")
-        and all("Sparse" in str(kind) for kind in X.dtypes)
-    ):
-        matrix = X.sparse.to_coo()
-    else:
-        matrix = np.asarray(X)
-    if len(matrix.shape) != 2:
-        raise ValueError(
-            f"X must be a matrix of shape (samples, features); got shape {tuple(matrix.shape)}. "
-            "Reshape a single sample with X.reshape(1, -1)."
-        )
-    if 0 in matrix.shape:
-        raise ValueError(f"X must have samples and features; got shape {tuple(matrix.shape)}.")
-    if isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "biuf":
-        return _as_numbers(matrix)
-    return matrix
-
-
-def _as_numbers(matrix: np.ndarray) -> np.ndarray:
-    try:
-        if matrix.dtype.kind in "OV":
-            return matrix.astype(np.float64)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(
-        f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
-        "Drop columns of text and convert the rest to numbers."
-    )
-
-
 def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:
     empty = torch.nonzero(totals == 0)[:, 0].tolist()
     if empty:
@@ -237,14 +204,19 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
 
 
 def check_size_factors(
-    size_factors: ArrayLike | None, n_samples: int, like: Counts
+    size_factors: ArrayLike | None, counts: Counts, mean: float | None = None
 ) -> Tensor | None:
-    """Return size factors, n_samples positive numbers or None, with the type and device of `like`.
+    """Return the size factors of counts, (N,) with their type and device; None where there are none.
 
-    A wrong length or an entry that is not positive and finite raises a ValueError.
+    "total" stands for total counts over `mean`, their own unless given. Another word, a wrong length, or an entry
+    that is not positive and finite raises a ValueError.
     """
     if size_factors is None:
         return None
+    n_samples = counts.shape[0]
+    if isinstance(size_factors, str):
+        check_choice("size_factors", size_factors, ("total",))
+        size_factors = library_size_factors(counts, mean)
     values = check_array("size_factors", size_factors).astype(np.float64)
     if values.shape != (n_samples,):
         raise ValueError(
@@ -256,17 +228,25 @@ def check_size_factors(
             "size_factors must be positive and finite; the lowest is "
             f"{values.min():g}. For a sample without counts use any positive number."
         )
-    return torch.from_numpy(values).to(like.device, like.dtype)
+    return torch.from_numpy(values).to(counts.device, counts.dtype)
 
 
-def library_size_factors(counts: Counts) -> np.ndarray:
-    """Return row totals divided by their mean, an array of shape (N,).
+def library_size_factors(counts: Counts, mean: float | None = None) -> np.ndarray:
+    """Return row totals divided by their mean, or by that of other counts, an array of shape (N,).
 
     Samples without counts get the lowest total of the others.
     """
+    return _totals(counts) / (mean_total(counts) if mean is None else mean)
+
+
+def mean_total(counts: Counts) -> float:
+    """Return what :func:`library_size_factors` divides totals by."""
+    return float(_totals(counts).mean())
+
+
+def _totals(counts: Counts) -> np.ndarray:
     totals = counts.row_totals.cpu().numpy()
-    totals = np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
-    return totals / totals.mean()
+    return np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
 
 
 MODES = ("simple", "expanded", "lower-bound")

@@ -13,11 +13,11 @@ import scipy.sparse as sp
 
 from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     STAGE_COLUMNS,
     Fit,
-    counts_of,
     import_optional,
     named,
     plain,
@@ -73,13 +73,33 @@ class AnnDataKeys:
         """
         return self.counts(adata), *self.places(adata, spatial)
 
+    def take_apart(
+        self, X: Any, coordinates: Any, groups: Any, spatial: bool | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Return counts, coordinates and groups of what may be an AnnData object.
+
+        Coordinates and groups that are passed beside it count. Anything else stays as it is.
+        """
+        return self.counts(X), *self.where(X, coordinates, groups, spatial)
+
+    def where(
+        self, X: Any, coordinates: Any, groups: Any, spatial: bool | None = None
+    ) -> tuple[Any, Any]:
+        """Return coordinates and groups, see :meth:`take_apart`."""
+        if not is_anndata(X) or coordinates is not None:
+            return coordinates, groups
+        coordinates, found = self.places(X, spatial)
+        return coordinates, found if groups is None else groups
+
     def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)
 
-    def counts(self, adata: AnnData) -> Any:
-        """Return the counts of an AnnData object, see :meth:`read`."""
+    def counts(self, adata: Any) -> Any:
+        """Return the counts of an AnnData object, see :meth:`read`; anything else as it is."""
+        if not is_anndata(adata):
+            return adata
         if adata.isbacked and adata.is_view and not self.copy:
             raise ValueError(
                 "adata is a view of a file, to which results cannot be written. Use copy=True, or "

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.places import GroupCodes, Places
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.estimator.plan import History, spatial_prior
 from pnmf_pyro.estimator.results import named
@@ -43,6 +44,7 @@ class Saved(FittedEstimator, Protocol):
     history_: History
     n_iter_: int
     n_features_in_: int
+    keys_: AnnDataKeys | None
     feature_names_in_: np.ndarray
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -155,6 +157,8 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "n_samples": model.model_.N,
         "elbo": model.elbo_,
         "stages": model.history_.stages,
+        "mean_total": model.mean_total_,
+        "keys": None if model.keys_ is None else asdict(model.keys_),
     }
     arrays = {names[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
     arrays["components"] = model.components_
@@ -228,6 +232,8 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: dict[str, np.nd
         model.components_ = arrays["components"]
     model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
     model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
+    model.mean_total_, keys = header.get("mean_total"), header.get("keys")
+    model.keys_ = None if keys is None else AnnDataKeys(**keys)
     return model
 
 

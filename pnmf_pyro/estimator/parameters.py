@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, Protocol
@@ -97,6 +97,7 @@ class FittedEstimator(Settings, Protocol):
     groups_: list[Hashable] | None
     model_: PoissonFactorization
     elbo_: float
+    mean_total_: float | None
 
 
 def _check_random_state(name: str, value: object) -> None:
@@ -244,8 +245,12 @@ CHECKS: dict[str, Check] = {
 
 def check_parameters(settings: Settings) -> None:
     """Raise a ValueError that names a parameter which cannot be used, and says what could."""
-    for name, check in CHECKS.items():
-        value = getattr(settings, name)
-        if value is not None or name not in _MAY_BE_NONE:
-            check(name, value)
+    check_values({name: getattr(settings, name) for name in CHECKS})
     check_combinations(settings)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for values that cannot be those of the parameters, whatever the others."""
+    for name, value in values.items():
+        if name in CHECKS and (value is not None or name not in _MAY_BE_NONE):
+            CHECKS[name](name, value)

@@ -12,11 +12,13 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
-from pnmf_pyro.data.checks import check_callback, check_size_factors
+from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.archive import read_model, write_model
-from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
+from pnmf_pyro.estimator.effects import warn_without_effect
+from pnmf_pyro.estimator.inputs import encode_places, read_data
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.prediction import expected_counts, mean_log_likelihood, new_factors
@@ -140,6 +142,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
         The Pyro model and guide, fitted.
+    mean_total_ : float or None
+        Mean total count of the samples, where the fit had size_factors="total".
+    keys_ : AnnDataKeys or None
+        What :func:`pnmf_pyro.fit` read of an AnnData object, which others are read alike.
 
     Examples
     --------
@@ -248,6 +254,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.prior = prior
         self.likelihood = likelihood
 
+    @isolated
     def fit(
         self,
         X: CountsLike,
@@ -282,19 +289,25 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """
         check_callback(callback, callback_interval)
         check_parameters(self)
-        counts = check_table(self, X, reset=True)
-        s = check_size_factors(size_factors, counts.shape[0], counts)
-        data = Data(counts, s, *check_places(self, coordinates, groups, counts.shape[0]))
-        self.groups_ = None if data.groups is None else data.groups.names
+        warn_without_effect(self)
+        before = vars(self).copy()
 
         def report(model: PoissonFactorization, iteration: int, elbo: float) -> None:
             if callback is not None and iteration % callback_interval == 0:
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        model, self.history_, self.elbo_ = fit_by_plan(self, data, report)
-        self._publish(model)
-        self.n_iter_ = len(self.history_)
+        try:
+            data = read_data(self, X, coordinates, groups, size_factors)
+            self.groups_ = None if data.groups is None else data.groups.names
+            self.mean_total_ = data.mean_total
+            self.keys_ = None
+            model, self.history_, self.elbo_ = fit_by_plan(self, data, report)
+            self._publish(model)
+            self.n_iter_ = len(self.history_)
+        except BaseException:
+            self.__dict__ = before  # all of it at once, or an interrupt might leave half
+            raise
         return (self.history_, self) if return_history else self
 
     def fit_transform(
@@ -309,6 +322,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
         return np.asarray(get_factors(self))
 
+    @isolated
     def transform(
         self,
         X: CountsLike | None,
@@ -341,6 +355,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return expected_counts(self, transformed, totals)
 
+    @isolated
     def score(
         self,
         X: CountsLike,
@@ -359,9 +374,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return mean_log_likelihood(self, X, coordinates, groups, size_factors)
 
-    def encode_places(self, coordinates: MaybeArray, groups: MaybeArray, n_samples: int) -> Places:
-        """Check `n_samples` new places, and give their groups the codes that the fit has."""
-        return encode_places(self, coordinates, groups, n_samples)
+    def encode_places(self, coordinates: MaybeArray, groups: MaybeArray) -> Places:
+        """Check new places, and give their groups the codes that the fit has."""
+        return encode_places(self, coordinates, groups)
 
     def save(self, path: str | os.PathLike) -> None:
         """Save the fitted model to one file, usually .npz, which is read without running code."""

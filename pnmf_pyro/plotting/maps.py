@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     Fit,
     Results,
     chosen_numbers,
-    counts_of,
-    is_anndata,
     is_fit,
     results_of,
 )
