@@ -206,10 +206,10 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
 def check_size_factors(
     size_factors: ArrayLike | None, counts: Counts, mean: float | None = None
 ) -> Tensor | None:
-    """Return the size factors of counts, (N,) with their type and device; None where there are none.
+    """Return the size factors of counts, (N,), with their type and device; None for None.
 
-    "total" stands for total counts over `mean`, their own unless given. Another word, a wrong length, or an entry
-    that is not positive and finite raises a ValueError.
+    "total" stands for total counts over `mean`, that of these counts unless given. Another word, a
+    wrong length, or an entry that is not positive and finite raises a ValueError.
     """
     if size_factors is None:
         return None

@@ -60,7 +60,7 @@ def refuse_masked(name: str, values: object) -> None:
         )
 
 
-def plain_table(X: CountsLike) -> Any:
+def plain_table(X: Any) -> Any:
     """Return a table as it is computed with: the counts of an AnnData object, lists as an array.
 
     DataFrames stay, since they have names. What holds no table is a ValueError.

@@ -50,7 +50,8 @@ INDUCING = Condition(lambda s: s.spatial and not s.local, "spatial=True and loca
 LOCAL = Condition(lambda s: s.spatial and s.local, "spatial=True and local=True")
 
 ACTS = {
-    **dict.fromkeys(("learning_rate", "optimizer", "scheduler"), BY_GRADIENT),
+    **dict.fromkeys(("learning_rate", "optimizer"), BY_GRADIENT),
+    "scheduler": Condition(lambda s: _by_gradient(s) or s.scheduler is None, BY_GRADIENT.words),
     **dict.fromkeys(("scheduler_patience", "scheduler_factor", "min_lr"), PLATEAU),
     **dict.fromkeys(
         ("scheduler_pct_start", "scheduler_div_factor", "scheduler_final_div_factor"), ONE_CYCLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -133,7 +134,7 @@ def read_data(
 
 
 def feature_names(X: object) -> np.ndarray | None:
-    """Return the names of features that only an AnnData object has; scikit-learn sees the others."""
+    """Return the names of features of an AnnData object; those of others scikit-learn sees."""
     return np.asarray(X.var_names, dtype=object) if is_anndata(X) else None
 
 
@@ -145,9 +146,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
     X = plain_table(X)
     columns = getattr(X, "columns", None)
     if not getattr(columns, "is_unique", True):
-        raise ValueError(
-            "X has columns of the same name. Name each feature once, or pass an array."
-        )
+        raise ValueError("X has columns of one name. Name each feature once, or pass an array.")
     if isinstance(X, torch.Tensor):
         X = as_counts(X).numpy()
     with warnings.catch_warnings():
@@ -167,7 +166,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
     return counts.to(check_device(settings.device))
 
 
-def _note_names(settings: Settings, names: np.ndarray, reset: bool) -> None:
+def _note_names(settings: Any, names: np.ndarray, reset: bool) -> None:
     """Keep the names of the features of a fit, or compare those of other samples with them."""
     if reset:
         settings.feature_names_in_ = names

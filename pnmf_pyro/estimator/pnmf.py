@@ -16,6 +16,7 @@ from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import read_model, write_model
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import encode_places, read_data
@@ -301,7 +302,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             data = read_data(self, X, coordinates, groups, size_factors)
             self.groups_ = None if data.groups is None else data.groups.names
             self.mean_total_ = data.mean_total
-            self.keys_ = None
+            self.keys_: AnnDataKeys | None = None
             model, self.history_, self.elbo_ = fit_by_plan(self, data, report)
             self._publish(model)
             self.n_iter_ = len(self.history_)

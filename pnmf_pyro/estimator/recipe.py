@@ -230,7 +230,7 @@ def _fit_arrays(
 
 
 def _reset_without_effect(model: PNMF, chosen_here: Collection[str]) -> None:
-    """Leave what the recipe chose and does not act at its default: users hear of their own alone."""
+    """Put what the recipe chose, and does not act, to its default: it is not for a warning."""
     defaults = PNMF(model.n_components)
     idle = set(without_effect(model)) & set(chosen_here)
     model.set_params(**{name: getattr(defaults, name) for name in idle})
