@@ -244,7 +244,7 @@ def transform_F(
     ndarray of shape (n_samples, n_components), or GaussianPrior
         E exp F, or the prior.
     """
-    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate)
+    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate, verbose=verbose)
     counts = check_counts(X).to(check_device(device))
     loadings = check_fixed(W, counts, counts.shape[1], n_components, "W", "features")
     s = check_size_factors(size_factors, counts)
@@ -302,7 +302,7 @@ def transform_W(
     ndarray of shape (n_features, n_components)
     """
     check_choice("loss", loss, ("poisson", "frobenius"))
-    check_training(max_iter=max_iter, tol=tol)
+    check_training(max_iter=max_iter, tol=tol, verbose=verbose)
     counts = check_counts(X).to(check_device(device))
     factors = check_fixed(F, counts, counts.shape[0], n_components, "F", "samples")
     s = check_size_factors(size_factors, counts)

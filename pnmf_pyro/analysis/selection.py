@@ -233,6 +233,10 @@ def _trial(
     """Fit one part of the counts, predict the other: held-out deviance and loadings (D, L)."""
     train, test = thin_counts(table, fraction, np.random.RandomState(seed))
     seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
+    if not len(seen):
+        raise ValueError(
+            f"X has too few counts to be thinned: none is left to fit with train_fraction={fraction:g}."
+        )
     given = {"size_factors": size_factors, "random_state": seed, **parameters}
     model = fit(train[:, seen], n_components=number, **given)
     factors = torch.as_tensor(get_factors(model)) * (1 - fraction) / fraction

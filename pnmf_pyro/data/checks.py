@@ -59,6 +59,13 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
+def check_whole(name: str, value: object) -> int:
+    """Return `value` if it is a whole number of at least 0; raise a ValueError otherwise."""
+    if not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0; got {value!r}.")
+    return int(value)
+
+
 def check_number(
     name: str, value: float, low: float = -float("inf"), high: float = float("inf")
 ) -> float:
@@ -114,8 +121,16 @@ def check_callback(callback: object, interval: int) -> None:
     check_count("callback_interval", interval)
 
 
-def check_training(*, max_iter: int, tol: float, E: int = 1, learning_rate: float = 1.0) -> None:
+def check_training(
+    *,
+    max_iter: int,
+    tol: float,
+    E: int = 1,
+    learning_rate: float = 1.0,
+    verbose: bool | int = False,
+) -> None:
     """Raise a ValueError for settings of a training loop that cannot be used."""
+    check_number("verbose", verbose, low=0)
     check_count("max_iter", max_iter)
     check_count("E", E)
     check_positive("learning_rate", learning_rate)

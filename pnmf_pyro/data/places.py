@@ -19,6 +19,9 @@ from pnmf_pyro.data.tables import refuse_masked
 Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
 
 
+# Coordinates whose distances can be squared.
+LARGEST, SMALLEST = 1e100, 1e-100
+
 NO_GROUP = "groups must not be missing (None, NaN or NA). Give each sample a group."
 
 
@@ -110,6 +113,11 @@ def check_coordinates(
             f"coordinates must be finite; {len(bad)} samples have NaN or infinity there, the first "
             f"is sample {bad[0]}. Remove these samples."
         )
+    if np.abs(values).max(initial=0.0) > LARGEST:
+        raise ValueError(
+            f"coordinates must be at most {LARGEST:g}, or distances are not finite; the largest is "
+            f"{np.abs(values).max():g}. Use another unit."
+        )
     return torch.from_numpy(values)
 
 
@@ -152,6 +160,10 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
     if isinstance(groups, Tensor):
         groups = groups.detach().cpu()
     labels = np.asarray(groups)
+    if labels.dtype.kind in "mM" and not np.isnat(labels).any():
+        labels = labels.astype(str)
+    elif labels.dtype.kind == "S":
+        labels = np.char.decode(labels)
     if labels.shape != (n_samples,):
         raise ValueError(
             f"groups must have one entry for each of the {n_samples} samples, shape "
@@ -193,6 +205,16 @@ def _by_group(places: Places) -> list[Places]:
 
 def check_extent(places: Places) -> None:
     """Raise a ValueError where all places are one and the same."""
+    if 0 < extent(places) < SMALLEST:
+        raise ValueError(
+            f"coordinates must extend over at least {SMALLEST:g}; got {extent(places):g}. Use "
+            "another unit."
+        )
+    if places.groups is not None and len(places.groups.unique()) == len(places):
+        raise ValueError(
+            "groups must have samples at several places; each of these has one sample alone. Use "
+            "fewer groups, or spatial=False."
+        )
     if extent(places) == 0:
         raise ValueError(
             "coordinates must differ between samples; all samples are at one single place. Use "

@@ -53,6 +53,13 @@ class AnnDataKeys:
     key_added: str = "pnmf"
     copy: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.key_added, str) or not self.key_added:
+            raise ValueError(f"key_added must be a name; got {self.key_added!r}.")
+        for name in ("layer", "spatial_key", "batch_key"):
+            if not isinstance(given := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a name or None; got {given!r}.")
+
     def refuse(self) -> None:
         """Raise a ValueError where one is given for counts that are not in an AnnData object."""
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]

@@ -56,6 +56,7 @@ ACTS = {
     **dict.fromkeys(
         ("scheduler_pct_start", "scheduler_div_factor", "scheduler_final_div_factor"), ONE_CYCLE
     ),
+    "tol": Condition(lambda s: s.max_iter >= 20 or s.tol == 0, "max_iter is at least 20"),
     "E": Condition(_draws, "mode is another than 'lower-bound'"),
     "shuffle": Condition(
         lambda s: s.batch_size is not None or s.y_batch_size is not None,

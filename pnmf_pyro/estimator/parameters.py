@@ -20,6 +20,7 @@ from pnmf_pyro.data.checks import (
     check_flag,
     check_number,
     check_positive,
+    check_whole,
 )
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.gp.correlation import check_kernels
@@ -101,10 +102,15 @@ class FittedEstimator(Settings, Protocol):
 
 
 def _check_random_state(name: str, value: object) -> None:
+    if isinstance(value, np.random.Generator):
+        return
     try:
         check_random_state(value)
     except ValueError as error:
-        raise ValueError(f"{name} must be an int, a RandomState or None; got {value!r}.") from error
+        raise ValueError(
+            f"{name} must be an int from 0 to 2**32 - 1, a RandomState, a Generator or None; got "
+            f"{value!r}."
+        ) from error
 
 
 def _check_init(name: str, value: object) -> None:
@@ -212,7 +218,6 @@ _POSITIVE = ("learning_rate", "lengthscale", "sigma", "jitter")
 _LIMITS = {
     "tol": (0.0, inf),
     "verbose": (0, inf),
-    "scheduler_patience": (0, inf),
     "scheduler_factor": (0.0, 1.0),
     "scheduler_pct_start": (0.0, 1.0),
     "scheduler_div_factor": (1.0, inf),
@@ -232,6 +237,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(_POSITIVE, check_positive),
     **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
     **dict.fromkeys(_FLAGS, check_flag),
+    "scheduler_patience": check_whole,
     "random_state": _check_random_state,
     "init": _check_init,
     "kernel": _check_kernel,

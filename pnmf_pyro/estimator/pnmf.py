@@ -54,7 +54,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         three times in a row; 0 to go on to `max_iter`.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
-    random_state : int, RandomState or None
+    random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
     verbose : bool or int
         Whether to show a progress bar with the ELBO.
