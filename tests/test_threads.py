@@ -17,7 +17,7 @@ pytestmark = [
 
 random = np.random.default_rng(0)
 X, PLACES = random.poisson(3.0, (40, 10)), random.uniform(size=(40, 2))
-MODEL = dict(n_components=2, max_iter=20, random_state=0)
+MODEL = {"n_components": 2, "max_iter": 20, "random_state": 0}
 
 
 def natural():
@@ -55,7 +55,7 @@ def test_two_threads_give_the_bits_of_one(users_parameter):
 def test_numbers_of_components_are_compared_in_threads():
     from joblib import parallel_backend
 
-    how = dict(n_seeds=2, random_state=0, max_iter=10)
+    how = {"n_seeds": 2, "random_state": 0, "max_iter": 10}
     alone = pnmf_pyro.select_n_components(X, [1, 2], **how)
     with parallel_backend("threading"):
         threads = pnmf_pyro.select_n_components(X, [1, 2], n_jobs=2, **how)

@@ -235,7 +235,8 @@ def _trial(
     seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
     if not len(seen):
         raise ValueError(
-            f"X has too few counts to be thinned: none is left to fit with train_fraction={fraction:g}."
+            f"X has too few counts to be thinned: with train_fraction={fraction:g} none is left to "
+            "fit."
         )
     given = {"size_factors": size_factors, "random_state": seed, **parameters}
     model = fit(train[:, seen], n_components=number, **given)

@@ -84,8 +84,8 @@ def plain_table(X: Any) -> Any:
         X = _array(X)
     if len(X.shape) != 2:
         raise ValueError(
-            f"X must be {WANTED}; got {kind} of shape {tuple(X.shape)}. Reshape a single sample "
-            "with X.reshape(1, -1)."
+            f"X must be {WANTED}; got {kind} of shape {tuple(X.shape)}. Reshape your data "
+            "with X.reshape(1, -1) if it is a single sample."
         )
     return X
 

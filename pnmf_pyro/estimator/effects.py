@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.estimator.inputs import learned
 from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
 
@@ -32,6 +33,12 @@ def _draws(settings: Settings) -> bool:
 def _starts_at_lengthscale(settings: Settings) -> bool:
     own = isinstance(settings.kernel, SpatialKernel)
     return settings.spatial and not own and "lengthscale" not in learned(settings)
+
+
+def _has_plain_prior(settings: Settings) -> bool:
+    first = any(isinstance(stage, WarmUp) for stage in settings.stages or ())
+    own = settings.likelihood is not None and settings.stages is None
+    return first or own or (not settings.spatial and settings.prior is None)
 
 
 BY_GRADIENT = Condition(
@@ -95,9 +102,7 @@ ACTS = {
         lambda s: s.spatial and (s.training_mode == "standard" or s.diagonal_only),
         "spatial=True and training_mode='standard'",
     ),
-    "scale_pf": Condition(
-        lambda s: not s.spatial and s.prior is None, "spatial=False, without a prior of your own"
-    ),
+    "scale_pf": Condition(_has_plain_prior, "a stage trains factors that know no space"),
 }
 
 

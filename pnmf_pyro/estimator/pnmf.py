@@ -114,7 +114,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Whether the likelihood of a batch of features, and the divergence of a batch of samples, are
         scaled to those of all.
     scale_pf : float or 'auto'
-        Standard deviation of log-factors without space; `auto` for what maximises the ELBO.
+        Standard deviation of log-factors that know no space, also those of a warm-up; `auto` for
+        what maximises the ELBO.
     learn : tuple of {'lengthscale', 'sigma', 'nugget', 'group_diff_param'}
         Hyperparameters of fields to learn for each component. The nugget is the standard deviation
         of what each place has for itself.
