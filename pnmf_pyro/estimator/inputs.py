@@ -152,7 +152,12 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
     with warnings.catch_warnings():
         if names is not None or sp.issparse(X):  # which cannot hold names, to be compared
             warnings.filterwarnings("ignore", "X does not have valid feature names")
-        X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        try:
+            X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        except ValueError as error:
+            if "could not convert" not in str(error):
+                raise
+            raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
     if names is not None:
         _note_names(settings, names, reset)
     counts = check_counts(X)
