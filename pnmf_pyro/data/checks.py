@@ -243,7 +243,13 @@ def check_size_factors(
             "size_factors must be positive and finite; the lowest is "
             f"{values.min():g}. For a sample without counts use any positive number."
         )
-    return torch.from_numpy(values).to(counts.device, counts.dtype)
+    found = torch.from_numpy(values).to(counts.device, counts.dtype)
+    if not bool((torch.isfinite(found) & (found > 0)).all()):
+        raise ValueError(
+            f"size_factors must be within the range of {counts.dtype}; they are from "
+            f"{values.min():g} to {values.max():g}. Divide them by their mean."
+        )
+    return found
 
 
 def library_size_factors(counts: Counts, mean: float | None = None) -> np.ndarray:

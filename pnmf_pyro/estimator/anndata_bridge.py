@@ -39,6 +39,13 @@ def import_anndata() -> ModuleType:
     return import_optional("anndata", need, "anndata")
 
 
+# Columns of obs in which programs write coordinates.
+COORDINATE_COLUMNS = (
+    *(("x", "y"), ("X", "Y"), ("x_centroid", "y_centroid"), ("center_x", "center_y")),
+    *(("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row")),
+)
+
+
 @dataclass(frozen=True)
 class AnnDataKeys:
     """What to read from an AnnData object and where to write, by the parameters of `pnmf_pyro.fit`.
@@ -118,6 +125,12 @@ class AnnDataKeys:
                 "adata.X does not hold whole numbers, and there is a layer of counts: pass "
                 "layer='counts' to fit that."
             )
+        elif self.layer is None and adata.raw is not None and not _is_whole(X):
+            if _is_whole(adata.raw.X[:1000]):
+                warn(
+                    "adata.X does not hold whole numbers, and adata.raw does: pass "
+                    "adata.raw.to_adata() to fit that."
+                )
         return X
 
     def _coordinates(self, adata: AnnData, required: bool) -> np.ndarray | None:
@@ -131,6 +144,11 @@ class AnnDataKeys:
                 f"{list(adata.obsm)}. Name the coordinates, or pass None for a fit without space."
             )
         logger.info("adata.obsm has no %r: the fit knows no space", self.spatial_key)
+        if found := coordinates_elsewhere(adata):
+            warn(
+                f"adata.obsm has no {SPATIAL_KEY!r}, so this fit knows no space, and {found}. "
+                "For a fit without space pass spatial_key=None."
+            )
         return None
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
@@ -165,6 +183,21 @@ class AnnDataKeys:
             used |= {"spatial_key": self.spatial_key, "batch_key": self.batch_key}
         adata.uns[self.key_added] |= {k: v for k, v in used.items() if v is not None}
         return adata
+
+
+def coordinates_elsewhere(adata: AnnData) -> str:
+    """Say which parts of an AnnData object look like coordinates, and what to do; "" if none."""
+    for name in adata.obsm:
+        if name.lower().startswith(("x_spatial", "spatial", "coord", "xy")):
+            return f"obsm[{name!r}] looks like coordinates: pass spatial_key={name!r}"
+    for pair in COORDINATE_COLUMNS:
+        if set(pair) <= set(adata.obs):
+            columns = list(pair)
+            return (
+                f"the columns {' and '.join(pair)} of obs look like coordinates: set "
+                f"adata.obsm[{SPATIAL_KEY!r}] = adata.obs[{columns}].to_numpy()"
+            )
+    return ""
 
 
 def _is_whole(X: Any) -> bool:

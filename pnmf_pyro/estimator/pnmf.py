@@ -271,13 +271,15 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
 
-        What cannot be used is a ValueError. A ConvergenceWarning says that a stage ended while the
+        What cannot be used is a ValueError. A fit that fails, or is interrupted, leaves the
+        estimator as it was. A ConvergenceWarning says that a stage ended while the
         ELBO still rose, or that the ELBO ceased to be finite.
 
         Parameters
         ----------
-        X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
-            Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
+        X : array-like, Tensor, DataFrame, sparse matrix or AnnData of shape (n_samples, n_features)
+            Counts; any finite non-negative numbers are accepted. Sparse input stays sparse. Of an
+            AnnData object they are its X, and obsm["spatial"] are the coordinates unless given.
         y : ignored
         coordinates, groups : array-like of shape (n_samples, p) and (n_samples,), optional
             Places of a spatial model, in any unit, and labels of a multi-group model.
@@ -286,8 +288,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
             `components_` and the factors are those of that step.
-        size_factors : array-like of shape (n_samples,), optional
+        size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
+            `total` for total counts over their mean.
         """
         check_callback(callback, callback_interval)
         check_parameters(self)
@@ -337,9 +340,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         Without space they maximise the Poisson likelihood given the loadings, by multiplicative
         updates; the prior plays no part. For the posterior of a new sample see
-        :func:`~pnmf_pyro.transforms.transform_F`; `size_factors` are for this case. A spatial model
-        predicts E exp F at `coordinates`, a multi-group one for `groups`, from the field alone: X
-        is not looked at and may be None.
+        :func:`~pnmf_pyro.transforms.transform_F`. `size_factors` are for this case: where the fit
+        had "total" these are total counts on its scale unless given, where it had others they must
+        be given. A spatial model predicts E exp F at `coordinates`, which it needs, a multi-group
+        one for `groups`, from the field alone: X plays no part and may be None. An AnnData object
+        has its coordinates and groups where that of the fit had them.
 
         Returns
         -------
