@@ -125,12 +125,11 @@ class AnnDataKeys:
                 "adata.X does not hold whole numbers, and there is a layer of counts: pass "
                 "layer='counts' to fit that."
             )
-        elif self.layer is None and adata.raw is not None and not _is_whole(X):
-            if _is_whole(adata.raw.X[:1000]):
-                warn(
-                    "adata.X does not hold whole numbers, and adata.raw does: pass "
-                    "adata.raw.to_adata() to fit that."
-                )
+        elif self.layer is None and _only_raw_is_whole(adata, X):
+            warn(
+                "adata.X does not hold whole numbers, and adata.raw does: pass "
+                "adata.raw.to_adata() to fit that."
+            )
         return X
 
     def _coordinates(self, adata: AnnData, required: bool) -> np.ndarray | None:
@@ -198,6 +197,10 @@ def coordinates_elsewhere(adata: AnnData) -> str:
                 f"adata.obsm[{SPATIAL_KEY!r}] = adata.obs[{columns}].to_numpy()"
             )
     return ""
+
+
+def _only_raw_is_whole(adata: AnnData, X: Any) -> bool:
+    return adata.raw is not None and not _is_whole(X) and _is_whole(adata.raw.X[:1000])
 
 
 def _is_whole(X: Any) -> bool:

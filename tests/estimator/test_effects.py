@@ -1,5 +1,7 @@
 """Parameters without an effect are warned of, and no others."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -72,23 +74,23 @@ def test_a_warning_says_where_it_acts(counts):
 def test_a_parameter_of_the_recipe_acts_or_is_warned_of(name, a, b):
     random = np.random.default_rng(0)
     X, places = random.poisson(3.0, (20, 6)), random.uniform(size=(20, 2))
-    with pytest.MonkeyPatch.context() as patch:
-        heard: list[str] = []
-        patch.setattr("pnmf_pyro.estimator.effects.warn", heard.append)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
         first, second = (
             pnmf_pyro.fit(X, places, n_components=2, max_iter=24, **{name: value})
             for value in (a, b)
         )
     acts = not np.array_equal(get_factors(first), get_factors(second))
-    assert acts != any(message.startswith(name) for message in heard)
+    assert acts != any(str(one.message).startswith(f"{name}=") for one in heard)
 
 
-def test_the_recipe_warns_of_nothing_by_itself(recwarn):
+def test_the_recipe_warns_of_nothing_by_itself():
     random = np.random.default_rng(0)
     X, places = random.poisson(3.0, (20, 6)), random.uniform(size=(20, 2))
-    for where in ((), (places,), (places, ["a", "b"] * 10)):
-        for parameters in ({}, {"local": True}, {"training_mode": "standard"})[
-            : 1 + 2 * len(where)
-        ]:
-            pnmf_pyro.fit(X, *where, n_components=2, max_iter=24, **parameters)
-    assert not [w for w in recwarn if "no effect" in str(w.message)]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        pnmf_pyro.fit(X, n_components=2, max_iter=24)
+        for where in ((places,), (places, ["a", "b"] * 10)):
+            pnmf_pyro.fit(X, *where, n_components=2, max_iter=24)
+            pnmf_pyro.fit(X, *where, n_components=2, max_iter=24, local=True)
+    assert not [one for one in heard if "no effect" in str(one.message)]

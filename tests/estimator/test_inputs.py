@@ -78,7 +78,8 @@ def test_numbers_of_components_are_compared_for_every_form(form):
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (None, "NoneType|X must be given"), (3, "int"), ({"a": [1]}, "dict"), ({1}, "set"), (len, "builtin"),
+        (None, "NoneType|X must be given"), (3, "int"), ({"a": [1]}, "dict"), ({1}, "set"),
+        (len, "builtin"),
         ("counts.csv", "Read a file first"), (Path("counts.csv"), "Read a file first"),
         (type("SpatialData", (), {})(), r"X\.tables\['table'\]"),
         ([[1], [1, 2]], "rows of one length"), (X + 1j, "X|omplex"), (X.astype("M8[s]"), "X|date"),
