@@ -160,10 +160,6 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
     if isinstance(groups, Tensor):
         groups = groups.detach().cpu()
     labels = np.asarray(groups)
-    if labels.dtype.kind in "mM" and not np.isnat(labels).any():
-        labels = labels.astype(str)
-    elif labels.dtype.kind == "S":
-        labels = np.char.decode(labels)
     if labels.shape != (n_samples,):
         raise ValueError(
             f"groups must have one entry for each of the {n_samples} samples, shape "

@@ -164,7 +164,7 @@ def plot_spatial(
     coordinates = check_coordinates(_coordinates(places), None)
     if len(values) != len(coordinates):
         raise ValueError(
-            f"values must have one row for each of the {len(coordinates)} places; got "
+            f"coordinates and values must have one row for each sample; got {len(coordinates)} and "
             f"{len(values)}."
         )
     tissue = Tissue(coordinates, _labels(places, groups), len(values), look)

@@ -139,17 +139,6 @@ def test_labels_that_are_none_are_refused(groups):
         pnmf_pyro.fit(X, PLACES, groups, **QUICK)
 
 
-def test_dates_and_bytes_are_names_of_groups_that_a_file_keeps(tmp_path):
-    for groups in (np.arange(N).astype("M8[D]") - np.arange(N) // 2 * 2, SECTIONS.astype("S")):
-        model = pnmf_pyro.fit(X, PLACES, groups, **QUICK)
-        model.save(tmp_path / "m.npz")
-        again = PNMF.load(tmp_path / "m.npz")
-        assert again.groups_ == model.groups_
-        np.testing.assert_array_equal(
-            again.transform(None, PLACES, groups), model.transform(None, PLACES, groups)
-        )
-
-
 def test_an_anndata_object_is_read_as_the_fit_read_its_own(tmp_path):
     adata = adata_of()
     keys = {"layer": "raw", "spatial_key": "where", "batch_key": "section"}
