@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import pnmf_pyro
-from benchmarks import ours, peers, tables
+from benchmarks import ours, peers, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
 from benchmarks.measure import (
@@ -45,6 +45,9 @@ SVGP_GROWTH = {
     "N": (2000, 4000, 8000, 16000),
     "L": (2, 4, 8, 16),
 }
+
+
+BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads)}
 
 
 def benchmark(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:

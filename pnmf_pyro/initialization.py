@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.checks import check_choice, check_count, check_matrix, check_positive
 from pnmf_pyro.data.counts import Counts, CountsLike, Table
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 
 # Smallest total of a sample or feature that is divided by, relative to their mean.
@@ -23,6 +24,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 FLOOR = 1e-2
 
 
+@isolated
 def initialize_factors(
     X: CountsLike,
     n_components: int,

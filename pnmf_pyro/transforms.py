@@ -17,6 +17,7 @@ from pnmf_pyro.data.checks import (
     check_training,
 )
 from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -34,6 +35,7 @@ from pnmf_pyro.training.loop import progress_bar, train
 from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
 
 
+@isolated
 def log_factors(
     model: Fitted,
     coordinates: ArrayLike | None = None,
@@ -68,6 +70,7 @@ def log_factors(
     return _means(_field(model, coordinates, groups), return_tensor)
 
 
+@isolated
 def factor_uncertainty(
     model: Fitted,
     return_variance: bool = False,
@@ -87,6 +90,7 @@ def factor_uncertainty(
     return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
 
 
+@isolated
 def get_factors(
     model: Fitted,
     use_mgf: bool = True,
@@ -106,6 +110,7 @@ def get_factors(
     return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
 
 
+@isolated
 def factor_samples(
     model: Fitted,
     n_samples: int = 100,
@@ -161,16 +166,19 @@ def get_prior(model: Fitted) -> Prior:
     return fitted_module(model).prior
 
 
+@isolated
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
     """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
     return _means(check_prior(prior), return_tensor)
 
 
+@isolated
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
     """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
     return _factors(check_prior(prior), use_mgf, return_tensor)
 
 
+@isolated
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
@@ -178,6 +186,7 @@ def uncertainty_from_prior(
     return _spreads(check_prior(prior), return_variance, return_tensor)
 
 
+@isolated
 def transform_F(
     X: CountsLike,
     W: ArrayLike,
@@ -235,10 +244,10 @@ def transform_F(
     ndarray of shape (n_samples, n_components), or GaussianPrior
         E exp F, or the prior.
     """
-    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate)
+    check_training(E=E, max_iter=max_iter, tol=tol, learning_rate=learning_rate, verbose=verbose)
     counts = check_counts(X).to(check_device(device))
     loadings = check_fixed(W, counts, counts.shape[1], n_components, "W", "features")
-    s = check_size_factors(size_factors, counts.shape[0], counts)
+    s = check_size_factors(size_factors, counts)
     generator = torch_generator(random_state)
     model = model_near_posterior(counts, loadings, mode, E, s, scale_pf, generator)
     optimizer = OPTIMIZERS["Adam"](model.prior.parameters(), lr=learning_rate)
@@ -256,6 +265,7 @@ def transform_F(
     return model.prior if return_prior else factors_from_prior(model.prior)
 
 
+@isolated
 def transform_W(
     X: CountsLike,
     F: ArrayLike,
@@ -292,10 +302,10 @@ def transform_W(
     ndarray of shape (n_features, n_components)
     """
     check_choice("loss", loss, ("poisson", "frobenius"))
-    check_training(max_iter=max_iter, tol=tol)
+    check_training(max_iter=max_iter, tol=tol, verbose=verbose)
     counts = check_counts(X).to(check_device(device))
     factors = check_fixed(F, counts, counts.shape[0], n_components, "F", "samples")
-    s = check_size_factors(size_factors, counts.shape[0], counts)
+    s = check_size_factors(size_factors, counts)
     if s is not None:
         factors = factors * s[:, None]
     start = None
@@ -314,12 +324,11 @@ def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | Non
         return prior
     if coordinates is None:
         raise ValueError("coordinates must be given beside groups; got None.")
-    n = np.shape(coordinates)[0]
     encode = getattr(model, "encode_places", None)  # of an estimator, which names its groups
     if encode is not None:
-        return prior.at(encode(coordinates, groups, n))
+        return prior.at(encode(coordinates, groups))
     codes = None if groups is None else torch.as_tensor(groups, dtype=torch.int64)
-    return prior.at(Places(check_coordinates(coordinates, n), codes))
+    return prior.at(Places(check_coordinates(coordinates, None), codes))
 
 
 def check_prior(prior: object) -> Prior:

@@ -12,7 +12,9 @@ import torch
 from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import chosen_numbers, counts_of_fit, import_optional
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.fitted import Fitted, fitted_module
@@ -75,7 +77,9 @@ def to_arviz(
         "constant_data": {"loadings": (("feature", "component"), get_loadings(model)[columns])},
     }
     if X is not None:
-        chosen = counts_of_fit(X, (module.N, module.D)).numpy()[rows][:, columns]
+        chosen = counts_of_fit(keys_of(model).counts(X), (module.N, module.D)).numpy()[rows][
+            :, columns
+        ]
         observed = chosen.toarray() if sp.issparse(chosen) else chosen
         groups["observed_data"] = {"counts": (("sample", "feature"), observed)}
     names = np.asarray(getattr(model, "feature_names_in_", np.arange(module.D)))[columns]
@@ -95,6 +99,7 @@ def to_arviz(
     return xarray.DataTree.from_dict(sets) if inference_data is None else inference_data(**sets)
 
 
+@isolated
 def _draws(
     module: PoissonFactorization,
     rows: np.ndarray,

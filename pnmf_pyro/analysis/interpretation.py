@@ -18,6 +18,7 @@ from pnmf_pyro.analysis.statistics import neighbor_weights, places_of_samples
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count
 from pnmf_pyro.data.counts import BLOCK_ENTRIES, CountsLike
+from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import Fit, Results, counts_of_fit, results_of
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def spatial_scores(
     check_choice("of", of, ("components", "features"))
     found = results_of(fit, key)
     N = len(found.size_factors)
-    counts = counts_of_fit(found.counts(X), (N, len(found.loadings)))
+    counts = counts_of_fit(found.counts(keys_of(fit).counts(X)), (N, len(found.loadings)))
     coordinates = found.coordinates if coordinates is None else coordinates
     places = places_of_samples(coordinates, found.groups if groups is None else groups, N)
     codes = np.zeros(N, dtype=np.int64) if places.groups is None else places.groups.numpy()

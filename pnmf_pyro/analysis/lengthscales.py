@@ -11,8 +11,10 @@ from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.data.random_state import check_random_state
+from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import counts_of_fit
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
@@ -44,6 +46,7 @@ class LengthscaleProfile:
         return iter((self.lengthscales, self.loss))
 
 
+@isolated
 def lengthscale_profile(
     fit: Fitted, X: CountsLike, lengthscales: ArrayLike | None = None
 ) -> LengthscaleProfile:
@@ -75,7 +78,7 @@ def lengthscale_profile(
     prior: Any = module.prior
     if not hasattr(prior, "kernel"):
         raise ValueError("fit must be spatial to have lengthscales; this one knows no space.")
-    counts = counts_of_fit(X, (module.N, module.D))
+    counts = counts_of_fit(keys_of(fit).counts(X), (module.N, module.D))
     learned = prior.kernel.lengthscale.detach().cpu().numpy()
     if lengthscales is None:
         longest = max(extent(prior.places), learned.max())

@@ -42,8 +42,10 @@ from pnmf_pyro.analysis.statistics import (
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState
-from pnmf_pyro.estimator.results import counts_of_fit
+from pnmf_pyro.estimator.inputs import keys_of
+from pnmf_pyro.estimator.results import counts_of_fit, sample_names
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.loop import progress_bar
 
@@ -323,6 +325,7 @@ def prior_predictive_check(
     return _check("prior", model, X, where, statistics, n_draws, random_state, verbose)
 
 
+@isolated
 def _check(
     kind: str,
     model: Fitted,
@@ -336,15 +339,17 @@ def _check(
     """Work out the statistics of the data and of replicates, in one pass over these."""
     check_count("n_draws", n_draws)
     module = fitted_module(model)
-    counts = counts_of_fit(X, (module.N, module.D)).numpy()
+    keys = keys_of(model)
+    counts = counts_of_fit(keys.counts(X), (module.N, module.D)).numpy()
     sparse = sp.issparse(counts)
     table = sp.csr_array(counts) if sparse else counts
-    places = getattr(module.prior, "places", None)
+    places = module.prior.places
+    if places is None:
+        where = keys.where(X, *where)
     if any(given is not None for given in where):
         places = places_of_samples(*where, module.N)
-    rows = getattr(X, "index", None)  # lists and tensors have a method of this name
     names: dict[str, Sequence] = {
-        "sample": range(module.N) if rows is None or callable(rows) else list(rows),
+        "sample": sample_names(X, module.N),
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])

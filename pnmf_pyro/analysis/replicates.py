@@ -21,6 +21,7 @@ from torch import Tensor
 from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.fitted import Fitted, fitted_module
@@ -72,15 +73,27 @@ def replicated_counts(
     generator = torch_generator(random_state)
     while left > 0:
         n = min(group, left)
-        with module.apart(inherit=True), drawing_from(generator, module.W.device):
-            latents = draw_latents(program, n)
-            drawn = [_tables(draw_counts(module, latents, block), sparse) for block in blocks]
-        tables = [_joined(parts) for parts in zip(*drawn, strict=True)]
-        del drawn
+        tables = _drawn(module, program, n, blocks, sparse, generator)
         group = max(1, min(GROUP, HELD_ENTRIES // max(1, tables[0].size)))
         left -= n
         yield from tables
         del tables
+
+
+@isolated
+def _drawn(
+    module: PoissonFactorization,
+    program: Program,
+    n: int,
+    blocks: Sequence[Tensor],
+    sparse: bool,
+    generator: torch.Generator,
+) -> list[Table]:
+    """Draw n tables, a block of samples at a time."""
+    with module.apart(inherit=True), drawing_from(generator, module.W.device):
+        latents = draw_latents(program, n)
+        drawn = [_tables(draw_counts(module, latents, block), sparse) for block in blocks]
+    return [_joined(parts) for parts in zip(*drawn, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.matching import match_factors
 from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.analysis.tables import as_table
-from pnmf_pyro.data.checks import _numeric_matrix, check_count, check_counts, check_size_factors
+from pnmf_pyro.data.checks import check_count, check_counts, check_size_factors
 from pnmf_pyro.data.counts import CountsLike, as_counts
 from pnmf_pyro.data.random_state import RandomState, check_random_state
+from pnmf_pyro.data.tables import numeric_matrix
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.recipe import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.training.loop import progress_bar
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 # Steps without noise: they settle soon, and only predictions are compared.
 FAST: dict[str, Any] = {"mode": "lower-bound"}
+
+# Parameters of `fit` that say what to read of an AnnData object.
+READ = {"layer", "spatial_key", "batch_key"}
 
 CAVEATS = (
     "The curve says how many components can be told from noise with this many counts of these "
@@ -188,8 +193,10 @@ def select_n_components(
     """
     from joblib import Parallel, delayed
 
+    keys = AnnDataKeys(**{key: parameters.pop(key) for key in READ & parameters.keys()})
+    X, coordinates, groups = keys.take_apart(X, coordinates, groups, parameters.get("spatial"))
     counts = check_counts(X)
-    s = check_size_factors(size_factors, counts.shape[0], counts)
+    s = check_size_factors(size_factors, counts)
     numbers = _checked_numbers(n_components, max(counts.shape))
     if check_count("n_seeds", n_seeds) < 2:
         raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
@@ -226,6 +233,11 @@ def _trial(
     """Fit one part of the counts, predict the other: held-out deviance and loadings (D, L)."""
     train, test = thin_counts(table, fraction, np.random.RandomState(seed))
     seen = np.flatnonzero(np.asarray(train.sum(0)).ravel() > 0)
+    if not len(seen):
+        raise ValueError(
+            f"X has too few counts to be thinned: with train_fraction={fraction:g} none is left to "
+            "fit."
+        )
     given = {"size_factors": size_factors, "random_state": seed, **parameters}
     model = fit(train[:, seen], n_components=number, **given)
     factors = torch.as_tensor(get_factors(model)) * (1 - fraction) / fraction
@@ -261,7 +273,7 @@ def thin_counts(
     Each count goes to the first table with probability `fraction`, and to the second otherwise
     (binomial thinning). Sparse counts give CSR matrices; X must hold whole numbers.
     """
-    matrix = as_counts(_numeric_matrix(X)).numpy()
+    matrix = as_counts(numeric_matrix(X)).numpy()
     entries = matrix.data if sp.issparse(matrix) else matrix
     whole = np.asarray(entries).astype(np.int64)
     if not np.array_equal(whole, entries):

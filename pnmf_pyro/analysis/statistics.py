@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -53,7 +53,16 @@ class Statistic:
 
     def __call__(self, table: Table) -> np.ndarray:
         """Return the values for a table, shape (m,), float64."""
-        return np.atleast_1d(np.asarray(self.function(table), dtype=np.float64)).ravel()
+        try:
+            values = np.atleast_1d(np.asarray(self.function(table), dtype=np.float64)).ravel()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"statistic {self.name!r} must give numbers: {error}.") from error
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"statistic {self.name!r} must give finite numbers; got NaN or infinity. Give a "
+                "number also for tables where it is not defined."
+            )
+        return values
 
 
 def total(table: Table, axis: int) -> np.ndarray:
@@ -182,6 +191,11 @@ def chosen_statistics(
     `places` are those of the samples, which "moran" needs, and `feature_names` label the pairs of
     "correlation", which are taken among the most abundant features of `table`, (N, D).
     """
+    if not (wanted is None or callable(wanted) or isinstance(wanted, str | Collection)):
+        raise ValueError(
+            f"statistics must be names among {', '.join(map(repr, NAMES))}, or functions; got "
+            f"{wanted!r}."
+        )
     if wanted is None:
         wanted = [name for name in NAMES if name != "moran" or places is not None]
     elif isinstance(wanted, str) or callable(wanted):

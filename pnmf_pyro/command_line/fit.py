@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
     written, complete = _keep(options, model, table)
-    explained = _deviance_explained(model, table.X, chosen["size_factors"])
+    explained = _deviance_explained(model, table.X)
     shared.say(
         options,
         f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components, "
@@ -148,11 +148,11 @@ def _fit(
     return model, not any(issubclass(one.category, ConvergenceWarning) for one in heard)
 
 
-def _deviance_explained(model: PNMF, X: CountsLike, size_factors: np.ndarray | None) -> float:
+def _deviance_explained(model: PNMF, X: CountsLike) -> float:
     counts = as_counts(X)
     s = counts.values.new_ones(counts.shape[0], 1)
-    if size_factors is not None:
-        s *= torch.from_numpy(size_factors)[:, None]
+    if model.model_.size_factors is not None:
+        s *= model.model_.size_factors.cpu()[:, None]
     feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
     factors = torch.as_tensor(get_factors(model)).to(s) * s
     loadings = torch.as_tensor(get_loadings(model)).to(s)

@@ -15,7 +15,7 @@ from pnmf_pyro.command_line.count_table import CountTable, found_places
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
-from pnmf_pyro.data.checks import check_counts, library_size_factors, warn
+from pnmf_pyro.data.checks import warn
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
@@ -205,9 +205,8 @@ def _warn_unused_places(adata: AnnData) -> None:
 
 def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
     """Size factors, seed, verbosity and parameters of PNMF, by the names that fits take."""
-    total = options.size_factors == "total"
     return {
-        "size_factors": library_size_factors(check_counts(table.X)) if total else None,
+        "size_factors": "total" if options.size_factors == "total" else None,
         "random_state": options.seed,
         "verbose": not options.quiet,
         **dict(options.set),

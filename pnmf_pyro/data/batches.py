@@ -137,4 +137,4 @@ class Batches:
 
 def _split(order: Tensor, size: int | None) -> Sequence[Tensor | None]:
     """Cut into pieces of `size`, the last perhaps smaller; one piece is no index at all."""
-    return (None,) if size is None or size >= len(order) else order.split(size)
+    return (None,) if size is None or size >= len(order) else order.split(int(size))

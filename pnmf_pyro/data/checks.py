@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from pnmf_pyro.data.atomic import check_replaceable
-from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, as_counts
+from pnmf_pyro.data.tables import numeric_matrix, refuse_masked
 
 Choice = TypeVar("Choice")
 
@@ -59,6 +60,13 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
+def check_whole(name: str, value: object) -> int:
+    """Return `value` if it is a whole number of at least 0; raise a ValueError otherwise."""
+    if not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0; got {value!r}.")
+    return int(value)
+
+
 def check_number(
     name: str, value: float, low: float = -float("inf"), high: float = float("inf")
 ) -> float:
@@ -81,12 +89,15 @@ def check_array(name: str, values: CountsLike) -> np.ndarray:
 
     Sparse input becomes dense. float32 stays float32, and everything else becomes float64.
     """
+    refuse_masked(name, values)
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().to_dense()
     elif hasattr(values, "toarray"):
         values = values.toarray()
     try:
         array = np.asarray(values)
+        if array.dtype.kind in "cmM":
+            raise TypeError(f"got entries of type {array.dtype}")
         return array if array.dtype == np.float32 else array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}.") from error
@@ -116,8 +127,16 @@ def check_callback(callback: object, interval: int) -> None:
     check_count("callback_interval", interval)
 
 
-def check_training(*, max_iter: int, tol: float, E: int = 1, learning_rate: float = 1.0) -> None:
+def check_training(
+    *,
+    max_iter: int,
+    tol: float,
+    E: int = 1,
+    learning_rate: float = 1.0,
+    verbose: bool | int = False,
+) -> None:
     """Raise a ValueError for settings of a training loop that cannot be used."""
+    check_number("verbose", verbose, low=0)
     check_count("max_iter", max_iter)
     check_count("E", E)
     check_positive("learning_rate", learning_rate)
@@ -170,7 +189,7 @@ def check_counts(X: CountsLike) -> Counts:
 
 def check_matrix(X: CountsLike) -> Counts:
     """Check a matrix like :func:`check_counts`, but say nothing of numbers that are not whole."""
-    counts = as_counts(_numeric_matrix(X))
+    counts = as_counts(numeric_matrix(X))
     values = counts.values
     if not bool(torch.isfinite(values).all()):
         n_nan = int(values.isnan().sum())
@@ -195,43 +214,6 @@ def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> No
     _warn_empty("features", column_totals, feature_names)
 
 
-def _numeric_matrix(X: CountsLike) -> Counts | MatrixLike:
-    """Return counts, a tensor, a sparse matrix or an array of numbers, of two dimensions."""
-    matrix: Counts | MatrixLike
-    if isinstance(X, (Counts, Tensor)) or hasattr(X, "tocsr"):
-        matrix = cast(Counts | MatrixLike, X)
-    elif (
-        hasattr(X, "sparse")
-        and hasattr(X, "dtypes")
-        and all("Sparse" in str(kind) for kind in X.dtypes)
-    ):
-        matrix = X.sparse.to_coo()
-    else:
-        matrix = np.asarray(X)
-    if len(matrix.shape) != 2:
-        raise ValueError(
-            f"X must be a matrix of shape (samples, features); got shape {tuple(matrix.shape)}. "
-            "Reshape a single sample with X.reshape(1, -1)."
-        )
-    if 0 in matrix.shape:
-        raise ValueError(f"X must have samples and features; got shape {tuple(matrix.shape)}.")
-    if isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "biuf":
-        return _as_numbers(matrix)
-    return matrix
-
-
-def _as_numbers(matrix: np.ndarray) -> np.ndarray:
-    try:
-        if matrix.dtype.kind in "OV":
-            return matrix.astype(np.float64)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(
-        f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
-        "Drop columns of text and convert the rest to numbers."
-    )
-
-
 def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:
     empty = torch.nonzero(totals == 0)[:, 0].tolist()
     if empty:
@@ -243,14 +225,19 @@ def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -
 
 
 def check_size_factors(
-    size_factors: ArrayLike | None, n_samples: int, like: Counts
+    size_factors: ArrayLike | None, counts: Counts, mean: float | None = None
 ) -> Tensor | None:
-    """Return size factors, n_samples positive numbers or None, with the type and device of `like`.
+    """Return the size factors of counts, (N,), with their type and device; None for None.
 
-    A wrong length or an entry that is not positive and finite raises a ValueError.
+    "total" stands for total counts over `mean`, that of these counts unless given. Another word, a
+    wrong length, or an entry that is not positive and finite raises a ValueError.
     """
     if size_factors is None:
         return None
+    n_samples = counts.shape[0]
+    if isinstance(size_factors, str):
+        check_choice("size_factors", size_factors, ("total",))
+        size_factors = library_size_factors(counts, mean)
     values = check_array("size_factors", size_factors).astype(np.float64)
     if values.shape != (n_samples,):
         raise ValueError(
@@ -262,17 +249,31 @@ def check_size_factors(
             "size_factors must be positive and finite; the lowest is "
             f"{values.min():g}. For a sample without counts use any positive number."
         )
-    return torch.from_numpy(values).to(like.device, like.dtype)
+    found = torch.from_numpy(values).to(counts.device, counts.dtype)
+    if not bool((torch.isfinite(found) & (found > 0)).all()):
+        raise ValueError(
+            f"size_factors must be within the range of {counts.dtype}; they are from "
+            f"{values.min():g} to {values.max():g}. Divide them by their mean."
+        )
+    return found
 
 
-def library_size_factors(counts: Counts) -> np.ndarray:
-    """Return row totals divided by their mean, an array of shape (N,).
+def library_size_factors(counts: Counts, mean: float | None = None) -> np.ndarray:
+    """Return row totals divided by their mean, or by that of other counts, an array of shape (N,).
 
     Samples without counts get the lowest total of the others.
     """
+    return _totals(counts) / (mean_total(counts) if mean is None else mean)
+
+
+def mean_total(counts: Counts) -> float:
+    """Return what :func:`library_size_factors` divides totals by."""
+    return float(_totals(counts).mean())
+
+
+def _totals(counts: Counts) -> np.ndarray:
     totals = counts.row_totals.cpu().numpy()
-    totals = np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
-    return totals / totals.mean()
+    return np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
 
 
 MODES = ("simple", "expanded", "lower-bound")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_array, warn
+from pnmf_pyro.data.tables import refuse_masked
 
 # What selects from tensors and from arrays, in the same way.
 Selection: TypeAlias = Tensor | np.ndarray | slice | tuple[slice, None]
@@ -24,6 +25,9 @@ PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 
 # Largest coordinate, and one over the smallest extent, of which the squares are still numbers.
 FARTHEST = 1e100
+
+
+NO_GROUP = "groups must not be missing (None, NaN or NA). Give each sample a group."
 
 
 @dataclass(frozen=True)
@@ -88,22 +92,22 @@ class Places:
 
 
 def check_coordinates(
-    coordinates: ArrayLike | None, n_samples: int, dimensions: int | None = None
+    coordinates: ArrayLike | None, n_samples: int | None, dimensions: int | None = None
 ) -> Tensor:
     """Return coordinates as a float64 tensor of shape (n_samples, dimensions).
 
     Coordinates that are missing, of another shape or not finite raise a ValueError. Any number of
-    dimensions is right where it is None.
+    samples, or of dimensions, is right where it is None.
     """
     if coordinates is None:
         raise ValueError(
-            "coordinates must be given for a spatial model, of shape "
-            f"(n_samples, dimensions) with n_samples={n_samples}; got None. Pass coordinates=, or "
+            "coordinates must be given for a spatial model, of shape (n_samples, dimensions); got "
+            "None. Pass coordinates=, or "
             "use spatial=False."
         )
     values = check_array("coordinates", coordinates).astype(np.float64)
-    wanted = f"({n_samples}, {dimensions or 'dimensions'})"
-    fits = values.ndim == 2 and len(values) == n_samples and values.shape[1] > 0
+    wanted = f"({n_samples or 'n_samples'}, {dimensions or 'dimensions'})"
+    fits = values.ndim == 2 and n_samples in (None, len(values)) and values.shape[1] > 0
     if not fits or dimensions not in (None, values.shape[1]):
         raise ValueError(
             f"coordinates must have one row for each sample, shape {wanted}; got {values.shape}."
@@ -156,6 +160,9 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
             "groups must be given for a model with multigroup=True, one for each of the "
             f"{n_samples} samples; got None. Pass groups=, or use multigroup=False."
         )
+    refuse_masked("groups", groups)
+    if isinstance(groups, list | tuple) and any(_is_missing(label) for label in groups):
+        raise ValueError(NO_GROUP)  # in an array of text NaN would be the word
     if isinstance(groups, Tensor):
         groups = groups.detach().cpu()
     labels = np.asarray(groups)
@@ -165,8 +172,10 @@ def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
             f"({n_samples},); got shape {labels.shape}."
         )
     found = labels.tolist()
-    if any(label is None or label != label for label in found):
-        raise ValueError("groups must not be missing (None or NaN). Give each sample a group.")
+    if any(_is_missing(label) for label in found):
+        raise ValueError(NO_GROUP)
+    if any(isinstance(label, complex) for label in found):
+        raise ValueError("groups must be names or real numbers; got complex numbers.")
     return [_plain_label(label) for label in found]
 
 
@@ -174,6 +183,13 @@ def _plain_label(label: Hashable) -> Hashable:
     """Text, numbers, bytes and dates as they are, and the text of anything else."""
     label = label.item() if isinstance(label, np.generic) else label
     return label if type(label) in PLAIN_LABELS else str(label)
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except (TypeError, ValueError):  # pandas.NA is neither equal nor unequal; an array has many
+        return not hasattr(label, "shape")
 
 
 def spacing(places: Places) -> float:
@@ -197,6 +213,11 @@ def _by_group(places: Places) -> list[Places]:
 
 def check_extent(places: Places) -> None:
     """Raise a ValueError where all places are one and the same."""
+    if places.groups is not None and len(places.groups.unique()) == len(places):
+        raise ValueError(
+            "groups must have samples at several places; each of these has one sample alone. Use "
+            "fewer groups, or spatial=False."
+        )
     if extent(places) == 0:
         raise ValueError(
             "coordinates must differ between samples; all samples are at one single place. Use "

@@ -13,11 +13,11 @@ import scipy.sparse as sp
 
 from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     STAGE_COLUMNS,
     Fit,
-    counts_of,
     import_optional,
     named,
     plain,
@@ -44,6 +44,13 @@ def import_h5py() -> ModuleType:
     return import_optional("h5py", "Writing .h5ad files needs h5py", "anndata")
 
 
+# Columns of obs in which programs write coordinates.
+COORDINATE_COLUMNS = (
+    *(("x", "y"), ("X", "Y"), ("x_centroid", "y_centroid"), ("center_x", "center_y")),
+    *(("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row")),
+)
+
+
 @dataclass(frozen=True)
 class AnnDataKeys:
     """What to read from an AnnData object and where to write, by the parameters of `pnmf_pyro.fit`.
@@ -57,6 +64,13 @@ class AnnDataKeys:
     batch_key: str | None = None
     key_added: str = "pnmf"
     copy: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key_added, str) or not self.key_added:
+            raise ValueError(f"key_added must be a name; got {self.key_added!r}.")
+        for name in ("layer", "spatial_key", "batch_key"):
+            if not isinstance(given := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a name or None; got {given!r}.")
 
     def refuse(self) -> None:
         """Raise a ValueError where one is given for counts that are not in an AnnData object."""
@@ -78,13 +92,33 @@ class AnnDataKeys:
         """
         return self.counts(adata), *self.places(adata, spatial)
 
+    def take_apart(
+        self, X: Any, coordinates: Any, groups: Any, spatial: bool | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Return counts, coordinates and groups of what may be an AnnData object.
+
+        Coordinates and groups that are passed beside it count. Anything else stays as it is.
+        """
+        return self.counts(X), *self.where(X, coordinates, groups, spatial)
+
+    def where(
+        self, X: Any, coordinates: Any, groups: Any, spatial: bool | None = None
+    ) -> tuple[Any, Any]:
+        """Return coordinates and groups, see :meth:`take_apart`."""
+        if not is_anndata(X) or coordinates is not None:
+            return coordinates, groups
+        coordinates, found = self.places(X, spatial)
+        return coordinates, found if groups is None else groups
+
     def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
         coordinates = None if spatial is False else self._coordinates(adata, bool(spatial))
         return coordinates, self._groups(adata, coordinates)
 
-    def counts(self, adata: AnnData) -> Any:
-        """Return the counts of an AnnData object, see :meth:`read`."""
+    def counts(self, adata: Any) -> Any:
+        """Return the counts of an AnnData object, see :meth:`read`; anything else as it is."""
+        if not is_anndata(adata):
+            return adata
         if adata.isbacked and adata.is_view and not self.copy:
             raise ValueError(
                 "adata is a view of a file, to which results cannot be written. Use copy=True, or "
@@ -111,6 +145,11 @@ class AnnDataKeys:
                 f"{list(adata.obsm)}. Name the coordinates, or pass None for a fit without space."
             )
         logger.info("adata.obsm has no %r: the fit knows no space", self.spatial_key)
+        if found := coordinates_elsewhere(adata):
+            warn(
+                f"adata.obsm has no {SPATIAL_KEY!r}, so this fit knows no space, and {found}. "
+                "For a fit without space pass spatial_key=None."
+            )
         return None
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
@@ -145,6 +184,25 @@ class AnnDataKeys:
             used |= {"spatial_key": self.spatial_key, "batch_key": self.batch_key}
         adata.uns[self.key_added] |= {k: v for k, v in used.items() if v is not None}
         return adata
+
+
+def coordinates_elsewhere(adata: AnnData) -> str:
+    """Say which parts of an AnnData object look like coordinates, and what to do; "" if none."""
+    for name in adata.obsm:
+        if name.lower().startswith(("x_spatial", "spatial", "coord", "xy")):
+            return f"obsm[{name!r}] looks like coordinates: pass spatial_key={name!r}"
+    for pair in COORDINATE_COLUMNS:
+        if set(pair) <= set(adata.obs):
+            columns = list(pair)
+            return (
+                f"the columns {' and '.join(pair)} of obs look like coordinates: set "
+                f"adata.obsm[{SPATIAL_KEY!r}] = adata.obs[{columns}].to_numpy()"
+            )
+    return ""
+
+
+def _only_raw_is_whole(adata: AnnData, X: Any) -> bool:
+    return adata.raw is not None and not _is_whole(X) and _is_whole(adata.raw.X[:1000])
 
 
 def _is_whole(X: Any) -> bool:

@@ -10,13 +10,13 @@ from pyro import poutine
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import check_counts, check_training
 from pnmf_pyro.data.counts import Counts, CountsLike
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import (
     RandomState,
     check_random_state,
     drawing_from,
     torch_generator,
 )
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
@@ -44,6 +44,7 @@ class ModelFit(TrainingResult):
     model: PoissonFactorization = field(kw_only=True, repr=False)
 
 
+@isolated
 def fit_model(
     model: PoissonFactorization,
     X: CountsLike,
@@ -118,7 +119,6 @@ def fit_model(
     """
     check_training(max_iter=max_iter, tol=0.0, learning_rate=learning_rate)
     objective = FactorizationELBO(model.mode, n_draws)
-    X = AnnDataKeys().counts(X) if hasattr(X, "obsm") else X
     counts = _check_fits(check_counts(X), model).to(model.W.dtype).to(model.W.device)
     random = check_random_state(random_state)
     model.assign(*start_values(counts, model.L, init, random, model.size_factors))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import validate_data
 
 from pnmf_pyro.data.checks import (
     check_counts,
     check_device,
     check_size_factors,
+    mean_total,
+    some_of,
     warn,
     warn_empty,
 )
@@ -25,6 +30,8 @@ from pnmf_pyro.data.places import (
     warn_lengthscale,
 )
 from pnmf_pyro.data.sparse_structure import checked_csr
+from pnmf_pyro.data.tables import is_anndata, plain_table
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.parameters import HYPERPARAMETERS, FittedEstimator, Settings
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors import Prior
@@ -32,12 +39,16 @@ from pnmf_pyro.priors import Prior
 
 @dataclass
 class Data:
-    """Data of a fit, checked: counts (N, D), size factors (N,), places (N,) and names of groups."""
+    """Data of a fit, checked: counts (N, D), size factors (N,), places (N,) and names of groups.
+
+    Where size factors are total counts, `mean_total` is what these were divided by.
+    """
 
     counts: Counts
     size_factors: torch.Tensor | None
     places: Places | None = None
     groups: GroupCodes | None = None
+    mean_total: float | None = None
 
 
 def check_places(
@@ -104,18 +115,54 @@ def learned(settings: Settings) -> list[str]:
     return [name for name in there if name in named]
 
 
-def check_table(settings: Settings, X: CountsLike, reset: bool) -> Counts:
+def read_data(
+    settings: Settings,
+    X: CountsLike,
+    coordinates: MaybeArray,
+    groups: MaybeArray,
+    size_factors: ArrayLike | None,
+) -> Data:
+    """Check what a fit is given; the estimator takes note of the features.
+
+    Of an AnnData object the counts are its X, and the coordinates of a spatial fit obsm["spatial"].
+    """
+    names = feature_names(X)
+    X, coordinates, groups = AnnDataKeys().take_apart(X, coordinates, groups, settings.spatial)
+    counts = check_table(settings, X, names, reset=True)
+    s = check_size_factors(size_factors, counts)
+    total = None if not isinstance(size_factors, str) else mean_total(counts)
+    return Data(counts, s, *check_places(settings, coordinates, groups, counts.shape[0]), total)
+
+
+def feature_names(X: object) -> np.ndarray | None:
+    """Return the names of features of an AnnData object; those of others scikit-learn sees."""
+    return np.asarray(X.var_names, dtype=object) if is_anndata(X) else None
+
+
+def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, reset: bool) -> Counts:
     """Check counts of samples, and put them on the device of the fit.
 
     The estimator takes note of the features of a fit (`reset`); other samples must have them.
     """
+    X = plain_table(X)
+    columns = getattr(X, "columns", None)
+    if not getattr(columns, "is_unique", True):
+        raise ValueError("X has columns of one name. Name each feature once, or pass an array.")
     if isinstance(X, torch.Tensor):
-        X = as_counts(X.detach()).numpy()
+        X = as_counts(X).numpy()
     with warnings.catch_warnings():
-        if sp.issparse(X):  # which cannot hold names, to be compared with those of the fit
+        if names is not None or sp.issparse(X):  # which cannot hold names, to be compared
             warnings.filterwarnings("ignore", "X does not have valid feature names")
+        if sp.issparse(X):
             X = checked_csr(X)
-        X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        try:
+            X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
+        except ValueError as error:
+            if "could not convert" not in str(error):
+                raise
+            raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
+    if names is not None:
+        _note_names(settings, names, reset)
     counts = check_counts(X)
     if reset:
         warn_empty(counts, getattr(settings, "feature_names_in_", None))
@@ -127,21 +174,56 @@ def check_table(settings: Settings, X: CountsLike, reset: bool) -> Counts:
     return counts.to(check_device(settings.device))
 
 
-def check_new(
-    model: FittedEstimator, X: CountsLike, size_factors: MaybeArray
-) -> tuple[Counts, torch.Tensor, torch.Tensor | None]:
-    """Check new samples; return counts, the loadings (D, L) of the fit, and size factors."""
-    counts = check_table(model, X, reset=False)
-    loadings = torch.from_numpy(model.components_.T.copy()).to(counts.values)
-    return counts, loadings, check_size_factors(size_factors, counts.shape[0], counts)
+def _note_names(settings: Any, names: np.ndarray, reset: bool) -> None:
+    """Keep the names of the features of a fit, or compare those of other samples with them."""
+    if reset:
+        settings.feature_names_in_ = names
+        return
+    known = getattr(settings, "feature_names_in_", names)
+    if list(names) != list(known):
+        other = [name for name in names if name not in set(known)]
+        what = f"{some_of(other)} are not among them" if other else "their order differs"
+        raise ValueError(
+            f"The feature names of X must be those of the fit, in the same order; {what}. Select "
+            "them by name: X[:, model.feature_names_in_]."
+        )
+
+
+def check_new(model: FittedEstimator, X: CountsLike) -> Counts:
+    """Check new samples of a model; those of an AnnData object are read as the fit read its own."""
+    names = feature_names(X)
+    return check_table(model, keys_of(model).counts(X), names, reset=False)
+
+
+def size_factors_of(
+    model: FittedEstimator, size_factors: ArrayLike | None, counts: Counts
+) -> torch.Tensor | None:
+    """Check size factors of new samples: total counts, unless given, where the fit had these."""
+    if size_factors is None and model.model_.size_factors is not None:
+        if model.mean_total_ is None:
+            raise ValueError(
+                "size_factors must be given: the model was fitted with some. Pass those of these "
+                "samples, on the same scale; got None."
+            )
+        size_factors = "total"
+    return check_size_factors(size_factors, counts, model.mean_total_)
+
+
+def keys_of(model: object) -> AnnDataKeys:
+    """Return where the fit of a model read an AnnData object, which others are read alike."""
+    return getattr(model, "keys_", None) or AnnDataKeys()
 
 
 def encode_places(
-    model: FittedEstimator, coordinates: MaybeArray, groups: MaybeArray, n_samples: int
+    model: FittedEstimator,
+    coordinates: MaybeArray,
+    groups: MaybeArray,
+    n_samples: int | None = None,
 ) -> Places:
     """Check new places against those of the fit, and give their groups the codes of it.
 
-    A model that is not spatial, and places that do not fit it, are a ValueError.
+    A model that is not spatial, and places that do not fit it, are a ValueError. There may be any
+    number of them where `n_samples` is None.
     """
     known = model.model_.prior.places
     if known is None:
@@ -150,5 +232,6 @@ def encode_places(
     if model.groups_ is None and groups is not None:
         raise ValueError("groups are for models with multigroup=True; leave them out.")
     coordinates = check_coordinates(coordinates, n_samples, known.coordinates.shape[1])
-    codes = None if model.groups_ is None else GroupCodes(model.groups_).encode(groups, n_samples)
-    return Places(coordinates, codes)
+    if model.groups_ is None:
+        return Places(coordinates)
+    return Places(coordinates, GroupCodes(model.groups_).encode(groups, len(coordinates)))

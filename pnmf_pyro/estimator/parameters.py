@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from pnmf_pyro.data.checks import (
     check_flag,
     check_number,
     check_positive,
+    check_whole,
 )
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.gp.correlation import check_kernels
@@ -99,13 +100,19 @@ class FittedEstimator(Settings, Protocol):
     model_: PoissonFactorization
     elbo_: float
     elbo_se_: float
+    mean_total_: float | None
 
 
 def _check_random_state(name: str, value: object) -> None:
+    if isinstance(value, np.random.Generator):
+        return
     try:
         check_random_state(value)
     except ValueError as error:
-        raise ValueError(f"{name} must be an int, a RandomState or None; got {value!r}.") from error
+        raise ValueError(
+            f"{name} must be an int from 0 to 2**32 - 1, a RandomState, a Generator or None; got "
+            f"{value!r}."
+        ) from error
 
 
 def _check_init(name: str, value: object) -> None:
@@ -216,7 +223,6 @@ _POSITIVE = ("learning_rate", "lengthscale", "sigma", "jitter")
 _LIMITS = {
     "tol": (0.0, inf),
     "verbose": (0, inf),
-    "scheduler_patience": (0, inf),
     "scheduler_factor": (0.0, 1.0),
     "scheduler_pct_start": (0.0, 1.0),
     "scheduler_div_factor": (1.0, inf),
@@ -236,6 +242,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(_POSITIVE, check_positive),
     **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
     **dict.fromkeys(_FLAGS, check_flag),
+    "scheduler_patience": check_whole,
     "random_state": _check_random_state,
     "init": _check_init,
     "kernel": _check_kernel,
@@ -249,8 +256,12 @@ CHECKS: dict[str, Check] = {
 
 def check_parameters(settings: Settings) -> None:
     """Raise a ValueError that names a parameter which cannot be used, and says what could."""
-    for name, check in CHECKS.items():
-        value = getattr(settings, name)
-        if value is not None or name not in _MAY_BE_NONE:
-            check(name, value)
+    check_values({name: getattr(settings, name) for name in CHECKS})
     check_combinations(settings)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for values that cannot be those of the parameters, whatever the others."""
+    for name, value in values.items():
+        if name in CHECKS and (value is not None or name not in _MAY_BE_NONE):
+            CHECKS[name](name, value)

@@ -13,10 +13,13 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 import pnmf_pyro.estimator.prediction as prediction
-from pnmf_pyro.data.checks import check_callback, check_size_factors
+from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.estimator.inputs import Data, check_places, check_table, encode_places
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.effects import warn_without_effect
+from pnmf_pyro.estimator.inputs import encode_places, read_data
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.saved_models import read_model, write_model
@@ -52,7 +55,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         three times in a row; 0 to go on to `max_iter`.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
-    random_state : int, RandomState or None
+    random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
     verbose : bool or int
         Whether to show a progress bar with the ELBO.
@@ -112,7 +115,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Whether the likelihood of a batch of features, and the divergence of a batch of samples, are
         scaled to those of all.
     scale_pf : float or 'auto'
-        Standard deviation of log-factors without space; `auto` for what maximises the ELBO.
+        Standard deviation of log-factors that know no space, also those of a warm-up; `auto` for
+        what maximises the ELBO.
     learn : tuple of {'lengthscale', 'sigma', 'nugget', 'group_diff_param'}
         Hyperparameters of fields to learn for each component. The nugget is the standard deviation
         of what each place has for itself.
@@ -142,6 +146,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
         The Pyro model and guide, fitted.
+    mean_total_ : float or None
+        Mean total count of the samples, where the fit had size_factors="total".
+    keys_ : AnnDataKeys or None
+        What :func:`pnmf_pyro.fit` read of an AnnData object, which others are read alike.
 
     Examples
     --------
@@ -250,6 +258,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.prior = prior
         self.likelihood = likelihood
 
+    @isolated
     def fit(
         self,
         X: CountsLike,
@@ -264,13 +273,15 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
 
-        What cannot be used is a ValueError. A ConvergenceWarning says that a stage ended while the
+        What cannot be used is a ValueError. A fit that fails, or is interrupted, leaves the
+        estimator as it was. A ConvergenceWarning says that a stage ended while the
         ELBO still rose, or that the ELBO ceased to be finite.
 
         Parameters
         ----------
-        X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features)
-            Counts; any finite non-negative numbers are accepted. Sparse input stays sparse.
+        X : array-like, Tensor, DataFrame, sparse matrix or AnnData of shape (n_samples, n_features)
+            Counts; any finite non-negative numbers are accepted. Sparse input stays sparse. Of an
+            AnnData object they are its X, and obsm["spatial"] are the coordinates unless given.
         y : ignored
         coordinates, groups : array-like of shape (n_samples, p) and (n_samples,), optional
             Places of a spatial model, in any unit, and labels of a multi-group model.
@@ -279,24 +290,31 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
             `components_` and the factors are those of that step.
-        size_factors : array-like of shape (n_samples,), optional
+        size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
+            `total` for total counts over their mean.
         """
         check_callback(callback, callback_interval)
         check_parameters(self)
-        counts = check_table(self, X, reset=True)
-        s = check_size_factors(size_factors, counts.shape[0], counts)
-        data = Data(counts, s, *check_places(self, coordinates, groups, counts.shape[0]))
-        self.groups_ = None if data.groups is None else data.groups.names
+        warn_without_effect(self)
+        before = vars(self).copy()
 
         def report(model: PoissonFactorization, iteration: int, elbo: float) -> None:
             if callback is not None and iteration % callback_interval == 0:
                 self._publish(model)
                 callback(self, iteration, elbo)
 
-        model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
-        self._publish(model)
-        self.n_iter_ = len(self.history_)
+        try:
+            data = read_data(self, X, coordinates, groups, size_factors)
+            self.groups_ = None if data.groups is None else data.groups.names
+            self.mean_total_ = data.mean_total
+            self.keys_: AnnDataKeys | None = None
+            model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
+            self._publish(model)
+            self.n_iter_ = len(self.history_)
+        except BaseException:
+            self.__dict__ = before  # all of it at once, or an interrupt might leave half
+            raise
         return (self.history_, self) if return_history else self
 
     def fit_transform(
@@ -311,6 +329,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.fit(X, y, coordinates=coordinates, groups=groups, **kwargs)
         return prediction.typed_like(X, np.asarray(get_factors(self)))
 
+    @isolated
     def transform(
         self,
         X: CountsLike | None,
@@ -323,9 +342,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         Without space they maximise the Poisson likelihood given the loadings, by multiplicative
         updates; the prior plays no part. For the posterior of a new sample see
-        :func:`~pnmf_pyro.transforms.transform_F`; `size_factors` are for this case. A spatial model
-        predicts E exp F at `coordinates`, a multi-group one for `groups`, from the field alone: X
-        is not looked at and may be None.
+        :func:`~pnmf_pyro.transforms.transform_F`. `size_factors` are for this case: where the fit
+        had "total" these are total counts on its scale unless given, where it had others they must
+        be given. A spatial model predicts E exp F at `coordinates`, which it needs, a multi-group
+        one for `groups`, from the field alone: X plays no part and may be None. An AnnData object
+        has its coordinates and groups where that of the fit had them.
 
         Returns
         -------
@@ -343,6 +364,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return prediction.expected_counts(self, transformed, totals)
 
+    @isolated
     def score(
         self,
         X: CountsLike,
@@ -361,9 +383,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors)
 
-    def encode_places(self, coordinates: MaybeArray, groups: MaybeArray, n_samples: int) -> Places:
-        """Check `n_samples` new places, and give their groups the codes that the fit has."""
-        return encode_places(self, coordinates, groups, n_samples)
+    def encode_places(self, coordinates: MaybeArray, groups: MaybeArray) -> Places:
+        """Check new places, and give their groups the codes that the fit has."""
+        return encode_places(self, coordinates, groups)
 
     def save(self, path: str | os.PathLike) -> None:
         """Save the fitted model to one file, usually .npz, which is read without running code."""

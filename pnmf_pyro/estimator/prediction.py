@@ -7,8 +7,14 @@ import torch
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
-from pnmf_pyro.data.counts import CountsLike, MaybeArray
-from pnmf_pyro.estimator.inputs import check_new, encode_places, refuse_places
+from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
+from pnmf_pyro.estimator.inputs import (
+    check_new,
+    encode_places,
+    keys_of,
+    refuse_places,
+    size_factors_of,
+)
 from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.models import PoissonFactors
 from pnmf_pyro.priors import GaussianPrior
@@ -24,18 +30,37 @@ def new_factors(
     size_factors: MaybeArray,
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
-    if model.model_.prior.places is None:
+    spatial = model.model_.prior.places is not None
+    coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
+    if not spatial:
         refuse_places(coordinates, groups)
-        counts, loadings, s = check_new(model, X, size_factors)
-        max_iter = max(model.max_iter, 200)
-        found = factors_given_loadings(counts, loadings, s, max_iter=max_iter).cpu().numpy()
+        counts = check_new(model, X)
+        s = size_factors_of(model, size_factors, counts)
+        W, max_iter = _loadings(model, counts), max(model.max_iter, 200)
+        found = factors_given_loadings(counts, W, s, max_iter=max_iter).cpu().numpy()
         return typed_like(X, found)
     if size_factors is not None:
         raise ValueError(
             "size_factors do not change what a spatial model predicts at new places, the "
             "factors; multiply the expected counts by them instead."
         )
-    return np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
+    if coordinates is None:
+        raise ValueError(
+            "coordinates must be given: a spatial model predicts the factors of samples from "
+            "their places alone. Those of the fit's own samples are "
+            "pnmf_pyro.transforms.get_factors(model)."
+        )
+    factors = np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
+    if X is not None and len(factors) != (n := check_new(model, X).shape[0]):
+        raise ValueError(
+            f"coordinates must have one row for each of the {n} samples of X; got {len(factors)}."
+        )
+    return factors
+
+
+def _loadings(model: FittedEstimator, counts: Counts) -> torch.Tensor:
+    """The loadings (D, L) of the fit, with the type and device of counts."""
+    return torch.from_numpy(model.components_.T.copy()).to(counts.values)
 
 
 def typed_like(X: object, factors: np.ndarray) -> np.ndarray:
@@ -80,9 +105,12 @@ def mean_log_likelihood(
             "score is the likelihood of Poisson counts, and this model has another likelihood; "
             "compare elbo_ or predictive checks instead."
         )
-    counts, loadings, s = check_new(model, X, size_factors)
     prior = model.model_.prior
-    if prior.places is None:
+    spatial = prior.places is not None
+    coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
+    counts = check_new(model, X)
+    s, loadings = size_factors_of(model, size_factors, counts), _loadings(model, counts)
+    if not spatial:
         refuse_places(coordinates, groups)
         scale = prior.scale_pf if isinstance(prior, GaussianPrior) else 1.0
         return held_out_bound(counts, loadings, s, scale) / counts.shape[0]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pnmf_pyro.data.checks import check_choice, check_counts, library_size_factors
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.effects import without_effect
+from pnmf_pyro.estimator.parameters import check_values
 from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.results import SPATIAL_KEY, is_anndata
+from pnmf_pyro.estimator.results import SPATIAL_KEY
 from pnmf_pyro.estimator.stages import (
     Correlate,
     LearnHyperparameters,
@@ -95,6 +98,7 @@ PRIORS = {
 }
 
 
+@isolated
 def fit(
     X: CountsLike | AnnData,
     coords: MaybeArray = None,
@@ -191,6 +195,7 @@ def _fit_anndata(
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
     model = _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
+    model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
     return (model, written) if keys.copy else model
 
@@ -203,29 +208,34 @@ def _fit_arrays(
     size_factors: MaybeArray,
     parameters: dict[str, Any],
 ) -> PNMF:
-    if isinstance(size_factors, str):
-        check_choice("size_factors", size_factors, ("total",))
-        size_factors = library_size_factors(check_counts(X))
-    recipe, n_places = RECIPE, 0
-    if coords is not None:
-        n_places = len(cast(Sized, coords))
-        recipe = _spatial(n_places, groups, parameters)
+    check_values({"n_components": n_components, **parameters})
+    X = plain_table(X)
+    n_samples, n_features = np.shape(X)
+    recipe = RECIPE if coords is None else _spatial(n_samples, groups, parameters)
     if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
         recipe = {**recipe, **ANY_LIKELIHOOD}
     if parameters.get("mode") == "simple":
         recipe = {**recipe, "E": 3}  # which needs draws
     chosen = {**recipe, **parameters}
-    if n_components > min(np.shape(X)):  # more than a decomposition has
+    if n_components > min(n_samples, n_features):  # more than a decomposition has
         chosen = {**chosen, "init": None, **parameters}
     model = PNMF(n_components=n_components, **chosen)
+    _reset_without_effect(model, chosen.keys() - parameters.keys())
     described = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     logger.info("fit with n_components=%d, %s", n_components, described)
     if model.spatial:
-        logger.info("%d places, %s", n_places, PRIORS[model.local])
+        logger.info("%d places, %s", n_samples, PRIORS[model.local])
     model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
     return model
+
+
+def _reset_without_effect(model: PNMF, chosen_here: Collection[str]) -> None:
+    """Put what the recipe chose, and does not act, to its default: it is not for a warning."""
+    defaults = PNMF(model.n_components)
+    idle = set(without_effect(model)) & set(chosen_here)
+    model.set_params(**{name: getattr(defaults, name) for name in idle})
 
 
 def _spatial(n_samples: int, groups: MaybeArray, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,8 @@ Tables, scores and plots read a fit through :func:`results_of` and never ask whe
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property
 from importlib import import_module
@@ -15,11 +14,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array, check_counts
 from pnmf_pyro.data.counts import Counts, CountsLike
+from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.training.fitted import Fitted, fitted_module, module_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
 
@@ -215,12 +214,6 @@ def is_fit(thing: object) -> TypeIs[Fit]:
     return known or module_of(thing) is not None
 
 
-def is_anndata(thing: object) -> TypeIs[AnnData]:
-    """Say whether something is an AnnData object, without importing anndata."""
-    anndata = sys.modules.get("anndata")
-    return anndata is not None and isinstance(thing, anndata.AnnData)
-
-
 def import_optional(name: str, need: str, extra: str) -> ModuleType:
     """Import a package that not everybody needs, or say how to install it."""
     try:
@@ -255,19 +248,6 @@ def named(value: object) -> Any:
     return getattr(value, "__name__", type(value).__name__) if callable(value) else plain(value)
 
 
-def counts_of(adata: AnnData, layer: str | None = None) -> Any:
-    """Return X or a layer of an AnnData object in memory, sparse where it is sparse."""
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"layer={layer!r} is not there; its layers are {list(adata.layers)}.")
-    X = adata.X if layer is None else adata.layers[layer]
-    if X is None:
-        raise ValueError(f"adata has no X; name a layer of counts, of {list(adata.layers)}.")
-    for read in ("to_memory", "compute"):  # of a file, of dask
-        if hasattr(X, read):
-            return getattr(X, read)()
-    return X if sp.issparse(X) else np.asarray(X)
-
-
 def counts_of_fit(X: CountsLike, shape: tuple[int, int]) -> Counts:
     """Return X as counts; raise a ValueError unless they have the fit's shape (N, D)."""
     counts = check_counts(X)
@@ -277,6 +257,12 @@ def counts_of_fit(X: CountsLike, shape: tuple[int, int]) -> Counts:
             "samples, fit them or select those of the fit."
         )
     return counts
+
+
+def sample_names(X: CountsLike, n_samples: int) -> Sequence[Hashable]:
+    """Return the names of the samples of X; their numbers where it has none."""
+    names = getattr(X, "obs_names", getattr(X, "index", None))
+    return range(n_samples) if names is None or callable(names) else list(names)
 
 
 def chosen_numbers(name: str, chosen: ArrayLike | None, size: int) -> np.ndarray:

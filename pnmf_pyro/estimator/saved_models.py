@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable
+from dataclasses import asdict
 from datetime import date, datetime
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from pnmf_pyro.data.places import GroupCodes, Places
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
 from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
 from pnmf_pyro.estimator.plan import History, spatial_prior
@@ -33,6 +35,7 @@ class Saved(FittedEstimator, Protocol):
     history_: History
     n_iter_: int
     n_features_in_: int
+    keys_: AnnDataKeys | None
     feature_names_in_: np.ndarray
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "elbo": model.elbo_,
         "elbo_se": model.elbo_se_,
         "stages": model.history_.stages,
+        "mean_total": model.mean_total_,
+        "keys": None if model.keys_ is None else asdict(model.keys_),
     }
     arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
     arrays["components"] = model.components_
@@ -212,7 +217,9 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.components_ = arrays["components"]
     model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
     model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
-    model.elbo_se_ = header.get("elbo_se", float("nan"))  # version 0.1 did not tell
+    model.elbo_se_ = float(header.get("elbo_se", "nan"))  # version 0.1 did not tell
+    model.mean_total_, keys = header.get("mean_total"), header.get("keys")
+    model.keys_ = None if keys is None else AnnDataKeys(**keys)
     return model
 
 

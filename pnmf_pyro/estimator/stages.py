@@ -338,7 +338,8 @@ def _independent(draft: Draft, N: int, size_factors: torch.Tensor | None) -> Poi
     """A Poisson factorisation of N samples, of the same loadings, whose factors know no space."""
     model, settings = draft.model, draft.settings
     y = torch.empty((model.D, N), dtype=model.W.dtype, device="meta")
-    prior = GaussianPrior(y, model.L, use_natural_gradients=settings.training_mode == "natural")
+    scale = 1.0 if isinstance(settings.scale_pf, str) else settings.scale_pf
+    prior = GaussianPrior(y, model.L, scale, settings.training_mode == "natural")
     independent = PoissonFactorization(
         prior, y, model.L, model.loadings_mode, model.mode, size_factors=size_factors
     )

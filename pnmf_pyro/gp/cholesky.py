@@ -38,7 +38,7 @@ def jittered_cholesky(
     if len(bad):
         raise ValueError(
             f"The covariance of the {what}{_named(names, bad)} is not finite. Check coordinates "
-            "for extreme values, and the hyperparameters of the kernel."
+            "for extreme values, and hyperparameters of the kernel such as the lengthscale."
         )
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
     left, tril = torch.arange(len(matrices), device=matrices.device), matrices

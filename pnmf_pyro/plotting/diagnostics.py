@@ -83,6 +83,8 @@ def _elbo_values(history: Fit | ArrayLike, key: str) -> tuple[np.ndarray, Sequen
     """Values of the ELBO, and the stages that they are of where these are known."""
     if not is_fit(history):
         values = check_array("history", history).astype(np.float64)
+        if values.ndim != 1 or not len(values):
+            raise ValueError(f"history must be numbers, one a step; got shape {values.shape}.")
         return values, getattr(history, "stages", ())
     found = results_of(history, key)
     if found.elbo_history is None:
@@ -114,7 +116,7 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     if not isinstance(profile, LengthscaleProfile):
         raise ValueError(
             f"profile must be what lengthscale_profile returned; got {type(profile).__name__}. For "
-            "a fit, pass lengthscale_profile(fit, X)."
+            "a spatial model, pass lengthscale_profile(model, X)."
         )
     ax = one_axes(ax, (5, 3.2))
     excess = profile.loss - profile.loss.min()

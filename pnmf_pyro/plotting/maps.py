@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.places import check_coordinates
+from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
     SPATIAL_KEY,
     Fit,
     Results,
     chosen_numbers,
-    counts_of,
-    is_anndata,
     is_fit,
     results_of,
 )
@@ -148,7 +148,8 @@ def plot_spatial(
     ndarray of matplotlib Axes, one for each panel
     """
     look = MapStyle(**style)
-    if isinstance(values, str) or isinstance(values[0], str):
+    several = isinstance(values, list | tuple | np.ndarray) and len(values) > 0
+    if isinstance(values, str) or (several and isinstance(values[0], str)):
         names = np.atleast_1d(values)
         titles = [*map(verbatim, names)] if titles is None else titles
         values = np.stack([_named_values(places, name) for name in names], 1)
@@ -160,7 +161,13 @@ def plot_spatial(
     titles = [""] * n_panels if titles is None else titles
     if len(titles) != n_panels:
         raise ValueError(f"titles must be {n_panels}, one for each panel; got {len(titles)}.")
-    tissue = Tissue(_coordinates(places), _labels(places, groups), len(values), look)
+    coordinates = check_coordinates(_coordinates(places), None)
+    if len(values) != len(coordinates):
+        raise ValueError(
+            f"coordinates and values must have one row for each sample; got {len(coordinates)} and "
+            f"{len(values)}."
+        )
+    tissue = Tissue(coordinates, _labels(places, groups), len(values), look)
     axes = panels(n_panels, *tissue.panel_size(n_panels), axes)
     scales = _scales(values, look)
     shown = []

@@ -50,7 +50,7 @@ def check_fixed(
         For another shape, and for entries that are negative or not finite.
     """
     matrix = check_array(name, values)
-    if matrix.ndim != 2 or len(matrix) != n_rows:
+    if matrix.ndim != 2 or len(matrix) != n_rows or matrix.shape[1] == 0:
         raise ValueError(
             f"{name} must have one row for each of the {n_rows} {rows} of X and one column for "
             f"each component; got shape {matrix.shape}."
@@ -62,7 +62,7 @@ def check_fixed(
     if not (np.isfinite(matrix).all() and (matrix >= 0).all()):
         raise ValueError(f"{name} must be finite and not negative; pass it in exp-space.")
     if not matrix.any():
-        raise ValueError(f"{name} must have entries above zero, or no rate is; all are zero.")
+        raise ValueError(f"{name} must have entries above 0, or there is nothing to fit; got none.")
     return torch.from_numpy(matrix).to(counts.device, counts.dtype)
 
 

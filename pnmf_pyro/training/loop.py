@@ -8,17 +8,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 
 import pyro
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.data.random_state import drawing_from
+from pnmf_pyro.data.isolation import isolated, openmp
+from pnmf_pyro.data.random_state import drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
@@ -59,6 +58,7 @@ class TrainingResult:
 Steps = Sequence[tuple[Step, Schedule]]
 
 
+@isolated
 def train(
     model: PoissonFactorization,
     batches: Iterable[Batch],
@@ -133,6 +133,9 @@ def train(
                 result.failure = _describe_failure(error, iteration, model, objective, batch)
                 checkpoint.restore()
                 break
+            except KeyboardInterrupt:
+                checkpoint.restore()
+                raise
             elbo = -checkpoint.accepted
             result.history.append(elbo)
             for set_next_size in after:
@@ -196,6 +199,7 @@ def progress_bar(total: int, verbose: int, label: str) -> tqdm:
     return tqdm(total=total, disable=not verbose, desc=label)
 
 
+@isolated
 def evaluate_elbo(
     model: PoissonFactorization,
     batches: Batches,
@@ -248,14 +252,8 @@ def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
     """
     entries = 0 if batch.counts is None else batch.counts.values.numel()
     few = entries + model.prior.matrix_entries < FEW_ENTRIES
-    with _openmp().limit(limits=1 if few else None):
+    with openmp().limit(limits=1 if few else None):
         yield
-
-
-@cache
-def _openmp() -> ThreadpoolController:
-    """The threads of torch. After `torch.set_num_threads` batched inverses of torch 2.13 fail."""
-    return ThreadpoolController().select(user_api="openmp")
 
 
 class _Checkpoint:
@@ -335,7 +333,8 @@ def _culprit(model: PoissonFactorization, objective: FactorizationELBO, batch: B
     """Name a parameter or a term of the ELBO that is not finite."""
     culprit = _first_not_finite(dict(model.named_parameters()))
     if culprit is None:
-        with torch.no_grad(), pyro.validation_enabled(False):
+        source = drawing_from(torch_generator(0), model.W.device)
+        with torch.no_grad(), source, pyro.validation_enabled(False):
             terms = objective.terms(model.model, model.guide, batch)
         culprit = _first_not_finite(terms) or "ELBO"
     return culprit

@@ -29,7 +29,7 @@ def test_entries(convert, entry, message):
     [
         (np.empty((0, 5)), "0 sample"),
         (np.empty((5, 0)), "0 feature"),
-        (np.ones(5), "Expected 2D array"),
+        (np.ones(5), r"got ndarray of shape \(5,\)"),
         (np.full((4, 3), "gene"), "strings|text"),
         ("counts.csv", "array"),
         (None, "array|None"),

@@ -1,0 +1,128 @@
+"""What surrounds a call changes no bit of it, and a call moves nothing of what surrounds it."""
+
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+
+import pnmf_pyro
+from pnmf_pyro import PNMF
+from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.transforms import factor_samples, get_factors, transform_F, transform_W
+from tests.support.interrupts import shared_state
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+random = np.random.default_rng(0)
+X, PLACES = random.poisson(3.0, (30, 8)), random.uniform(size=(30, 2))
+
+
+@contextmanager
+def default_type(kind: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "float64": lambda: default_type(torch.float64),
+    "bfloat16": lambda: default_type(torch.bfloat16),
+    "device meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "scale": lambda: poutine.scale(scale=3.0),
+    "mask": lambda: poutine.mask(mask=False),
+    "block": poutine.block,
+    "trace": poutine.trace,
+    "plate": lambda: pyro.plate("components", 7),
+    "seed": lambda: poutine.seed(rng_seed=5),
+}
+
+
+def results() -> dict[str, np.ndarray]:
+    """What fits, draws, predictions and checks give, some of each."""
+    flat = PNMF(2, max_iter=6, random_state=0).fit(X)
+    steps = pnmf_pyro.fit(X, n_components=2, max_iter=8)
+    space = pnmf_pyro.fit(X, PLACES, n_components=2, max_iter=8)
+    local = pnmf_pyro.fit(X, PLACES, n_components=2, max_iter=8, local=True, K=5)
+    check = pnmf_pyro.posterior_predictive_check(flat, X, n_draws=5, random_state=0)
+    found = {f"factors {i}": get_factors(m) for i, m in enumerate((flat, steps, space, local))}
+    return found | {
+        "draws": factor_samples(space, 3, coordinates=PLACES[:5] + 0.01, random_state=0),
+        "local draws": factor_samples(local, 3, random_state=0),
+        "transform": flat.transform(X),
+        "new places": space.transform(None, PLACES[:4] + 0.02),
+        "score": np.array([flat.score(X), space.score(X, coordinates=PLACES)]),
+        "transform_F": transform_F(X, flat.components_.T, max_iter=5),
+        "transform_W": transform_W(X, get_factors(flat), max_iter=5),
+        "check": np.asarray(check.table()["replicated"]),
+        "elbo": np.array([flat.elbo_, steps.elbo_, space.elbo_, local.elbo_]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, np.ndarray]:
+    return results()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings_change_no_bit(name, alone, users_parameter):
+    with ExitStack() as around:
+        around.enter_context(SURROUNDINGS[name]())
+        before = shared_state() if name != "device meta" else None
+        found = results()
+        if before is not None:
+            assert shared_state() == before
+    for what, expected in alone.items():
+        np.testing.assert_array_equal(found[what], expected, err_msg=what)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda: PNMF(2, loadings_mode="exp", learning_rate=1e4, scheduler=None, random_state=0),
+        lambda: PNMF(2, spatial=True, jitter=1e30, random_state=0, max_iter=5),
+    ],
+    ids=["diverges", "refused"],
+)
+def test_a_fit_that_fails_reads_and_moves_no_generator(fit, users_parameter):
+    def ended() -> str:
+        model = fit()
+        where = {"coordinates": PLACES} if model.spatial else {}
+        try:
+            return repr(model.fit(X, **where).elbo_)
+        except (FloatingPointError, ValueError) as error:
+            return str(error)
+
+    before = shared_state()
+    first = ended()
+    assert shared_state() == before
+    torch.manual_seed(99)
+    assert ended() == first
+
+
+def test_an_isolated_function_is_a_fresh_process():
+    @isolated
+    def inside() -> tuple:
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(),
+            torch.empty(0).device.type,
+            len(pyro.poutine.runtime._PYRO_STACK),
+        )
+
+    with torch.inference_mode(), torch.device("meta"), default_type(torch.float64), poutine.block():
+        assert inside() == (True, False, torch.float32, "cpu", 0)
+        assert torch.is_inference_mode_enabled()
+        assert torch.empty(0).device.type == "meta"
