@@ -41,7 +41,7 @@ def add(commands: shared.Commands) -> None:
             "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
         ),
         fine="the fit has settled, and results are written",
-        look="results are written, but the fit had not settled: a warning says what to do",
+        look="results are written, but the fit had not settled or is no use: a warning says what to do",
     )
     parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
     parser.add_argument("--out", "-o", required=True, help="where to write results: .h5ad or .npz")
