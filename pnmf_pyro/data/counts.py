@@ -379,8 +379,8 @@ def _real(X: Table) -> Table:
         raise ValueError(f"X must hold real numbers; got {X.dtype}.")
     if X.dtype in (np.float32, np.float64):
         return X
-    values = np.asarray(X.data if sp.issparse(X) else X)
-    return X.astype(np.float64 if (values > LARGE_TOTAL).any() else np.float32)
+    largest = np.asarray(X.data if sp.issparse(X) else X).max(initial=0)
+    return X.astype(np.float64 if float(largest) > LARGE_TOTAL else np.float32)
 
 
 def _canonical(matrix: sp.csr_matrix) -> sp.csr_matrix:

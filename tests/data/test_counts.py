@@ -222,7 +222,7 @@ def test_products_equal_dense_products(counts, X, block):
     np.testing.assert_allclose(counts.transposed_matmul(given, A), masked.T @ A.numpy(), atol=1e-12)
 
 
-def test_blocks_together_are_the_matrix(counts, X, block):
+def test_blocks_together_are_the_matrix(block, counts, X):
     parts = list(counts.blocks())
     assert (len(parts) > 3) == (block == "blocks")
     np.testing.assert_array_equal(np.vstack([part.to_dense() for _, part in parts]), X)
