@@ -236,6 +236,11 @@ def named_statistics(
                 "check a spatial model."
             )
         weights = neighbor_weights(places).astype(table.dtype)
+        if not weights.nnz:
+            raise ValueError(
+                "groups must have several samples, or the statistic 'moran' has no neighbours; "
+                "each sample is alone in its group."
+            )
         return [Statistic(name, "feature", partial(moran, weights=weights), *meaning)]
     if name == "correlation":
         chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])

@@ -115,6 +115,13 @@ def _check_random_state(name: str, value: object) -> None:
         ) from error
 
 
+def _check_jitter(name: str, value: Any) -> None:
+    if check_positive(name, value) > 1:
+        raise ValueError(
+            f"{name} is relative to the variance and must be at most 1; got {value!r}."
+        )
+
+
 def _check_init(name: str, value: object) -> None:
     named = value if isinstance(value, list | tuple) else [value]
     if not named:
@@ -219,7 +226,7 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "neighbors": ("knn", "probabilistic"),
 }
 _COUNTS = ("n_components", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
-_POSITIVE = ("learning_rate", "lengthscale", "sigma", "jitter")
+_POSITIVE = ("learning_rate", "lengthscale", "sigma")
 _LIMITS = {
     "tol": (0.0, inf),
     "verbose": (0, inf),
@@ -242,6 +249,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(_POSITIVE, check_positive),
     **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
     **dict.fromkeys(_FLAGS, check_flag),
+    "jitter": _check_jitter,
     "scheduler_patience": check_whole,
     "random_state": _check_random_state,
     "init": _check_init,

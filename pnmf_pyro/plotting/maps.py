@@ -156,7 +156,10 @@ def plot_spatial(
     values = check_array("values", values)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"values must be of shape (n_samples, n_panels); got {values.shape}.")
+        raise ValueError(
+            "values must be of shape (n_samples, n_panels), a row for each of the places; got "
+            f"{values.shape}."
+        )
     n_panels = values.shape[1]
     titles = [""] * n_panels if titles is None else titles
     if len(titles) != n_panels:
