@@ -117,15 +117,8 @@ def look_at(path: Path, form: TextForm) -> Look:
             "delete it or put # before it; if the separator is wrong, name it with --separator"
         )
     shorter = len(first) == end - 1  # as R writes headings where rows have names
-    columns = [*zip(*(row for row in body if len(row) == width), strict=True)]
-    words = [_holds_words(column, is_number) for column in columns]
-    n_names = 0
-    while n_names < end and (
-        words[n_names] or (n_names and not any(map(is_number, columns[n_names])))
-    ):
-        n_names += 1
-    while end > n_names and words[end - 1]:
-        end -= 1
+    columns = [*zip(*(row for row in body if len(row) == width), strict=True)][:end]
+    n_names, end = _columns_of_words(columns, is_number)
     if wants_heading is not False and not shorter:
         while n_names < end - 1 and NO_HEADING.fullmatch(first[n_names].strip()):
             n_names += 1
@@ -148,6 +141,24 @@ def look_at(path: Path, form: TextForm) -> Look:
         n_names,
         names_known=wants_names is not None or n_names > 0,
     )
+
+
+def _columns_of_words(columns: Sequence[Sequence[str]], is_number: IsNumber) -> tuple[int, int]:
+    """Number of columns of names at the left, and of columns without those of words at the right.
+
+    Names at the left may begin with numbers, and may be missing, but for the first.
+    """
+    words = [_holds_words(column, is_number) for column in columns]
+    n_names, end = 0, len(columns)
+    if len(words) > 2 and words[1]:
+        n_names = 1
+    while n_names < end and (
+        words[n_names] or (n_names and not any(map(is_number, columns[n_names])))
+    ):
+        n_names += 1
+    while end > n_names and words[end - 1]:
+        end -= 1
+    return n_names, end
 
 
 def _rows(path: Path, separator: str | None) -> tuple[list[str], list[list[str]], int, int, str]:

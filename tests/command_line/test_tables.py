@@ -42,6 +42,8 @@ def dense(table):
         ("# Constructed from biom file\n#OTU ID\ta\tb\tc\ns1\t5.0\t0.0\t2\ns2\t1\t7\t0\n", S, F),
         ("id,a,b,c,taxonomy\ns1,5,0,2,k; p\ns2,1,7,0,k; q\n", S, F),
         ("id,symbol,a,b,c\ns1,X,5,0,2\ns2,Y,1,7,0\n", S, F),
+        ("plot,habitat,a,b,c\n14,wet,5,0,2\n8,dry,1,7,0\n", ["14", "8"], F),
+        ("id,batch,a,b,c\ns1,NA,5,0,2\ns2,NA,1,7,0\n", S, F),
         ('"a" "b" "c"\n"s1" 5 0 2\n"s2"  1  7  0\n', S, F),
         ('"a"\t"b"\t"c"\n"1"\t5\t0\t2\n"2"\t1\t7\t0\n', ["1", "2"], F),
         (",a,b,c,\ns1,5,0,2,\ns2,1,7,0,\n", S, F),
