@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.measure import timed
 from pnmf_pyro import PNMF
-from pnmf_pyro.command_line.files import read_counts
+from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.outputs import write_results
 from pnmf_pyro.command_line.pages import Page, Text
 
