@@ -56,11 +56,11 @@ def read_npz(path: Path) -> CountTable:
         parts = {"csr": ("indices", "indptr"), "csc": ("indices", "indptr"), "coo": ("row", "col")}
         if form not in parts:
             raise ValueError(f"it is a sparse matrix of format {form[:20]!r}: save its tocsr()")
-        rows, columns = map(int, _array(archive, "shape", 2))
+        rows, columns = map(int, _whole(np.ravel(_array(archive, "shape", 2)), "shape"))
         n_stored = _shape(archive, "data")
         check_claim((rows, columns), n_stored)
         longest = max(rows, columns, n_stored) + 1
-        first, second = (_array(archive, name, longest) for name in parts[form])
+        first, second = (_whole(_array(archive, name, longest), name) for name in parts[form])
         data = _array(archive, "data", n_stored)
     if form == "coo":
         return CountTable(sp.coo_matrix((data, (first, second)), shape=(rows, columns)))
@@ -222,32 +222,47 @@ def _entries(file: TextIO, kinds: Sequence[type], n_entries: int) -> list[np.nda
 def read_10x_h5(path: Path) -> CountTable:
     """Read a matrix in an HDF5 file of Cell Ranger, of version 2 or 3."""
     with open_hdf5(path) as file:
-        groups = [name for name in file if "indptr" in file[name]]
+        groups = [name for name in file if hasattr(file[name], "keys") and "indptr" in file[name]]
         if len(groups) != 1:
             raise ValueError(
                 f"it must hold one matrix of Cell Ranger; it holds {', '.join([*file][:5])}. Save "
                 "another kind of table as .h5ad or .mtx"
             )
         group = file[groups[0]]
-        columns, rows = map(int, group["shape"][()])
-        data, indices, indptr = (group[name][()] for name in ("data", "indices", "indptr"))
-        check_claim((rows, columns), len(data))
-        X = sp.csr_matrix((data, indices, indptr), shape=(rows, columns))
+        columns, rows = _whole(np.ravel(_part(group, "shape")), "shape")
+        data, indices, indptr = (_part(group, name) for name in ("data", "indices", "indptr"))
+        check_claim((rows, columns), data.size)
+        parts = (data, _whole(indices, "indices"), _whole(indptr, "indptr"))
+        X = sp.csr_matrix(parts, shape=(int(rows), int(columns)))
         if "barcodes" not in group:
             return CountTable(X, notes=["took no names: the file has none"], is_10x=True)
-        return _named(X, [[name] for name in _words(group["barcodes"])], _genes(group), path.name)
+        return _named(X, [[name] for name in _words(group, "barcodes")], _genes(group), path.name)
+
+
+def _part(group: Group, name: str) -> np.ndarray:
+    found = group[name]
+    if not hasattr(found, "shape"):
+        raise ValueError(f"{found.name} is no array")
+    return np.asarray(found[()])
+
+
+def _whole(numbers: np.ndarray, name: str) -> np.ndarray:
+    if numbers.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold whole numbers; it holds {numbers.dtype}")
+    return numbers
 
 
 def _genes(group: Group) -> list[tuple[str, ...]]:
     """Identifier, symbol and type of each feature; the type only where it is known."""
     if "features" not in group:
-        return [*zip(_words(group["genes"]), _words(group["gene_names"]), strict=True)]
-    parts = (_words(group["features"][name]) for name in ("id", "name", "feature_type"))
+        return [*zip(_words(group, "genes"), _words(group, "gene_names"), strict=True)]
+    parts = (_words(group, f"features/{name}") for name in ("id", "name", "feature_type"))
     return [*zip(*parts, strict=True)]
 
 
-def _words(strings: Sequence[bytes]) -> list[str]:
-    return [word.decode() if isinstance(word, bytes) else str(word) for word in strings[:]]
+def _words(group: Group, name: str) -> list[str]:
+    words = _part(group, name).ravel()
+    return [word.decode() if isinstance(word, bytes) else str(word) for word in words]
 
 
 @contextmanager
@@ -276,10 +291,10 @@ def open_hdf5(path: Path) -> Iterator[File]:
             thing = group[name]
             if isinstance(thing, h5py.Group):
                 check(thing)
-            elif thing.nbytes > max(1 << 28, EXPANSION * thing.id.get_storage_size()):
-                raise ValueError(
-                    f"{thing.name} claims {thing.nbytes} bytes, which the file cannot hold"
-                )
+            elif isinstance(thing, h5py.Dataset) and thing.nbytes > max(
+                1 << 28, EXPANSION * thing.id.get_storage_size()
+            ):
+                raise ValueError(f"{thing.name} claims {thing.nbytes} bytes, which it cannot hold")
 
     with h5py.File(path) as file:
         check(file)
