@@ -199,7 +199,10 @@ def _bare(model: PNMF, table: CountTable) -> AnnData:
 def _annotated(model: PNMF, table: CountTable) -> tuple[AnnData, list[str]]:
     """Results with the annotation of samples and features, and what of it cannot be written."""
     if table.annotation is None:
-        return _bare(model, table), []
+        adata = _bare(model, table)
+        if table.coordinates is not None:
+            adata.obsm["spatial"] = table.coordinates
+        return adata, []
     AnnData, adata = import_anndata().AnnData, table.annotation.copy()
     left_out: list[str] = []
     try:

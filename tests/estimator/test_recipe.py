@@ -12,7 +12,7 @@ from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE, SPATIAL
-from pnmf_pyro.estimator.stages import Settle
+from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import evaluate_elbo
 from tests.support.data import simulate
@@ -109,7 +109,7 @@ def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
     """Settled to the tolerance of the fields, which it comes before."""
     places = np.random.default_rng(0).uniform(size=(80, 2))
     shared = {"n_components": 2, "init": "nndsvda", "tol": SPATIAL["tol"]}
-    alone = {"mode": "lower-bound", "stages": [Settle(kl_weight=CLOSER[0].kl_weight)]}
+    alone = {"mode": "lower-bound", "stages": [WarmUp(kl_weight=CLOSER[0].kl_weight)]}
     alone = PNMF(**{**RECIPE, **shared, **alone}).fit(counts)
     spatial = pnmf_pyro.fit(counts, places, n_components=2, init="nndsvda")
     np.testing.assert_allclose(spatial.history_[: alone.n_iter_], alone.history_, rtol=1e-6)
@@ -121,7 +121,7 @@ def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
 def test_closed_form_minibatches_reach_the_full_bound(batch_size):
     """Within 0.1%, from the same start."""
     X = simulate(0, 300, 40, 3)[0]
-    settings = {**NATURAL, "n_components": 3, "random_state": 0, "scale_pf": "auto"}
+    settings = {**NATURAL, "n_components": 3, "random_state": 1, "scale_pf": "auto"}
     full = PNMF(max_iter=400, tol=0, **settings).fit(X)
     batched = PNMF(max_iter=1000, tol=0, batch_size=batch_size, **settings).fit(X)
     assert batched.elbo_ > full.elbo_ - 1e-3 * abs(full.elbo_)
