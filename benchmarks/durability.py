@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks.measure import timed
 from pnmf_pyro import PNMF
-from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.outputs import write_results
 from pnmf_pyro.command_line.pages import Page, Text
+from pnmf_pyro.command_line.tables import read_counts
 
 # How a file of each kind is written, and read; what is read must be whole.
 Kind = tuple[Callable[[Path], Any], Callable[[Path], Any]]
