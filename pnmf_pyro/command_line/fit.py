@@ -44,13 +44,8 @@ def add(commands: shared.Commands) -> None:
             "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
         ),
         fine="the fit has settled, and results are written",
-<<<<<<< HEAD
         look="results are written, but the fit had not settled or is no use, or not all that was "
         "asked for is written: a warning says what",
-=======
-        look="results are written, but the fit had not settled or is no use: a warning says "
-        "what to do",
->>>>>>> e8d5bd3 (A line that fits)
     )
     parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
     parser.add_argument(
