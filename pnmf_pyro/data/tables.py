@@ -80,6 +80,8 @@ def plain_table(X: Any) -> Any:
         X = counts_of(X)
     if isinstance(X, Tensor):
         X = _plain_tensor(X)
+    if _is_sparse_frame(X) and not _has_no_fill_but_zero(X):
+        X = X.sparse.to_dense()
     if isinstance(X, list | tuple | np.matrix) or not hasattr(X, "shape"):
         X = _array(X)
     if len(X.shape) != 2:
@@ -119,9 +121,12 @@ def numeric_matrix(X: CountsLike) -> Counts | MatrixLike:
 
 def _has_no_fill_but_zero(X: Any) -> bool:
     """Whether this is a DataFrame all of whose columns are sparse, with zeros left out."""
-    if not (hasattr(X, "sparse") and hasattr(X, "dtypes")):
-        return False
-    return all("Sparse" in str(kind) and kind.fill_value == 0 for kind in X.dtypes)
+    return _is_sparse_frame(X) and all(kind.fill_value == 0 for kind in X.dtypes)
+
+
+def _is_sparse_frame(X: Any) -> bool:
+    frame = hasattr(X, "sparse") and hasattr(X, "dtypes")
+    return frame and all("Sparse" in str(kind) for kind in X.dtypes)
 
 
 def _array(X: Any) -> np.ndarray:

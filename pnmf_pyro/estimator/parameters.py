@@ -115,11 +115,9 @@ def _check_random_state(name: str, value: object) -> None:
         ) from error
 
 
-def _check_jitter(name: str, value: Any) -> None:
-    if check_positive(name, value) > 1:
-        raise ValueError(
-            f"{name} is relative to the variance and must be at most 1; got {value!r}."
-        )
+def _check_up_to(name: str, value: Any, limit: float) -> None:
+    if check_positive(name, value) > limit:
+        raise ValueError(f"{name} must be at most {limit:g}; got {value!r}.")
 
 
 def _check_init(name: str, value: object) -> None:
@@ -226,7 +224,8 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "neighbors": ("knn", "probabilistic"),
 }
 _COUNTS = ("n_components", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
-_POSITIVE = ("learning_rate", "lengthscale", "sigma")
+# Positive numbers, and the largest to compute with; a jitter is relative to the variance.
+_POSITIVE = {"learning_rate": 1e20, "lengthscale": 1e100, "sigma": 1e15, "jitter": 1.0}
 _LIMITS = {
     "tol": (0.0, inf),
     "verbose": (0, inf),
@@ -246,10 +245,9 @@ _MAY_BE_NONE = ("batch_size", "y_batch_size", "stages", "prior", "likelihood")
 CHECKS: dict[str, Check] = {
     **{name: partial(check_choice, choices=choices) for name, choices in _CHOICES.items()},
     **dict.fromkeys(_COUNTS, check_count),
-    **dict.fromkeys(_POSITIVE, check_positive),
+    **{name: partial(_check_up_to, limit=limit) for name, limit in _POSITIVE.items()},
     **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
     **dict.fromkeys(_FLAGS, check_flag),
-    "jitter": _check_jitter,
     "scheduler_patience": check_whole,
     "random_state": _check_random_state,
     "init": _check_init,
