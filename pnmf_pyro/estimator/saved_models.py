@@ -10,7 +10,7 @@ import os
 from collections.abc import Hashable
 from dataclasses import asdict
 from datetime import date, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -218,9 +218,26 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.history_ = History(arrays["history"].tolist(), header.get("stages", ()))
     model.n_iter_, model.elbo_ = len(model.history_), header["elbo"]
     model.elbo_se_ = float(header.get("elbo_se", "nan"))  # version 0.1 did not tell
-    model.mean_total_, keys = header.get("mean_total"), header.get("keys")
-    model.keys_ = None if keys is None else AnnDataKeys(**keys)
+    model.mean_total_ = _mean_total(header.get("mean_total"))
+    model.keys_ = _keys(header.get("keys"))
     return model
+
+
+def _mean_total(value: object) -> float | None:
+    """The mean total of the samples of a fit with size factors `total`."""
+    if value is None or (type(value) in (int, float) and 0 < cast(float, value) < np.inf):
+        return cast("float | None", value)
+    raise ValueError(f"mean_total is {str(value)[:20]!r}")
+
+
+def _keys(plain: dict[str, Any] | None) -> AnnDataKeys | None:
+    """The keys by which a fit read an AnnData object."""
+    if plain is None:
+        return None
+    keys = AnnDataKeys(**plain)
+    if not all(isinstance(key, str | bool | None) for key in plain.values()):
+        raise ValueError(f"keys are {str(plain)[:80]}")
+    return keys
 
 
 def _shape_of(model: Saved, n_samples: object, state: dict[str, torch.Tensor]) -> torch.Tensor:

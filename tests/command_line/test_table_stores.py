@@ -204,7 +204,7 @@ def test_warnings_of_python_come_on_the_command_line(adata, tmp_path, capsys):
     adata.uns["spatial"] = {"one": {}, "two": {}}
     adata.obs["slide"] = ["one"] * 15 + ["two"] * 15
     assert "adata holds 2 sections" in said(adata, tmp_path, capsys)
-    assert "sections" not in said(adata, tmp_path, capsys, "--batch-key", "slide")
+    assert "adata holds" not in said(adata, tmp_path, capsys, "--batch-key", "slide")
     adata.layers["raw_counts"] = adata.X.copy()
     adata.X = np.log1p(adata.X)
     assert "pass layer='raw_counts'" in said(adata, tmp_path, capsys)
