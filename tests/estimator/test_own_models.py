@@ -92,7 +92,7 @@ def test_the_plain_model_gets_as_far_as_natural_steps(counts):
     natural = PNMF(3, random_state=0, max_iter=300, E=3, **steps).fit(counts)
     assert result.elbo == pytest.approx(natural.elbo_, rel=0.01)
     assert match_factors(model, natural).similarity > 0.98
-    objective = FactorizationELBO("expanded", 400)
+    objective = FactorizationELBO("simple", 400)
     again = evaluate_elbo(model, Batches(as_counts(counts)), objective, torch_generator(3))
     assert result.elbo == pytest.approx(again, rel=1e-3)
     assert len(result.history) == 600
