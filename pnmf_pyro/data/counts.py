@@ -305,7 +305,6 @@ class SparseCounts(Counts):
 # Matrices that torch, numpy and scipy have, and what `Counts.numpy` returns.
 MatrixLike: TypeAlias = Tensor | np.ndarray | sp.spmatrix | sp.sparray
 Table: TypeAlias = np.ndarray | sp.csr_matrix | sp.csr_array
-
 # What a fit takes: as counts tables of pandas and lists of rows as well, and beside them arrays.
 CountsLike: TypeAlias = Counts | MatrixLike | ArrayLike
 MaybeArray: TypeAlias = ArrayLike | None

@@ -51,19 +51,15 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     max_iter : int
         Number of steps at most, in all stages together.
     tol : float
-        Relative rise of the smoothed ELBO over ten steps at which a stage stops, if it stays below
-        three times in a row; 0 to go on to `max_iter`.
+        Rise of the smoothed ELBO over ten steps, relative to it, below which a stage stops.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
     random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
-    verbose : bool or int
-        Whether to show a progress bar with the ELBO.
-    device : {'cpu', 'cuda', 'mps', 'auto'}
-        Device of the fit; `auto` is CUDA where there is one.
+    verbose, device : bool or int, {'cpu', 'cuda', 'mps', 'auto'}
+        Whether to show a progress bar, and where to compute; `auto` is CUDA where there is one.
     init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None} or tuple
-        Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best after
-        20 steps.
+        Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best.
     scheduler : {'one_cycle', 'plateau', None}
         Schedule of the learning rate.
     scheduler_patience, scheduler_factor, min_lr : int, float, float
@@ -72,15 +68,13 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     scheduler_pct_start, scheduler_div_factor, scheduler_final_div_factor : float
         For `one_cycle`: fraction of the steps in which the learning rate rises, from itself divided
         by the second; it then falls to that divided by the third.
-    batch_size, y_batch_size : int, optional
-        Number of samples and of features in a minibatch; all unless given.
-    shuffle : bool
-        Whether each pass has a new random order.
+    batch_size, y_batch_size, shuffle : int, int, bool
+        Number of samples and of features in a minibatch, all unless given; and whether each pass
+        has a new random order.
     spatial : bool
         Whether log-factors are Gaussian-process fields over coordinates.
     local : bool
-        Whether each place is conditioned on `K` neighbours instead of inducing points, at a cost in
-        proportion to the number of places, see :class:`~pnmf_pyro.priors.LCGP`.
+        Whether each place is conditioned on `K` neighbours, see :class:`~pnmf_pyro.priors.LCGP`.
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
         Correlation of a field; of several, the one that predicts best. A `MultiGroupKernel` brings
         the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
@@ -88,32 +82,27 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Whether there are fields of several groups, alike as far as `group_diff_param` says.
     num_inducing : int
         Number of inducing points; all distinct places where there are no more.
-    lengthscale : float
-        Lengthscale in the unit of the coordinates; where it is learned, the data say the start.
-    sigma : float
-        Standard deviation of a field.
+    lengthscale, sigma : float
+        Lengthscale of a field in the unit of the coordinates, and its standard deviation; where
+        the lengthscale is learned, the data say the start.
     group_diff_param : float
         0 for one field for all groups; the larger, the less they share.
     jitter : float
         Number added to the diagonal of a covariance of inducing points, relative to its mean.
     train_lengthscale : bool
         Whether to learn the lengthscale, as `learn=("lengthscale",)`.
-    cholesky_mode : {'exp', 'softplus'}
-        How scales of q(u), or with `local` of q(F), stay positive in standard training.
-    diagonal_only : bool
-        Whether inducing values are independent in q(u), in standard training.
+    cholesky_mode, diagonal_only : {'exp', 'softplus'}, bool
+        In standard training, how scales of q(u), or with `local` of q(F), stay positive, and
+        whether inducing values are independent.
     inducing_allocation : {'proportional', 'equal', 'derived'}
         How groups share inducing points, see :func:`~pnmf_pyro.gp.inducing.inducing_points`.
-    K : int
-        Number of neighbours of a place where `local`.
-    precompute_knn : bool
-        Whether to find neighbours once, or at each step: less memory, more time, the same result.
+    K, precompute_knn : int, bool
+        Number of neighbours of a place where `local`, and whether to find them once or at each
+        step: less memory, more time, the same result.
     neighbors : {'knn', 'probabilistic'}
-        Which places before it a place is conditioned on, see
-        :func:`~pnmf_pyro.gp.neighbors.build_graph`.
+        How neighbours are chosen, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
     scale_ll_D, scale_kl_NM : bool
-        Whether the likelihood of a batch of features, and the divergence of a batch of samples, are
-        scaled to those of all.
+        Whether likelihood and divergence of a batch are scaled to those of all features, samples.
     scale_pf : float or 'auto'
         Standard deviation of log-factors that know no space, also those of a warm-up; `auto` for
         what maximises the ELBO.
@@ -146,10 +135,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
         The Pyro model and guide, fitted.
-    mean_total_ : float or None
-        Mean total count of the samples, where the fit had size_factors="total".
-    keys_ : AnnDataKeys or None
-        What :func:`pnmf_pyro.fit` read of an AnnData object, which others are read alike.
+    mean_total_, keys_ : float or None, AnnDataKeys or None
+        Mean total of the samples of a fit with size_factors="total", and what was read of AnnData.
 
     Examples
     --------
@@ -274,8 +261,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """Fit the model to counts; return self, or what `return_history` says.
 
         What cannot be used is a ValueError. A fit that fails, or is interrupted, leaves the
-        estimator as it was. A ConvergenceWarning says that a stage ended while the
-        ELBO still rose, or that the ELBO ceased to be finite.
+        estimator as it was. A ConvergenceWarning says that the ELBO still rose at the end of a
+        stage or was not finite, or that the fit is of no use.
 
         Parameters
         ----------
@@ -289,7 +276,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             Whether to return (history, self), where history is the list of ELBO values.
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
-            `components_` and the factors are those of that step.
+            `components_` and the factors, on coarse levels those of bins, are of that step.
         size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
             `total` for total counts over their mean.
@@ -338,7 +325,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         *,
         size_factors: MaybeArray = None,
     ) -> np.ndarray:
-        """Find factors exp F of new samples, given the fit.
+        """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
         Without space they maximise the Poisson likelihood given the loadings, by multiplicative
         updates; the prior plays no part. For the posterior of a new sample see
@@ -347,10 +334,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         be given. A spatial model predicts E exp F at `coordinates`, which it needs, a multi-group
         one for `groups`, from the field alone: X plays no part and may be None. An AnnData object
         has its coordinates and groups where that of the fit had them.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_components)
         """
         check_is_fitted(self)
         return prediction.new_factors(self, X, coordinates, groups, size_factors)
@@ -358,8 +341,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
         """Return expected counts (N, D): factors exp F (N, L) times `components_`.
 
-        Known `totals` (N,) of samples are shared out in proportion to the rates (multinomial).
-        Size factors play no part.
+        Known `totals` (N,) are shared out in proportion to the rates. Size factors play no part.
         """
         check_is_fitted(self)
         return prediction.expected_counts(self, transformed, totals)

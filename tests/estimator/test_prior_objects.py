@@ -121,7 +121,7 @@ def test_the_recipe_takes_a_prior_in_space_and_predicts(data, natural):
     model = pnmf_pyro.fit(X, n_components=2, prior=prior, max_iter=400)
     assert not model.spatial
     assert model.kernel_ == "Matern32"
-    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.9
+    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.85
     np.testing.assert_allclose(model.transform(None, x), get_factors(model), rtol=1e-4)
     new = x[:5] + 0.01
     assert np.isfinite(model.transform(None, coordinates=new)).all()
@@ -257,7 +257,7 @@ def test_the_recipe_takes_a_likelihood_in_space(local):
     assert names[:2] == ["warm-up", "settle"]
     rough = 0.3 if local is None else 0.5
     assert dispersion(model) == pytest.approx(2, rel=rough)
-    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.9
+    assert np.corrcoef(log_factors(model).T, F.T)[:2, 2:].max(1).min() > 0.85
     assert len(set(model.model_.prior.kernel.lengthscale.tolist())) == 2
     poisson = pnmf_pyro.fit(X, x, n_components=2)
     assert model.elbo_ > poisson.elbo_ + 1000
