@@ -27,10 +27,12 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.ordering import max_min_order, tree_query
 
 # Counts that a bin of the finest level has at least, how many times as large the bins of the next
-# coarser level are, how many levels there are, and bins that a level has for each component.
+# coarser level are, how many levels there are, and bins that the finest level and any other have
+# for each component.
 ENOUGH = 400
 GROWTH = 4
 LEVELS = 2
+FINEST_BINS = 40
 BINS = 10
 
 
@@ -59,7 +61,8 @@ class Level:
 def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) -> list[Level]:
     """Return the levels from which L components of the counts go down, the coarsest first.
 
-    There are none where the samples themselves have as many counts as the finest level should.
+    There are none where the samples themselves have as many counts as the finest level should, or
+    where they are so few that it would have few bins.
 
     Parameters
     ----------
@@ -76,7 +79,7 @@ def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) 
     mean_total *= counts.values.numel() / N
     while size * mean_total < ENOUGH and size < N:
         size *= GROWTH
-    if size == 1:
+    if size == 1 or N // size < FINEST_BINS * L:
         return []
     sizes = [size * GROWTH**k for k in range(LEVELS)]
     parts = _ordered_groups(places)

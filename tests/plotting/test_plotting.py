@@ -375,7 +375,7 @@ def test_a_profile_of_lengthscales(spatial):
     np.testing.assert_array_equal(ax.lines[1].get_xdata(), profile.learned)
     assert ax.get_xscale() == "log"
     with pytest.raises(
-        ValueError, match=r"got PNMF. For a fit, pass lengthscale_profile\(fit, X\)"
+        ValueError, match=r"got PNMF. For a spatial model, pass lengthscale_profile\(model, X\)"
     ):
         plotting.plot_lengthscale_profile(model)
 
@@ -391,7 +391,7 @@ def test_a_profile_of_lengthscales(spatial):
         ),
         (lambda m, X, x: plotting.plot_factors(m, spot_size=0), "spot_size"),
         (lambda m, X, x: plotting.plot_factors(m, columns=0), "columns"),
-        (lambda m, X, x: plotting.plot_spatial(x, X[:9]), r"shape \(9, 2\)"),
+        (lambda m, X, x: plotting.plot_spatial(x, X[:9]), r"one row for each sample; got 60 and 9"),
         (lambda m, X, x: plotting.plot_spatial(x, X, titles=["one"]), "titles must be 20"),
         (lambda m, X, x: plotting.plot_spatial(x, X[None]), "values must be of shape"),
         (lambda m, X, x: plotting.plot_spatial(results(), "absent"), "is not in adata.obs or"),

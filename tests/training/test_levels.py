@@ -48,7 +48,7 @@ def test_bins_hold_the_sums_of_the_samples_nearest_to_their_centres(matrix, grou
 
 
 def test_levels_grow_coarser_by_fours_until_bins_have_enough_counts():
-    X, counts, places, s = poor(N=4000, D=4, mean=1.5)  # 6 counts a sample
+    X, counts, places, s = poor(N=4000, D=4, mean=12.0)  # 48 counts a sample
     sizes = [len(X) / len(level.centres) for level in coarse_levels(counts, places, s, L=2)]
     mean_total = X.sum() / len(X)
     finest = next(4**k for k in range(20) if 4**k * mean_total >= ENOUGH)
@@ -105,13 +105,13 @@ def lowest_correlation(model, F):
 
 
 def test_a_fit_goes_through_its_levels():
-    X, points, _ = tissue(1200, 40, 30.0, 2, seed=0)
+    X, points, _ = tissue(1400, 40, 30.0, 2, seed=0)
     stages = [WarmUp(), LearnHyperparameters(), Settle()]
     model = pnmf_pyro.fit(X, points, n_components=2, stages=stages, max_iter=60, tol=1e-2)
     names = [name for name, _, _ in model.history_.stages]
     bins = [int(name.split()[0]) for name in names if name.endswith("bins")]
     assert bins == sorted(bins)
-    assert bins[-1] <= 1200 // 4
+    assert bins[-1] <= 1400 // 4
     assert names[len(bins)] == "samples"
     assert names[-1] == "settle"
     assert model.transform(None, points[:5]).shape == (5, 2)
