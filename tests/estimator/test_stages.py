@@ -207,7 +207,7 @@ def test_restored_precisions_are_those_of_the_sites_with_their_weight(data):
 def test_the_weight_of_a_warm_up_is_restored_where_it_trained_the_model_itself(data):
     settings = {**FLAT, "max_iter": 200}
     warm = fit(data, settings, [WarmUp(kl_weight=0.4), RestoreSpread()], tol=1e-3)
-    settled = fit(data, settings, [Settle(kl_weight=0.4), RestoreSpread()], tol=1e-2)
+    settled = fit(data, settings, [Settle(kl_weight=0.4), RestoreSpread()], tol=1e-3)
     assert_same(warm, settled)
 
 
