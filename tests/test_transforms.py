@@ -372,7 +372,7 @@ def test_factors_and_loadings_are_taken_in_any_form(form, fitted, counts):
 
 def test_a_side_without_entries_above_zero_is_refused():
     X = np.ones((4, 3))
-    with pytest.raises(ValueError, match="F must have entries above zero"):
+    with pytest.raises(ValueError, match="F must have entries above 0"):
         T.transform_W(X, np.zeros((4, 2)))
-    with pytest.raises(ValueError, match="W must have entries above zero"):
+    with pytest.raises(ValueError, match="W must have entries above 0"):
         T.transform_F(X, np.zeros((3, 2)))
