@@ -286,8 +286,10 @@ def test_results_that_cannot_be_written_leave_the_model(folder, monkeypatch, cap
 
 # --- how a process ends
 
-COMMAND = [sys.executable, "-c", "import sys; from pnmf_pyro.command_line.cli import main; "
-           "sys.exit(main())"]  # fmt: skip
+# A shell that runs tests in the background has them ignore SIGINT, and so would their children.
+COMMAND = [sys.executable, "-c", "import signal, sys; "
+           "signal.signal(signal.SIGINT, signal.default_int_handler); "
+           "from pnmf_pyro.command_line.cli import main; sys.exit(main())"]  # fmt: skip
 LONG = ("--components", "2", "--set", "max_iter=10000000", "--set", "tol=0")
 
 
@@ -308,7 +310,10 @@ def test_a_signal_ends_in_one_line(number, code, when, folder):
         else:
             process.stderr.read(1)  # of the progress bar
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code
     said = f"stopped by {number.name}; files that were not finished are as they were before.\n"
     assert error.endswith(said)
