@@ -277,25 +277,31 @@ def train_runs(
 ) -> History:
     """Train through all runs, from the best of several starts W (D, L) and exp F (N, L).
 
-    Each run may take an equal share of the iterations that are left of `max_iter`.
+    Each run may take an equal share of the iterations that are left of `max_iter`. Steps on coarse
+    levels count, but they have no place in the history, which is that of all samples.
     """
-    history = History()
+    history, taken = History(), 0
     left = sum(run.training is not None for run in runs)
     for run in runs:
         run.prepare()
         training = run.training
         if training is None:
             continue
-        seen = counts if run.counts is None else run.counts
-        first = len(history)
-        last = first + (settings.max_iter - first) // left
+        share = (settings.max_iter - taken) // left
         left -= 1
+        seen = counts if run.counts is None else run.counts
+        told = history if run.counts is None else History()
+        first = len(told)
         if run is runs[0]:
-            history += _best_start(training, starts, settings, seen, generator, last)
-        budget = min(last - len(history), run.most_steps or last)
-        report = partial(_report, history, on_step, training.model)
+            told += _best_start(training, starts, settings, seen, generator, share)
+        budget = min(first + share - len(told), run.most_steps or share)
+        quiet = told is not history
+        report = told.append if quiet else partial(_report, history, on_step, training.model)
         _train(training, settings, seen, generator, budget, on_step=report, warn=training.warns)
-        history.stages.append((run.name, first, len(history)))
+        taken += len(told) - first
+        told.stages.append((run.name, first, len(told)))
+        if quiet:
+            logger.info("%s: %d steps, ELBO %.6g", run.name, len(told), told[-1] if told else 0)
     return history
 
 

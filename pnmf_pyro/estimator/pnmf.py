@@ -130,7 +130,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     history_ : History
         ELBO at each step of what was trained then, with its `stages`.
     n_iter_ : int
-        Number of steps taken.
+        Number of these steps.
     groups_ : list or None
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
@@ -276,7 +276,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             Whether to return (history, self), where history is the list of ELBO values.
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
-            `components_` and the factors, on coarse levels those of bins, are of that step.
+            `components_` and the factors are those of that step.
         size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
             `total` for total counts over their mean.

@@ -104,17 +104,25 @@ def lowest_correlation(model, F):
     return np.abs(np.corrcoef(F.T, found)[:L, L:]).max(1).min()
 
 
-def test_a_fit_goes_through_its_levels():
+def test_a_fit_goes_through_its_levels(caplog):
+    """Their steps count, and the history is that of the samples alone."""
     X, points, _ = tissue(1400, 40, 30.0, 2, seed=0)
     stages = [WarmUp(), LearnHyperparameters(), Settle()]
-    model = pnmf_pyro.fit(X, points, n_components=2, stages=stages, max_iter=60, tol=1e-2)
-    names = [name for name, _, _ in model.history_.stages]
-    bins = [int(name.split()[0]) for name in names if name.endswith("bins")]
-    assert bins == sorted(bins)
+    numbers = []
+    with caplog.at_level("INFO", logger="pnmf_pyro"):
+        model = pnmf_pyro.fit(X, points, n_components=2, stages=stages, max_iter=60, tol=1e-2)
+    told = [record.message.split() for record in caplog.records if " bins: " in record.message]
+    bins, steps = zip(*((int(words[0]), int(words[2])) for words in told), strict=True)
+    assert bins == tuple(sorted(bins))
     assert bins[-1] <= 1400 // 4
-    assert names[len(bins)] == "samples"
-    assert names[-1] == "settle"
+    assert [name for name, _, _ in model.history_.stages] == ["samples", "settle"]
+    assert model.n_iter_ == len(model.history_) == model.history_.stages[-1][-1]
+    assert sum(steps) + model.n_iter_ <= 60
     assert model.transform(None, points[:5]).shape == (5, 2)
+    model.fit(
+        X, coordinates=points, callback=lambda *told: numbers.append(told[1]), callback_interval=1
+    )
+    assert numbers == list(range(1, model.n_iter_ + 1))
 
 
 @pytest.mark.slow
