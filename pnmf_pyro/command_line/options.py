@@ -181,10 +181,10 @@ def places(
     if options.coords and spatial_key not in (None, SPATIAL_KEY):
         raise ValueError("--coords and --spatial-key both name coordinates: leave one of them out.")
     if table.annotation is not None:
-        coordinates, groups = keys.places(table.annotation)
-        if coordinates is None and not options.no_space:
+        if spatial_key == SPATIAL_KEY and SPATIAL_KEY not in table.annotation.obsm:
             _warn_unused_places(table.annotation)
-        return coordinates, groups
+            keys = AnnDataKeys(None, None, options.batch_key)
+        return keys.places(table.annotation)
     if keys != AnnDataKeys(None, spatial_key and SPATIAL_KEY):
         raise ValueError("--spatial-key and --batch-key are for .h5ad files; leave them out.")
     return None if options.no_space else table.coordinates, None
