@@ -26,6 +26,9 @@ PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 # Largest coordinate, and one over the smallest extent, of which the squares are still numbers.
 FARTHEST = 1e100
 
+# How many times as far apart the places of one group may be as those of another, in one unit.
+OTHER_UNIT = 50
+
 
 NO_GROUP = "groups must not be missing (None, NaN or NA). Give each sample a group."
 
@@ -234,6 +237,20 @@ def warn_lengthscale(lengthscale: float, places: Places) -> None:
             f"{low:.3g} apart and which extend over {high:.3g}: is it in another unit? "
             f"A sensible value is {typical_lengthscale(places):.3g}; train_lengthscale=True learns "
             "it."
+        )
+
+
+def warn_units(places: Places, names: Sequence[Hashable]) -> None:
+    """Warn of groups of which the places of one are far wider apart than those of another."""
+    parts = zip(names, _by_group(places), strict=True)
+    apart = {name: spacing(Places(part.coordinates)) for name, part in parts}
+    known = {name: gap for name, gap in apart.items() if gap > 0}
+    if known and max(known.values()) > OTHER_UNIT * min(known.values()):
+        close, wide = (pick(known, key=lambda name: known[name]) for pick in (min, max))
+        warn(
+            f"Neighbouring places are {known[close]:.3g} apart in group {close!r} and "
+            f"{known[wide]:.3g} in group {wide!r}: are their coordinates in different units? Bring "
+            "all groups to one unit, or one lengthscale cannot suit them."
         )
 
 

@@ -28,6 +28,7 @@ from pnmf_pyro.data.places import (
     check_coordinates,
     check_extent,
     warn_lengthscale,
+    warn_units,
 )
 from pnmf_pyro.data.sparse_structure import checked_csr
 from pnmf_pyro.data.tables import is_anndata, plain_table
@@ -69,6 +70,8 @@ def check_places(
         None if codes is None else codes.encode(groups, n_samples),
     )
     check_extent(places)
+    if codes is not None:
+        warn_units(places, codes.names)
     if "lengthscale" not in learned(settings):
         for lengthscale in _lengthscales(settings):
             warn_lengthscale(lengthscale, places)

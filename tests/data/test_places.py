@@ -1,10 +1,18 @@
 """Places: how far apart they are."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from pnmf_pyro.data.places import Places, check_coordinates, spacing, typical_lengthscale
+from pnmf_pyro.data.places import (
+    Places,
+    check_coordinates,
+    spacing,
+    typical_lengthscale,
+    warn_units,
+)
 
 
 def test_spacing_and_start():
@@ -17,3 +25,16 @@ def test_spacing_and_start():
 def test_coordinates_whose_squares_are_no_numbers_are_refused(scale):
     with pytest.raises(ValueError, match="Use another unit"):
         check_coordinates(scale * np.random.default_rng(0).uniform(1, 2, (5, 2)), 5)
+
+
+@pytest.mark.parametrize(("unit", "told"), [(10.0, False), (300.0, True), (1 / 300, True)])
+def test_groups_in_different_units_are_told(unit, told):
+    points = np.random.default_rng(0).uniform(size=(80, 2))
+    points[40:] *= unit
+    places = Places(torch.from_numpy(points), torch.arange(80) // 40)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_units(places, ["a", "b"])
+    said = [str(one.message) for one in caught]
+    assert ["in different units" in one for one in said] == [True] * told
+    assert all("'a'" in one and "'b'" in one for one in said)
