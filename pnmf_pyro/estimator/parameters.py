@@ -116,7 +116,7 @@ def _check_random_state(name: str, value: object) -> None:
 
 
 def _check_up_to(name: str, value: Any, limit: float) -> None:
-    if check_positive(name, value) > limit:
+    if float(check_positive(name, value)) > limit:
         raise ValueError(f"{name} must be at most {limit:g}; got {value!r}.")
 
 

@@ -257,7 +257,8 @@ def test_minibatches_train_a_statement(spread):
 
 def test_a_fit_says_what_it_is_in_a_line(data):
     result = fit_model(make(data), data[0], max_iter=30)
-    assert repr(result) == f"ModelFit(converged=False, failure=None, elbo={result.elbo!r})"
+    bound = f"elbo={result.elbo!r}, elbo_se={result.elbo_se!r}"
+    assert repr(result) == f"ModelFit(converged=False, failure=None, {bound})"
     assert isinstance(result.model, PoissonFactorization)
     assert len(result.history) == 30
 
