@@ -78,15 +78,13 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
         Correlation of a field; of several, the one that predicts best. A `MultiGroupKernel` brings
         the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
-    multigroup : bool
-        Whether there are fields of several groups, alike as far as `group_diff_param` says.
+    multigroup, group_diff_param : bool, float
+        Whether there are fields of several groups; 0 for one field, the larger the less they share.
     num_inducing : int
         Number of inducing points; all distinct places where there are no more.
     lengthscale, sigma : float
         Lengthscale of a field in the unit of the coordinates, and its standard deviation; where
         the lengthscale is learned, the data say the start.
-    group_diff_param : float
-        0 for one field for all groups; the larger, the less they share.
     jitter : float
         Number added to the diagonal of a covariance of inducing points, relative to its mean.
     train_lengthscale : bool
