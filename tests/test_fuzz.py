@@ -11,6 +11,7 @@ CASES = cases()
 SECONDS = 45
 
 
+@pytest.mark.slow
 def test_odd_calls_are_taken_rightly_or_refused_in_a_sentence():
     """As many as a minute allows, from an order that its seed fixes; `benchmarks fuzz` has all."""
     began, bad, seen = time.perf_counter(), {}, 0

@@ -251,6 +251,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore")  # of settings that another machine, or nobody, has
 def test_a_changed_file_is_refused_in_one_line_or_of_full_use(change, saved, tmp_path):
