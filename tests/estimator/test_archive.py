@@ -128,7 +128,7 @@ def test_the_recipe_finds_what_version_1_found(stem, settings):
     found, loadings = model.components_, EXPECTED[f"{stem}.components"]
     np.testing.assert_allclose(found, loadings, rtol=0, atol=0.04 * loadings.max())
     np.testing.assert_allclose(log_factors(model).T, EXPECTED[f"{stem}.loc"], rtol=0, atol=0.1)
-    assert model.elbo_ == pytest.approx(float(EXPECTED[f"{stem}.elbo"]), rel=1e-3)
+    assert model.elbo_ == pytest.approx(float(EXPECTED[f"{stem}.elbo"]), rel=2e-3)
 
 
 def test_default_parameters_find_what_they_found_in_version_1():
