@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from pnmf_pyro.data.checks import some_of, warn
 from pnmf_pyro.data.sparse_structure import checked_csr
+from pnmf_pyro.estimator.anndata_bridge import found_places
 from pnmf_pyro.estimator.results import SPATIAL_KEY
 
 if TYPE_CHECKING:
@@ -31,13 +32,6 @@ FEATURE_WORDS = {
     *("gene", "genes", "geneid", "gene_id", "gene_name", "gene_symbol", "symbol", "ensgene"),
     *("feature", "feature_id", "otu", "otu id", "otu_id", "asv", "asv_id", "taxon", "taxa"),
 }
-
-# Names of columns that hold places, in pairs.
-PLACES = (
-    *(("x", "y"), ("x_centroid", "y_centroid"), ("centroid_x", "centroid_y"), ("lon", "lat")),
-    *(("longitude", "latitude"), ("array_row", "array_col"), ("imagerow", "imagecol")),
-    *(("pxl_row_in_fullres", "pxl_col_in_fullres"), ("center_x", "center_y")),
-)
 
 
 @dataclass
@@ -172,13 +166,6 @@ def _wrong_count(X: Matrix) -> tuple[int, int, float] | None:
     else:
         row, column = int(np.searchsorted(X.indptr, at, "right")) - 1, int(X.indices[at])
     return row, column, float(entries.flat[at])
-
-
-def found_places(names: Sequence[str]) -> tuple[str, str] | None:
-    """Return names of two columns that are called like coordinates, or None."""
-    lower = {name.lower(): name for name in names}
-    pairs = [(lower[a], lower[b]) for a, b in PLACES if a in lower and b in lower]
-    return pairs[0] if pairs else None
 
 
 def _check_columns(names: Sequence[str], known: Sequence[str]) -> None:

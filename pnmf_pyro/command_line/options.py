@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from pnmf_pyro.command_line.count_table import CountTable, found_places
+from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, unnamed_places
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
 
@@ -192,10 +192,9 @@ def places(
 
 def _warn_unused_places(adata: AnnData) -> None:
     """Warn of what looks like coordinates in a file whose coordinates nothing names."""
-    keys = [key for key in adata.obsm if "spatial" in key.lower() or "coord" in key.lower()]
-    pair = found_places(list(adata.obs))
-    if keys:
-        where, option = f"obsm has {keys[0]!r}", f"--spatial-key {keys[0]}"
+    key, pair = unnamed_places(adata)
+    if key:
+        where, option = f"obsm has {key!r}", f"--spatial-key {key}"
     elif pair:
         where, option = f"obs has {pair[0]!r} and {pair[1]!r}", f"--coords {','.join(pair)}"
     else:

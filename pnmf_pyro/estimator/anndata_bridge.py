@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,10 +46,11 @@ def import_h5py() -> ModuleType:
     return import_optional("h5py", "Writing .h5ad files needs h5py", "anndata")
 
 
-# Columns of obs in which programs write coordinates.
-COORDINATE_COLUMNS = (
-    *(("x", "y"), ("X", "Y"), ("x_centroid", "y_centroid"), ("center_x", "center_y")),
-    *(("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row")),
+# Names of columns that hold places, in pairs.
+PLACES = (
+    *(("x", "y"), ("x_centroid", "y_centroid"), ("centroid_x", "centroid_y"), ("lon", "lat")),
+    *(("longitude", "latitude"), ("array_row", "array_col"), ("imagerow", "imagecol")),
+    *(("pxl_row_in_fullres", "pxl_col_in_fullres"), ("center_x", "center_y")),
 )
 
 
@@ -186,18 +189,30 @@ class AnnDataKeys:
         return adata
 
 
+def found_places(names: Sequence[str]) -> tuple[str, str] | None:
+    """Return names of two columns that are called like coordinates, or None."""
+    lower = {name.lower(): name for name in names}
+    pairs = [(lower[a], lower[b]) for a, b in PLACES if a in lower and b in lower]
+    return pairs[0] if pairs else None
+
+
+def unnamed_places(adata: AnnData) -> tuple[str | None, tuple[str, str] | None]:
+    """Return the key of obsm, or else the columns of obs, that look like coordinates, if any do."""
+    keys = (key for key in adata.obsm if re.search("spatial|coord|^xy", key.lower()))
+    key = next(keys, None)
+    return key, None if key else found_places(list(adata.obs))
+
+
 def coordinates_elsewhere(adata: AnnData) -> str:
     """Say which parts of an AnnData object look like coordinates, and what to do; "" if none."""
-    for name in adata.obsm:
-        if name.lower().startswith(("x_spatial", "spatial", "coord", "xy")):
-            return f"obsm[{name!r}] looks like coordinates: pass spatial_key={name!r}"
-    for pair in COORDINATE_COLUMNS:
-        if set(pair) <= set(adata.obs):
-            columns = list(pair)
-            return (
-                f"the columns {' and '.join(pair)} of obs look like coordinates: set "
-                f"adata.obsm[{SPATIAL_KEY!r}] = adata.obs[{columns}].to_numpy()"
-            )
+    key, pair = unnamed_places(adata)
+    if key:
+        return f"obsm[{key!r}] looks like coordinates: pass spatial_key={key!r}"
+    if pair:
+        return (
+            f"the columns {' and '.join(pair)} of obs look like coordinates: set "
+            f"adata.obsm[{SPATIAL_KEY!r}] = adata.obs[{list(pair)}].to_numpy()"
+        )
     return ""
 
 

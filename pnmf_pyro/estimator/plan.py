@@ -300,8 +300,8 @@ def train_runs(
         _train(training, settings, seen, generator, budget, on_step=report, warn=training.warns)
         taken += len(told) - first
         told.stages.append((run.name, first, len(told)))
-        if quiet:
-            logger.info("%s: %d steps, ELBO %.6g", run.name, len(told), told[-1] if told else 0)
+        if quiet and told:
+            logger.info("%s: %d steps, ELBO %.6g", run.name, len(told), told[-1])
     return history
 
 

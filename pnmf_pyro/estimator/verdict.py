@@ -38,8 +38,9 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
     s = torch.ones_like(factors[:, :1])
     if model.size_factors is not None:
         s = model.size_factors[:, None].to(W)
-    left = _rise_left(counts, (s * q.loc.exp().mT.to(W)).contiguous(), s * factors, W)
-    if left > LEFT * abs(elbo):
+    enough = LEFT * abs(elbo)
+    left = _rise_left(counts, (s * q.loc.exp().mT.to(W)).contiguous(), s * factors, W, enough)
+    if left > enough:
         return (
             f"The fit ended far below its optimum: {STEPS} more steps of the loadings alone would "
             f"raise the ELBO, {elbo:.4g}, by {left:.2g}. Increase max_iter or learning_rate, or "
@@ -65,13 +66,20 @@ def _of_means(counts: Counts, s: Tensor) -> float:
     return float(fitted + of_samples.sum())
 
 
-def _rise_left(counts: Counts, typical: Tensor, expected: Tensor, W: Tensor) -> float:
-    """How far multiplicative steps of W raise the bound of `lower-bound` mode, given q(F)."""
+def _rise_left(
+    counts: Counts, typical: Tensor, expected: Tensor, W: Tensor, enough: float
+) -> float:
+    """How far multiplicative steps of W raise the bound of `lower-bound` mode, given q(F).
+
+    Steps rise less and less: where the first is too small for all to be `enough`, it is the last.
+    """
     totals = expected.sum(0, dtype=torch.float64)
     divisor = totals.to(W).clamp_min(torch.finfo(W.dtype).tiny)
     bounds = []
     for _ in range(STEPS + 1):
         values, _, gradient = log_rate_with_gradients(counts, typical, W)
         bounds.append(float(values.sum() - totals @ W.sum(0, dtype=torch.float64)))
+        if len(bounds) == 2 and STEPS * (bounds[1] - bounds[0]) <= enough:
+            break
         W = W * gradient / divisor
     return bounds[-1] - bounds[0]
