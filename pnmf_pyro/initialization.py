@@ -91,7 +91,9 @@ def initialize_factors(
             f"{matrix.shape}; got n_components={n_components}. Use init='random'."
         )
     # In float64: what is zero but for rounding must not depend on the type of the numbers.
-    exp_F, W = make(matrix.astype(np.float64, copy=False), n_components, check_random_state(random_state))
+    exp_F, W = make(
+        matrix.astype(np.float64, copy=False), n_components, check_random_state(random_state)
+    )
     if scale_log_mu:
         W, exp_F = _scale_log(W, exp_F, target_std)
     return W.astype(matrix.dtype), exp_F.astype(matrix.dtype)
