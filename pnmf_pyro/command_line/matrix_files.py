@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 # Bytes that one byte of a compressed file can stand for, at most (deflate).
 EXPANSION = 1032
+
+# The same for a .zarr folder, whose programs for compression take more of what repeats.
+ZARR_EXPANSION = 1 << 16
+
+# Bytes that an array may claim whatever its file holds: equal numbers take hardly any.
+SMALL = 1 << 28
 
 # How a heap of an HDF5 file begins.
 HEAP = b"GCOL\x01\0\0\0"
@@ -292,10 +298,29 @@ def open_hdf5(path: Path) -> Iterator[File]:
             if isinstance(thing, h5py.Group):
                 check(thing)
             elif isinstance(thing, h5py.Dataset) and thing.nbytes > max(
-                1 << 28, EXPANSION * thing.id.get_storage_size()
+                SMALL, EXPANSION * thing.id.get_storage_size()
             ):
                 raise ValueError(f"{thing.name} claims {thing.nbytes} bytes, which it cannot hold")
 
     with h5py.File(path) as file:
         check(file)
         yield file
+
+
+def check_zarr(folder: Path) -> None:
+    """Raise a ValueError for arrays of a .zarr folder that claim far more than its files hold."""
+    import zarr
+
+    def check(group: Any) -> None:
+        for name in group:
+            thing = group[name]
+            if not hasattr(thing, "shape"):
+                check(thing)
+                continue
+            claimed = math.prod(thing.shape) * np.dtype(thing.dtype).itemsize
+            files = (folder / thing.path).rglob("*")
+            held = sum(file.stat().st_size for file in files if file.is_file())
+            if claimed > max(SMALL, ZARR_EXPANSION * held):
+                raise ValueError(f"{thing.path} claims {claimed} bytes, which it cannot hold")
+
+    check(zarr.open_group(str(folder), mode="r"))

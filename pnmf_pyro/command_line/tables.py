@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.matrix_files import (
+    check_zarr,
     open_hdf5,
     read_10x_folder,
     read_10x_h5,
@@ -122,6 +123,7 @@ def open_anndata(path: Path) -> AnnData:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what anndata will change, and of names
             if path.is_dir():
+                check_zarr(path)
                 return anndata.read_zarr(path)
             with open_hdf5(path):
                 pass

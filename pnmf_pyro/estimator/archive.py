@@ -36,7 +36,7 @@ def write_archive(
 
     A folder that does not exist, and arrays of objects, are a ValueError.
     """
-    path = Path(path)
+    path = _checked(path)
     if not path.parent.is_dir():
         raise ValueError(f"path must be in an existing folder; there is no {path.parent}.")
     held = {name: np.asarray(array) for name, array in arrays.items()}
@@ -57,7 +57,7 @@ def read_archive(
     kind, or of a newer version is a ValueError; sizes that it claims are checked before anything
     of that size is read.
     """
-    with open(path, "rb") as file:
+    with open(_checked(path), "rb") as file:
         try:
             return _read(file, known)
         except _OtherFormat as error:
@@ -68,6 +68,13 @@ def read_archive(
                 f"{path} is not a model saved by pnmf_pyro, or it is damaged ({why}). "
                 "Save it again with PNMF.save."
             ) from error
+
+
+def _checked(path: str | os.PathLike) -> Path:
+    """Return a path; a ValueError for what is the name of no file."""
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
+        raise ValueError(f"path must be the name of a file, such as 'model.npz'; got {path!r}.")
+    return Path(os.fsdecode(path))
 
 
 def _read(file: IO[bytes], known: Collection[str] | None) -> tuple[dict[str, Any], Arrays]:

@@ -135,7 +135,7 @@ def _check_kernel(name: str, value: Any) -> None:
 
 def _check_scale(name: str, value: Any) -> None:
     if value != "auto":
-        check_positive(name, value)
+        check_number(name, value, 1e-15, 1e15)
 
 
 def _check_learn(name: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """Tables of counts in .mtx, 10x and AnnData files and folders, with their names and places."""
 
 import gzip
+import re
 
 import anndata
 import h5py
@@ -154,6 +155,17 @@ def test_zarr_folders(adata, tmp_path):
     table = read_counts(tmp_path / "table")
     np.testing.assert_array_equal(table.X.toarray(), adata.X.toarray())
     assert table.sample_names == list(adata.obs_names)
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
+def test_a_zarr_array_that_claims_more_than_it_holds_is_refused(adata, tmp_path):
+    adata.write_zarr(tmp_path / "t.zarr")
+    shape = rf'"shape":\s*\[\s*{adata.X.nnz}\s*\]'
+    for header in (tmp_path / "t.zarr").rglob("*z*"):  # of each array, and of all together
+        if header.is_file():
+            header.write_text(re.sub(shape, '"shape": [10000000000000]', header.read_text()))
+    with pytest.raises(ValueError, match="X/data claims 4.* bytes, which it cannot hold"):
+        read_counts(tmp_path / "t.zarr")
 
 
 def test_other_folders_are_refused_with_what_is_in_them(tmp_path):

@@ -57,6 +57,8 @@ def test_tables(table, message):
         ("max_iter", 0),
         ("tol", -1),
         ("learning_rate", 0),
+        ("scale_pf", 1e-30),
+        ("scale_pf", float("inf")),
         ("batch_size", 0),
         ("y_batch_size", 0.5),
         ("scheduler_pct_start", 2),

@@ -100,6 +100,9 @@ def test_foreign_files(tmp_path):
     for name in ("other.npz", "array.npy", "objects.npz", "text.npz"):
         with pytest.raises(ValueError, match="not a model saved by pnmf_pyro"):
             PNMF.load(tmp_path / name)
+    for name in (None, 3, "a\0.npz"):
+        with pytest.raises(ValueError, match="path must be the name of a file"):
+            PNMF.load(name)
     with pytest.raises(FileNotFoundError):
         PNMF.load(tmp_path / "absent.npz")
     write_archive(tmp_path / "results.npz", {"settings": {}}, {"factors": np.ones(3)})
