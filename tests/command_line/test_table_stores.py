@@ -164,7 +164,7 @@ def test_a_zarr_array_that_claims_more_than_it_holds_is_refused(adata, tmp_path)
     for header in (tmp_path / "t.zarr").rglob("*z*"):  # of each array, and of all together
         if header.is_file():
             header.write_text(re.sub(shape, '"shape": [10000000000000]', header.read_text()))
-    with pytest.raises(ValueError, match="X/data claims 4.* bytes, which it cannot hold"):
+    with pytest.raises(ValueError, match=r"X/data claims 4.* bytes, which it cannot hold"):
         read_counts(tmp_path / "t.zarr")
 
 
