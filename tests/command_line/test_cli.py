@@ -16,6 +16,7 @@ from pnmf_pyro.command_line.cli import main
 from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.estimator.archive import read_archive
 from pnmf_pyro.transforms import factor_samples, factor_uncertainty, get_factors
+from tests.support.data import simulate
 
 SAMPLES = [f"spot{i}" for i in range(80)]
 FEATURES = [f"gene{j}" for j in range(25)]
@@ -29,7 +30,7 @@ def files(counts, tmp_path):
         sparse,
         obs=pd.DataFrame({"region": np.repeat(["a", "b"], 40)}, index=SAMPLES),
         var=pd.DataFrame(index=FEATURES),
-        obsm={"spatial": np.random.default_rng(0).uniform(size=(80, 2))},
+        obsm={"spatial": simulate(0, 80, 25, 3)[1][:, :2]},
         layers={"counts": sparse * 2},
     )
     paths = {kind: tmp_path / f"counts.{kind}" for kind in ("h5ad", "npz", "mtx", "csv", "tsv")}
@@ -185,7 +186,7 @@ def test_plot_writes_a_report(files, tmp_path, capsys):
     out, report = tmp_path / "factors.h5ad", tmp_path / "report.html"
     assert fit(files["h5ad"], "--out", out) == 0
     adata = anndata.read_h5ad(out)
-    adata.obsm["spatial"] = np.random.default_rng(0).uniform(size=(80, 2))
+    adata.obsm["spatial"] = simulate(0, 80, 25, 3)[1][:, :2]
     adata.write_h5ad(out)
     assert main(["plot", str(out), "-o", str(report), "--unit", "mm"]) == 0
     assert f"wrote {report}" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def folder(tables, tmp_path_factory):
         sp.csr_matrix(tables["poisson"].astype(np.float32)),
         obs=pd.DataFrame(index=SAMPLES),
         var=pd.DataFrame(index=FEATURES),
-        obsm={"spatial": np.random.default_rng(0).uniform(size=(90, 2))},
+        obsm={"spatial": simulate(0, 90, 25, 3)[1][:, :2]},  # factors are smooth in these
     )
     adata.write_h5ad(folder / "places.h5ad")
     return folder
@@ -187,7 +187,7 @@ def test_select_fits_as_fit_does(folder, tables, capsys):
     selection = select_n_components(
         X,
         [2, 3],
-        coordinates=np.random.default_rng(0).uniform(size=(90, 2)),
+        coordinates=simulate(0, 90, 25, 3)[1][:, :2],
         size_factors=total / total.mean(),
         n_seeds=2,
         random_state=0,

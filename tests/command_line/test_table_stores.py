@@ -150,6 +150,7 @@ def adata():
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
 def test_zarr_folders(adata, tmp_path):
+    pytest.importorskip("zarr")
     adata.write_zarr(tmp_path / "t.zarr")
     (tmp_path / "t.zarr").rename(tmp_path / "table")
     table = read_counts(tmp_path / "table")
@@ -159,6 +160,7 @@ def test_zarr_folders(adata, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
 def test_a_zarr_array_that_claims_more_than_it_holds_is_refused(adata, tmp_path):
+    pytest.importorskip("zarr")
     adata.write_zarr(tmp_path / "t.zarr")
     shape = rf'"shape":\s*\[\s*{adata.X.nnz}\s*\]'
     for header in (tmp_path / "t.zarr").rglob("*z*"):  # of each array, and of all together
