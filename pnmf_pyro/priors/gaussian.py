@@ -187,7 +187,11 @@ class GaussianPrior(Prior):
 
     @torch.no_grad()
     def posterior_from_sites(
-        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+        self,
+        precision: Tensor | None,
+        shift: Tensor,
+        index: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         """Set q to the posterior given sites: precision 1 / scale_pf^2 + h, mean b / precision."""
         self.check_sites()

@@ -22,6 +22,7 @@ from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.extrapolation import Checkpoint, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
 
 logger = logging.getLogger("pnmf_pyro")
@@ -29,9 +30,6 @@ logger = logging.getLogger("pnmf_pyro")
 # Stored counts, and entries of the prior's matrices, up to which one thread is about as fast as
 # two: a natural step took 8.2 ms against 7.2 there, and 6.1 against 7.1 at a quarter of it.
 FEW_ENTRIES = 200_000
-
-# Relative rise of the loss that may be rounding, of log rates in float32.
-ROUNDING = 1e-7
 
 OnStep = Callable[[float], None]
 
@@ -120,7 +118,8 @@ def train(
     _check_objective(objective, steps)
     convergence = convergence or Convergence(tol=0.0)
     result = TrainingResult([])
-    checkpoint = _Checkpoint(model, monotone)
+    moved = [step for step, _ in steps]
+    checkpoint = Extrapolation(model, moved) if monotone else Checkpoint(model)
     stream = iter(batches)
     with _under_way(model, steps), progress_bar(max_iter, verbose, "ELBO") as progress:
         after = [schedule.attach(step, max_iter) for step, schedule in steps]
@@ -177,21 +176,21 @@ def _one_step(
     batch: Batch,
     objective: FactorizationELBO,
     steps: Steps,
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     validate: bool,
 ) -> None:
     """Take gradients; then step with all, or go back half of the last step if it was too long."""
     with pyro.validation_enabled(validate):
         model.zero_grad()
-        checkpoint.loss = objective.loss_and_grads(model.model, model.guide, batch)
-    if not checkpoint.accept():
+        loss = objective.loss_and_grads(model.model, model.guide, batch)
+    if not checkpoint.accept(loss):
         return
     for step, _ in steps:
         step.prepare(batch)
     for step, _ in steps:
         step.step()
-    checkpoint.damp()
     model.project_parameters()
+    checkpoint.go_on()
 
 
 def progress_bar(total: int, verbose: int, label: str) -> tqdm:
@@ -254,59 +253,6 @@ def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
     few = entries + model.prior.matrix_entries < FEW_ENTRIES
     with openmp().limit(limits=1 if few else None):
         yield
-
-
-class _Checkpoint:
-    """A copy of the parameters and buffers from before the last step.
-
-    Where it is to be monotone, a step that raised the loss is halved instead of followed by
-    another one, and so are the next ones until they have succeeded.
-    """
-
-    def __init__(self, model: PoissonFactorization, monotone: bool):
-        self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
-        self.saved: list[torch.Tensor] | None = None
-        self.monotone = monotone
-        self.fraction = 1.0
-        self.loss = self.accepted = math.inf
-
-    @torch.no_grad()
-    def accept(self) -> bool:
-        """Save the parameters, of which `loss` is the loss; or shorten the step to them."""
-        if self.monotone and self.loss > self.accepted + ROUNDING * abs(self.accepted):
-            self.fraction /= 2
-            self._shorten(0.5)
-            return False
-        self.fraction = min(1.0, self.fraction * 1.5)
-        self.accepted = self.loss
-        if self.saved is None:
-            self.saved = [torch.empty_like(tensor) for tensor in self.state]
-        _copy(self.saved, self.state)
-        return True
-
-    @torch.no_grad()
-    def damp(self) -> None:
-        """Shorten the step just taken, where steps were too long before."""
-        if self.monotone and self.fraction < 1:
-            self._shorten(self.fraction)
-
-    def _shorten(self, fraction: float) -> None:
-        assert self.saved is not None
-        for now, before in zip(self.state, self.saved, strict=True):
-            moved = now.is_floating_point() and not torch.equal(now, before)
-            if moved:  # a copy would count as a change to what depends on it
-                now.copy_(before.lerp(now, fraction))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to the copy."""
-        if self.saved is not None:
-            _copy(self.state, self.saved)
-
-
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
 
 
 def _describe_failure(
