@@ -45,19 +45,22 @@ class Checkpoint:
 
     Attributes
     ----------
-    accepted : float
-        Loss at that point.
+    values : list of float
+        ELBO at the points that were accepted.
+    moved : bool
+        Whether the last point was.
     """
 
     def __init__(self, model: PoissonFactorization):
         self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
         self.saved: list[Tensor] | None = None
-        self.accepted = math.inf
+        self.values: list[float] = []
+        self.moved = True
 
     @torch.no_grad()
     def accept(self, loss: float) -> bool:
         """Save the present point, of this loss; or go back and say False."""
-        self.accepted = loss
+        self.values.append(-loss)
         if self.saved is None:
             self.saved = [torch.empty_like(tensor) for tensor in self.state]
         _copy(self.saved, self.state)
@@ -65,6 +68,9 @@ class Checkpoint:
 
     def go_on(self) -> None:
         """Take note that steps were taken from the point that was accepted."""
+
+    def come_to_rest(self) -> None:
+        """Take note that no more steps are taken."""
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -98,15 +104,16 @@ class Extrapolation(Checkpoint):
     @torch.no_grad()
     def accept(self, loss: float) -> bool:
         """Save the present point, of this loss; or go back and say False."""
-        if loss <= self.accepted + ROUNDING * abs(self.accepted):
+        last = -self.values[-1] if self.values else math.inf
+        self.moved = loss <= last + ROUNDING * abs(loss)
+        if self.moved:
             self.fraction = min(1.0, self.fraction * 1.5)
             if self.added is not None:
                 self.beta = min(MOST, self.beta * GROWTH)
             return super().accept(loss)
         if self.added is not None:
             self.beta /= SHRINKAGE
-            self._move([tuple(-change for change in part) for part in self.added])
-            self.added = None
+            self.come_to_rest()
         else:
             self.fraction /= 2
             self._shorten(0.5)
@@ -129,6 +136,13 @@ class Extrapolation(Checkpoint):
             for now, then in zip(self.last, before, strict=True)
         ]
         self._move(self.added)
+
+    @torch.no_grad()
+    def come_to_rest(self) -> None:
+        """Go back to where the steps led without the extrapolation, which may go too far."""
+        if self.added is not None:
+            self._move([tuple(-change for change in part) for part in self.added])
+            self.added = None
 
     def _move(self, changes: list[tuple[Tensor, ...]]) -> None:
         for step, change in zip(self.steps, changes, strict=True):

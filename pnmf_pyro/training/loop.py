@@ -21,7 +21,7 @@ from pnmf_pyro.data.random_state import drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
-from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.extrapolation import Checkpoint, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
 
@@ -65,7 +65,7 @@ def train(
     generator: torch.Generator,
     *,
     max_iter: int = 200,
-    convergence: Convergence | None = None,
+    convergence: Judge | None = None,
     verbose: int = 0,
     on_step: OnStep = lambda elbo: None,
     warn: bool = True,
@@ -87,7 +87,7 @@ def train(
         Source of all draws.
     max_iter : int
         Number of steps at most.
-    convergence : Convergence, optional
+    convergence : Convergence or Settled, optional
         When to stop; only at `max_iter` unless given.
     verbose : int
         Show a progress bar with the ELBO if positive.
@@ -135,17 +135,18 @@ def train(
             except KeyboardInterrupt:
                 checkpoint.restore()
                 raise
-            elbo = -checkpoint.accepted
+            elbo = checkpoint.values[-1]
             result.history.append(elbo)
             for set_next_size in after:
                 set_next_size(elbo)
             progress.update()
             progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
             on_step(elbo)
-            if convergence.reached(result.history):
+            if checkpoint.moved and convergence.reached(checkpoint.values):
                 result.converged = True
                 break
-    _report(result, convergence, max_iter, warn)
+    checkpoint.come_to_rest()
+    _report(result, convergence, checkpoint.values, max_iter, warn)
     return result
 
 
@@ -291,7 +292,11 @@ def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
 
 
 def _report(
-    result: TrainingResult, convergence: Convergence, max_iter: int, warn_unsettled: bool
+    result: TrainingResult,
+    convergence: Judge,
+    values: list[float],
+    max_iter: int,
+    warn_unsettled: bool,
 ) -> None:
     n_iter, tol = len(result.history), convergence.tol
     if result.failure:
@@ -300,7 +305,7 @@ def _report(
             "last with a finite ELBO. Use a smaller learning_rate or another loadings_mode."
         )
         warn(message, ConvergenceWarning)
-    elif warn_unsettled and not result.converged and convergence.still_rising(result.history):
+    elif warn_unsettled and not result.converged and convergence.still_rising(values):
         message = (
             f"The fit did not converge: the ELBO was still rising after {max_iter} iterations. "
             f"Increase max_iter or learning_rate{', or accept a larger tol' * bool(tol)}."
