@@ -198,7 +198,7 @@ class GaussianPrior(Prior):
         if precision is not None:
             precision = precision + self.scale_pf.square().reciprocal().to(precision)
             put(self.theta2, -precision / 2, index)
-        put(self.theta1, shift, index)
+        put(self.theta1, shift if mean is None else -2 * self.theta2 * mean, index)
 
     @torch.no_grad()
     def towards_sites(
