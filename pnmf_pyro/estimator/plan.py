@@ -41,6 +41,7 @@ from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
+from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
 
 logger = logging.getLogger("pnmf_pyro")
@@ -343,7 +344,9 @@ def _train(
 ) -> list[float]:
     if max_iter < 1:
         return []
-    start = max(schedule.warm_up(max_iter) for _, schedule in training.steps)
+    judge: Judge | None = None if quiet else training.convergence
+    if isinstance(judge, Convergence):
+        judge = replace(judge, start=max(one.warm_up(max_iter) for _, one in training.steps))
     return train(
         training.model,
         make_batches(settings, counts, generator),
@@ -352,7 +355,7 @@ def _train(
         generator,
         max_iter=max_iter,
         monotone=training.monotone,
-        convergence=None if quiet else replace(training.convergence, start=start),
+        convergence=judge,
         verbose=0 if quiet else int(settings.verbose),
         **keywords,
     ).history

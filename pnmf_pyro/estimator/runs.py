@@ -14,7 +14,7 @@ from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps, Step
-from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.convergence import Convergence, Judge, Settled
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale
 from pnmf_pyro.training.loop import Steps
 from pnmf_pyro.training.schedules import (
@@ -39,7 +39,7 @@ class Training:
     model: PoissonFactorization
     objective: FactorizationELBO
     steps: Steps
-    convergence: Convergence
+    convergence: Judge
     monotone: bool
     warns: bool = True
 
@@ -95,10 +95,9 @@ def training_of(
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
         steps.insert(0, (GradientSteps(optimizer), _schedule(settings)))
-    # An ELBO without noise can be judged sooner.
-    settled = {"window": max(5, every), "patience": 1} if monotone else {}
+    judge = Settled(tol, max(5, every)) if monotone else Convergence(tol)
     objective = FactorizationELBO(mode, settings.E, natural, kl_weight)
-    return Training(model, objective, steps, Convergence(tol, **settled), monotone)
+    return Training(model, objective, steps, judge, monotone)
 
 
 def _sizes(settings: Settings, noisy: bool) -> tuple[Schedule, Schedule]:

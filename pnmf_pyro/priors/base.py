@@ -177,7 +177,11 @@ class Prior(nn.Module):
         raise ValueError(NO_SITES)
 
     def posterior_from_sites(
-        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+        self,
+        precision: Tensor | None,
+        shift: Tensor,
+        index: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         """Set the sites of some samples, and q to the posterior given all sites.
 
@@ -189,6 +193,8 @@ class Prior(nn.Module):
             b, the precision times what is observed of F.
         index : Tensor of int64, shape (n,), optional
             The samples; all unless given.
+        mean : Tensor of shape (L, N), optional
+            Mean of that posterior, where it is known already.
         """
         raise ValueError(NO_SITES)
 

@@ -187,14 +187,18 @@ class GaussianPrior(Prior):
 
     @torch.no_grad()
     def posterior_from_sites(
-        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+        self,
+        precision: Tensor | None,
+        shift: Tensor,
+        index: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         """Set q to the posterior given sites: precision 1 / scale_pf^2 + h, mean b / precision."""
         self.check_sites()
         if precision is not None:
             precision = precision + self.scale_pf.square().reciprocal().to(precision)
             put(self.theta2, -precision / 2, index)
-        put(self.theta1, shift, index)
+        put(self.theta1, shift if mean is None else -2 * self.theta2 * mean, index)
 
     @torch.no_grad()
     def towards_sites(

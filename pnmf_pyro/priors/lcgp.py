@@ -220,7 +220,11 @@ class LCGP(Prior):
 
     @torch.no_grad()
     def posterior_from_sites(
-        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+        self,
+        precision: Tensor | None,
+        shift: Tensor,
+        index: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         """Set q to the posterior given sites: its mean by one solve with Q + diag(h).
 
@@ -230,9 +234,10 @@ class LCGP(Prior):
         if precision is not None:
             put(q.curvature, precision, index)
         put(q.pull, shift, index)
-        mean, diagonal = self.solve(q.curvature, q.pull, q.loc)
+        if mean is None:
+            mean, diagonal = self.solve(q.curvature, q.pull, q.loc)
+            q.diagonal.copy_(diagonal)
         q.loc.copy_(mean)
-        q.diagonal.copy_(diagonal)
 
     @torch.no_grad()
     def correlate(self, rank: int = 30) -> None:

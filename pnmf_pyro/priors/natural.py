@@ -46,6 +46,13 @@ class Step:
         """Move the parameters."""
         raise NotImplementedError
 
+    def point(self) -> tuple[Tensor, ...]:
+        """Return what may be extrapolated of that which the steps move; nothing unless they say."""
+        return ()
+
+    def move(self, *changes: Tensor) -> None:
+        """Add a change to each part of the point."""
+
     def close(self) -> None:
         """Take note that training has ended."""
 
@@ -100,6 +107,20 @@ class SiteSteps(Step):
         if self.lr < 1:
             target, shift = h.lerp(target, self.lr), b.lerp(shift, self.lr)
         prior.towards_sites(target if whole else None, shift, index)
+
+    @torch.no_grad()
+    def point(self) -> tuple[Tensor, ...]:
+        """Return the mean m of q, and the pull r = b - h m of its sites, each (L, N)."""
+        h, b, mean = self.prior.sites()
+        return mean.clone(), b - h * mean
+
+    @torch.no_grad()
+    def move(self, *changes: Tensor) -> None:
+        """Add changes to m and r, with the covariance at rest."""
+        of_mean, of_pull = changes
+        h, b, mean = self.prior.sites()
+        shift = (b + of_pull).addcmul_(h, of_mean)
+        self.prior.posterior_from_sites(None, shift, mean=mean + of_mean)
 
     def close(self) -> None:
         """Let the guide go on without gradients."""

@@ -170,7 +170,11 @@ class SVGP(Prior):
 
     @torch.no_grad()
     def posterior_from_sites(
-        self, precision: Tensor | None, shift: Tensor, index: Tensor | None = None
+        self,
+        precision: Tensor | None,
+        shift: Tensor,
+        index: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         """Set q(u) to the posterior given sites, see :mod:`pnmf_pyro.priors.svgp_posterior`."""
         q = self._held_in_sites()

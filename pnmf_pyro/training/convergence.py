@@ -1,14 +1,28 @@
-"""training.convergence."""
+"""When a fit has settled: where the ELBO is not worth more steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
+
+
+class Judge(Protocol):
+    """What decides from the values of the ELBO so far whether a fit has settled."""
+
+    tol: float
+
+    def reached(self, history: Sequence[float]) -> bool:
+        """Say whether to stop, given all values so far; to be asked after each step."""
+
+    def still_rising(self, history: Sequence[float]) -> bool:
+        """Say whether the ELBO still rose at the end."""
 
 
 @dataclass
@@ -59,3 +73,48 @@ class Convergence:
         size = max(abs(now), np.finfo(float).tiny)
         noise = np.sqrt(np.mean(np.diff(recent) ** 2) / window)
         return float((now - before) / size), float(noise / size)
+
+
+@dataclass
+class Settled:
+    r"""Decide from values of an ELBO without noise how much of its rise is left.
+
+    Where the rises over successive windows of steps, r and r', shrink by the same ratio
+    q = r' / r for ever, what is left is
+
+    .. math:: r' (q + q^2 + \cdots) = r' \frac{q}{1 - q}
+
+    (Aitken 1926). A fit has settled where that is below `tol` times the size of the ELBO. A rise
+    that does not shrink is taken to be a trend of which `MOST` windows are left.
+
+    Parameters
+    ----------
+    tol : float
+        0 never stops.
+    window : int
+        Number of steps in a window.
+    """
+
+    tol: float = 1e-4
+    window: int = 5
+
+    MOST: ClassVar[float] = 10.0
+
+    def reached(self, history: Sequence[float]) -> bool:
+        """Say whether to stop, given all values so far; to be asked after each step."""
+        enough = len(history) > 2 * self.window
+        return self.tol > 0 and enough and self._left(history) < self.tol
+
+    def still_rising(self, history: Sequence[float]) -> bool:
+        """Say whether more than `tol` is left at the end."""
+        return self._left(history) > max(self.tol, LEAST_TREND)
+
+    def _left(self, history: Sequence[float]) -> float:
+        """Rise that is left, relative to the ELBO's size."""
+        window = min(self.window, (len(history) - 1) // 2)
+        if window < 1:
+            return math.inf
+        first, middle, last = (history[-1 - k * window] for k in (2, 1, 0))
+        before, now = max(middle - first, 0.0), max(last - middle, 0.0)
+        ratio = min(now / before if before else math.inf, self.MOST / (1 + self.MOST))
+        return now * ratio / (1 - ratio) / max(abs(last), np.finfo(float).tiny)

@@ -58,6 +58,16 @@ class ClosedFormLoadings(Step):
         value[features] = value[features].lerp(target.clamp_min(0), self.lr)
         self.W.assign(value)
 
+    def point(self) -> tuple[Tensor, ...]:
+        """Return log W."""
+        W = self.W.detach()
+        return (W.clamp_min_(torch.finfo(W.dtype).tiny).log_(),)
+
+    def move(self, *changes: Tensor) -> None:
+        """Add a change to log W."""
+        (change,) = changes
+        self.W.assign(self.W.detach().mul_(change.exp()))
+
 
 class ShrunkLoadings(ClosedFormLoadings):
     r"""The multiplicative update of W under a gamma prior around what the margins say.

@@ -21,7 +21,8 @@ from pnmf_pyro.data.random_state import drawing_from, torch_generator
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
-from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.convergence import Convergence, Judge
+from pnmf_pyro.training.extrapolation import Checkpoint, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
 
 logger = logging.getLogger("pnmf_pyro")
@@ -29,9 +30,6 @@ logger = logging.getLogger("pnmf_pyro")
 # Stored counts, and entries of the prior's matrices, up to which one thread is about as fast as
 # two: a natural step took 8.2 ms against 7.2 there, and 6.1 against 7.1 at a quarter of it.
 FEW_ENTRIES = 200_000
-
-# Relative rise of the loss that may be rounding, of log rates in float32.
-ROUNDING = 1e-7
 
 OnStep = Callable[[float], None]
 
@@ -67,7 +65,7 @@ def train(
     generator: torch.Generator,
     *,
     max_iter: int = 200,
-    convergence: Convergence | None = None,
+    convergence: Judge | None = None,
     verbose: int = 0,
     on_step: OnStep = lambda elbo: None,
     warn: bool = True,
@@ -89,7 +87,7 @@ def train(
         Source of all draws.
     max_iter : int
         Number of steps at most.
-    convergence : Convergence, optional
+    convergence : Convergence or Settled, optional
         When to stop; only at `max_iter` unless given.
     verbose : int
         Show a progress bar with the ELBO if positive.
@@ -120,7 +118,8 @@ def train(
     _check_objective(objective, steps)
     convergence = convergence or Convergence(tol=0.0)
     result = TrainingResult([])
-    checkpoint = _Checkpoint(model, monotone)
+    moved = [step for step, _ in steps]
+    checkpoint = Extrapolation(model, moved) if monotone else Checkpoint(model)
     stream = iter(batches)
     with _under_way(model, steps), progress_bar(max_iter, verbose, "ELBO") as progress:
         after = [schedule.attach(step, max_iter) for step, schedule in steps]
@@ -136,17 +135,18 @@ def train(
             except KeyboardInterrupt:
                 checkpoint.restore()
                 raise
-            elbo = -checkpoint.accepted
+            elbo = checkpoint.values[-1]
             result.history.append(elbo)
             for set_next_size in after:
                 set_next_size(elbo)
             progress.update()
             progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
             on_step(elbo)
-            if convergence.reached(result.history):
+            if checkpoint.moved and convergence.reached(checkpoint.values):
                 result.converged = True
                 break
-    _report(result, convergence, max_iter, warn)
+    checkpoint.come_to_rest()
+    _report(result, convergence, checkpoint.values, max_iter, warn)
     return result
 
 
@@ -177,21 +177,21 @@ def _one_step(
     batch: Batch,
     objective: FactorizationELBO,
     steps: Steps,
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     validate: bool,
 ) -> None:
     """Take gradients; then step with all, or go back half of the last step if it was too long."""
     with pyro.validation_enabled(validate):
         model.zero_grad()
-        checkpoint.loss = objective.loss_and_grads(model.model, model.guide, batch)
-    if not checkpoint.accept():
+        loss = objective.loss_and_grads(model.model, model.guide, batch)
+    if not checkpoint.accept(loss):
         return
     for step, _ in steps:
         step.prepare(batch)
     for step, _ in steps:
         step.step()
-    checkpoint.damp()
     model.project_parameters()
+    checkpoint.go_on()
 
 
 def progress_bar(total: int, verbose: int, label: str) -> tqdm:
@@ -256,59 +256,6 @@ def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
         yield
 
 
-class _Checkpoint:
-    """A copy of the parameters and buffers from before the last step.
-
-    Where it is to be monotone, a step that raised the loss is halved instead of followed by
-    another one, and so are the next ones until they have succeeded.
-    """
-
-    def __init__(self, model: PoissonFactorization, monotone: bool):
-        self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
-        self.saved: list[torch.Tensor] | None = None
-        self.monotone = monotone
-        self.fraction = 1.0
-        self.loss = self.accepted = math.inf
-
-    @torch.no_grad()
-    def accept(self) -> bool:
-        """Save the parameters, of which `loss` is the loss; or shorten the step to them."""
-        if self.monotone and self.loss > self.accepted + ROUNDING * abs(self.accepted):
-            self.fraction /= 2
-            self._shorten(0.5)
-            return False
-        self.fraction = min(1.0, self.fraction * 1.5)
-        self.accepted = self.loss
-        if self.saved is None:
-            self.saved = [torch.empty_like(tensor) for tensor in self.state]
-        _copy(self.saved, self.state)
-        return True
-
-    @torch.no_grad()
-    def damp(self) -> None:
-        """Shorten the step just taken, where steps were too long before."""
-        if self.monotone and self.fraction < 1:
-            self._shorten(self.fraction)
-
-    def _shorten(self, fraction: float) -> None:
-        assert self.saved is not None
-        for now, before in zip(self.state, self.saved, strict=True):
-            moved = now.is_floating_point() and not torch.equal(now, before)
-            if moved:  # a copy would count as a change to what depends on it
-                now.copy_(before.lerp(now, fraction))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to the copy."""
-        if self.saved is not None:
-            _copy(self.state, self.saved)
-
-
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
 def _describe_failure(
     error: Exception,
     iteration: int,
@@ -345,7 +292,11 @@ def _first_not_finite(quantities: dict[str, torch.Tensor]) -> str | None:
 
 
 def _report(
-    result: TrainingResult, convergence: Convergence, max_iter: int, warn_unsettled: bool
+    result: TrainingResult,
+    convergence: Judge,
+    values: list[float],
+    max_iter: int,
+    warn_unsettled: bool,
 ) -> None:
     n_iter, tol = len(result.history), convergence.tol
     if result.failure:
@@ -354,7 +305,7 @@ def _report(
             "last with a finite ELBO. Use a smaller learning_rate or another loadings_mode."
         )
         warn(message, ConvergenceWarning)
-    elif warn_unsettled and not result.converged and convergence.still_rising(result.history):
+    elif warn_unsettled and not result.converged and convergence.still_rising(values):
         message = (
             f"The fit did not converge: the ELBO was still rising after {max_iter} iterations. "
             f"Increase max_iter or learning_rate{', or accept a larger tol' * bool(tol)}."

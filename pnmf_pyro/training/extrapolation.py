@@ -1,0 +1,162 @@
+r"""Steps without noise, extrapolated: the bound never falls and settles in far fewer of them.
+
+Steps in closed form lead from a point y to x = T(y), where the bound is no lower. Where they settle
+slowly they go on in the same direction for long, so that the next one is taken from
+
+.. math:: y_k = x_k + \beta \, (x_k - x_{k-1})
+
+(Ang and Gillis 2019). The bound at y is worked out anyway, with the gradients of the next step.
+Where it is lower than at the last y, that next step is taken from x instead and beta shrinks; else
+beta grows. So the bound rises at every point that is accepted, whatever beta.
+
+Each kind of steps says what of it is extrapolated, :meth:`~pnmf_pyro.priors.natural.Step.point`:
+log W, and the mean m of q(F) with the pull r = b - h m of its sites. The posterior given sites
+solves Q (m - c) + h m = b, with Q the prior's precision and c its mean, so that r = Q (m - c) is
+linear in m: sites of precision h and shift r + h m have exactly the extrapolated mean, for every
+prior, and no system is solved for it. Their covariance is that of x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.priors.natural import Step
+
+# Relative rise of the loss that may be rounding, of log rates in float32.
+ROUNDING = 1e-7
+
+# beta at first and at most, by what it grows with each step, and by what it shrinks where the
+# bound fell.
+FIRST, MOST, GROWTH, SHRINKAGE = 0.5, 0.9, 1.05, 1.5
+
+
+class Checkpoint:
+    """A copy of the parameters and buffers at the last point that was accepted.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        The model that is trained.
+
+    Attributes
+    ----------
+    values : list of float
+        ELBO at the points that were accepted.
+    moved : bool
+        Whether the last point was.
+    """
+
+    def __init__(self, model: PoissonFactorization):
+        self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
+        self.saved: list[Tensor] | None = None
+        self.values: list[float] = []
+        self.moved = True
+
+    @torch.no_grad()
+    def accept(self, loss: float) -> bool:
+        """Save the present point, of this loss; or go back and say False."""
+        self.values.append(-loss)
+        if self.saved is None:
+            self.saved = [torch.empty_like(tensor) for tensor in self.state]
+        _copy(self.saved, self.state)
+        return True
+
+    def go_on(self) -> None:
+        """Take note that steps were taken from the point that was accepted."""
+
+    def come_to_rest(self) -> None:
+        """Take note that no more steps are taken."""
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the copy."""
+        if self.saved is not None:
+            _copy(self.state, self.saved)
+
+
+class Extrapolation(Checkpoint):
+    """Points at which the loss never rises, of steps that are extrapolated.
+
+    A step that raises the loss without being extrapolated was too long: it is halved, and so are
+    the next ones until they have succeeded.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        The model that is trained.
+    steps : sequence of Step
+        The steps that move it.
+    """
+
+    def __init__(self, model: PoissonFactorization, steps: Sequence[Step]):
+        super().__init__(model)
+        self.steps = steps
+        self.beta = FIRST
+        self.fraction = 1.0
+        self.last: list[tuple[Tensor, ...]] | None = None
+        self.added: list[tuple[Tensor, ...]] | None = None
+
+    @torch.no_grad()
+    def accept(self, loss: float) -> bool:
+        """Save the present point, of this loss; or go back and say False."""
+        last = -self.values[-1] if self.values else math.inf
+        self.moved = loss <= last + ROUNDING * abs(loss)
+        if self.moved:
+            self.fraction = min(1.0, self.fraction * 1.5)
+            if self.added is not None:
+                self.beta = min(MOST, self.beta * GROWTH)
+            return super().accept(loss)
+        if self.added is not None:
+            self.beta /= SHRINKAGE
+            self.come_to_rest()
+        else:
+            self.fraction /= 2
+            self._shorten(0.5)
+            self.last = None
+        return False
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Extrapolate the steps just taken; shorten them, where they were too long before."""
+        self.added = None
+        if self.fraction < 1:
+            self._shorten(self.fraction)
+            self.last = None
+            return
+        before, self.last = self.last, [step.point() for step in self.steps]
+        if before is None:
+            return
+        self.added = [
+            tuple(self.beta * (x - last) for x, last in zip(now, then, strict=True))
+            for now, then in zip(self.last, before, strict=True)
+        ]
+        self._move(self.added)
+
+    @torch.no_grad()
+    def come_to_rest(self) -> None:
+        """Go back to where the steps led without the extrapolation, which may go too far."""
+        if self.added is not None:
+            self._move([tuple(-change for change in part) for part in self.added])
+            self.added = None
+
+    def _move(self, changes: list[tuple[Tensor, ...]]) -> None:
+        for step, change in zip(self.steps, changes, strict=True):
+            if change:
+                step.move(*change)
+
+    def _shorten(self, fraction: float) -> None:
+        assert self.saved is not None
+        for now, before in zip(self.state, self.saved, strict=True):
+            moved = now.is_floating_point() and not torch.equal(now, before)
+            if moved:  # a copy would count as a change to what depends on it
+                now.copy_(before.lerp(now, fraction))
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
