@@ -42,13 +42,14 @@ def points_of(N=60, p=2, seed=0):
 def make(points, K, kernels=KERNELS, variances=SCALES, share=None):
     """A factor of one component for each kernel, or for each of some factors on the first one."""
     places = Places(torch.tensor(points))
-    graph = build_graph(places, K)
+    graph = build_graph(places, K).in_fronts()
     ordered = places[graph.order]
     parts = [
         conditional_weights(ordered, ordered, graph.predecessors, *pair, graph.order)
         for pair in zip(kernels, variances, strict=True)
     ]
-    weights, conditional = (torch.stack(part) for part in zip(*parts, strict=True))
+    weights, conditional = zip(*parts, strict=True)
+    weights, conditional = torch.stack(weights, 1), torch.stack(conditional)
     if share is not None:
         conditional = conditional * torch.tensor(share)[:, None]
     return VecchiaFactor(graph, weights, conditional)
