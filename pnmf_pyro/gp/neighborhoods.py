@@ -122,20 +122,17 @@ class Neighborhoods:
         self, targets: Places, sources: Places, near: Array, names: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights (n, C, K) and variances (L, n) of targets given their neighbours."""
-        device = self.kernel.sigma.device
+        kernel = self.kernel
+        device, C = kernel.sigma.device, len(kernel.sigma)
         targets, sources = targets.to(device), sources.to(device)
-        sets = self.kernel.variance(self.places[:1].to(device)).amax(-1).tolist()
-        weights = torch.empty(len(near), len(sets), near.shape[1], dtype=self.dtype, device=device)
-        variances = torch.empty(len(sets), len(near), dtype=torch.float64, device=device)
-        for c, variance in enumerate(sets):  # into place: weights are the largest array there is
-            weights[:, c], variances[c] = conditional_weights(
-                targets, sources, near, self._covariance(c, device), variance, names
-            )
+        weights, variances = conditional_weights(
+            targets, sources, near, lambda places: kernel(places, places), C, self.dtype, names
+        )
         return weights, variances.expand(self.L, -1)
 
-    def _covariance(self, c: int | None = None, device: torch.device = CPU) -> Covariance:
-        """Covariance under the hyperparameters of set c, or their geometric means over all sets."""
-        kernel = self.kernel.select(c).to(device)
+    def _covariance(self) -> Covariance:
+        """Covariance under the geometric means of the hyperparameters over all sets, on the CPU."""
+        kernel = self.kernel.select(None)
         return lambda a, b: kernel(a, b)[0]
 
 

@@ -24,7 +24,7 @@ from pnmf_pyro.data.isolation import openmp
 from pnmf_pyro.gp.fronts import fronts, grid_sizes
 
 # Entries of which a product in another precision makes a copy at a time.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 class Rows:

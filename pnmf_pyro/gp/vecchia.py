@@ -26,74 +26,80 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.neighbors import NeighborGraph
-from pnmf_pyro.gp.ordering import Covariance
 from pnmf_pyro.gp.triangular import Triangle
 
-# Numbers in the K x K matrices worked on at once: 2 MB, which a cache holds.
-BLOCK = 1 << 18
+# Numbers in the K x K matrices worked on at once: 1 MB, which a cache holds.
+BLOCK = 1 << 17
 # Conditional variance, relative to the variance, below which a diagonal is raised; and by how much.
 LEAST = 1e-8
 # Numbers in the columns of V that are multiplied at once.
 COLUMNS = 1 << 22
 
 Array = np.ndarray | Tensor
+# C covariances among places of shape (..., n), of shape (C, ..., n, n), float64.
+Covariances = Callable[[Places], Tensor]
 
 
 def conditional_weights(
     targets: Places,
     sources: Places,
     neighbors: Array,
-    covariance: Covariance,
-    variance: float,
+    covariances: Covariances,
+    C: int = 1,
+    dtype: torch.dtype = torch.float64,
     names: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights (n, K) and the variances (n,) of n targets given their neighbours.
+    """Return the weights (n, C, K) and the variances (C, n) of n targets given their neighbours.
 
     With (l, d) the last row of the Cholesky factor of the covariance of (x_c, x), and C the rest,
     B = l C^-1 and v = d^2. Where v is below 1e-8 of the variance k(x, x), as for identical places,
     the diagonal is raised until it is not. Neighbours, (n, K), are numbers of sources, or -1 for
-    none, with the weight 0. Errors give the `names`, (n,), of targets.
+    none, with the weight 0. Weights are of `dtype`. Errors give the `names`, (n,), of targets.
     """
-    neighbors = torch.as_tensor(neighbors).to(targets.coordinates.device, torch.long)
-    names = np.arange(len(targets)) if names is None else names
-    step = max(1, BLOCK // (neighbors.shape[1] + 1) ** 2)
-    parts = []
-    for start in range(0, len(targets), step):
+    neighbors, device = torch.as_tensor(neighbors), targets.coordinates.device
+    n, K = neighbors.shape
+    names = np.arange(n) if names is None else names
+    weights = torch.empty(n, C, K, dtype=dtype, device=device)
+    variances = torch.empty(C, n, dtype=torch.float64, device=device)
+    step = max(1, BLOCK // (C * (K + 1) ** 2))
+    for start in range(0, n, step):  # into place: weights are the largest array there is
         part = slice(start, start + step)
-        near = neighbors[part]
-        joint = _joint_covariance(targets[part], sources, near, covariance, variance)
-        factor = _factors(joint, variance, names[part])
-        row, deviation = factor[:, -1:, :-1], factor[:, -1, -1]
-        weights = torch.linalg.solve_triangular(factor[:, :-1, :-1], row, upper=False, left=False)
-        parts.append((weights[:, 0].masked_fill(near < 0, 0.0), deviation.square()))
-    weights, variances = zip(*parts, strict=True)
-    return torch.cat(weights), torch.cat(variances)
+        near = neighbors[part].to(device, torch.long)
+        factor = _factors(_joint_covariance(targets[part], sources, near, covariances), names[part])
+        row, deviation = factor[..., -1:, :-1], factor[..., -1, -1]
+        found = torch.linalg.solve_triangular(factor[..., :-1, :-1], row, upper=False, left=False)
+        weights[part] = found[..., 0, :].masked_fill(near < 0, 0.0).movedim(0, 1)
+        variances[:, part] = deviation.square()
+    return weights, variances
 
 
 def _joint_covariance(
-    targets: Places, sources: Places, near: Tensor, covariance: Covariance, variance: float
+    targets: Places, sources: Places, near: Tensor, covariances: Covariances
 ) -> Tensor:
-    """Return the covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
+    """Return the covariances of each target's neighbours and, last, the target.
 
-    A missing neighbour is independent of all.
+    A missing neighbour is independent of all. The result is (C, n, K + 1, K + 1).
     """
     together = Places.concatenate([sources[near.clamp(min=0)], targets[:, None]])
-    joint = covariance(together, together)
-    absent = torch.cat([near < 0, near.new_zeros(len(near), 1, dtype=torch.bool)], 1)
+    joint = covariances(together)
+    if (near >= 0).all():
+        return joint
+    absent = torch.nn.functional.pad(near < 0, (0, 1))
+    scale = joint[..., -1:, -1] * absent
     joint = joint.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
-    return joint + torch.diag_embed(variance * absent.to(joint.dtype))
+    return joint + torch.diag_embed(scale)
 
 
-def _factors(joint: Tensor, variance: float, names: np.ndarray) -> Tensor:
+def _factors(joint: Tensor, names: np.ndarray) -> Tensor:
     """Cholesky factors, with jitter on those matrices alone that need it."""
     factor, failed = torch.linalg.cholesky_ex(joint)
-    enough = (failed == 0) & (factor[:, -1, -1].square() >= LEAST * variance)
-    poor = (~enough).nonzero()[:, 0]
-    if not len(poor):
+    enough = (failed == 0) & (factor[..., -1, -1].square() >= LEAST * joint[..., -1, -1])
+    poor = (~enough).nonzero(as_tuple=True)
+    if not len(poor[0]):
         return factor
-    named = names[poor.cpu().numpy()]
+    named = names[poor[1].cpu().numpy()]
     mended = jittered_cholesky(joint[poor], LEAST, "neighbours of places", named)
-    return factor.index_copy(0, poor, mended)
+    return factor.index_put(poor, mended)
 
 
 class VecchiaFactor:

@@ -67,7 +67,7 @@ def _times(matrices, x):
 def test_steps_do_not_grow_with_the_lengthscale_or_the_data(h, lengthscale):
     """2,000 places at unit distance; a preconditioner without the coarse grids takes 30 to 150."""
     points = points_of(2000) * np.sqrt(2000)
-    factor = make(points, 12, [matern32(lengthscale)], [1.0])
+    factor = make(points, 12, [matern32(lengthscale)])
     random = np.random.default_rng(0)
     noise = torch.tensor(random.normal(size=(1, 2000)))
     field = factor.solve(factor.variances.sqrt() * noise)
