@@ -90,11 +90,11 @@ class Pairs:
 
 def fill_symmetric(below: Tensor, n: int) -> Tensor:
     """Return matrices (..., n, n) from their values at `Pairs.within`, (..., n (n + 1) / 2)."""
-    i, j = torch.tril_indices(n, n, device=below.device)
-    matrices = below.new_empty(*below.shape[:-1], n * n)
-    for entries in (n * i + j, n * j + i):
-        matrices.index_copy_(-1, entries, below)
-    return matrices.unflatten(-1, (n, n))
+    i = torch.arange(n, device=below.device)
+    large, small = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
+    entries = (large * (large + 1) // 2 + small).flatten()
+    lists = below.reshape(-1, below.shape[-1])
+    return lists.gather(1, entries.expand(len(lists), -1)).reshape(*below.shape[:-1], n, n)
 
 
 def _lower_entries(matrices: Tensor) -> Tensor:

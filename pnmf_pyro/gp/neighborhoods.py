@@ -7,18 +7,18 @@ kernels, which may have hyperparameters for each component.
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_choice, check_count
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import check_random_state
 from pnmf_pyro.gp.cache import Cache
+from pnmf_pyro.gp.fronts import in_fronts
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.neighbors import METHODS, NeighborGraph, build_graph, nearest, nearest_before
 from pnmf_pyro.gp.ordering import Covariance, max_min_order
+from pnmf_pyro.gp.triangular import Rows, Triangle
 from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, conditional_weights
 from pnmf_pyro.gp.vecchia_solver import VecchiaPosterior
 
@@ -31,7 +31,8 @@ class Neighborhoods:
     The kernel has one set of hyperparameters or one for each component, and its present values
     count. The `method` is 'knn' or 'probabilistic', see
     :func:`~pnmf_pyro.gp.neighbors.build_graph`; `seed` is that of its draws. With `precompute`
-    neighbours and weights are kept while the kernel stays the same.
+    neighbours and weights are kept while the kernel stays the same. Weights are held as `dtype`, on
+    the device of the kernel.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Neighborhoods:
         method: str = "knn",
         precompute: bool = True,
         seed: int = 0,
+        dtype: torch.dtype = torch.float64,
     ):
         self.kernel, self.places, self.L = kernel, places.to(CPU), L
         self.K = min(check_count("K", K), len(places) - 1)
         self.method = check_choice("neighbors", method, METHODS)
-        self.precompute, self.seed = precompute, seed
+        self.precompute, self.seed, self.dtype = precompute, seed, dtype
         self._cache = Cache()
 
     @property
@@ -78,13 +80,13 @@ class Neighborhoods:
         places = places.to(CPU)
         near = torch.from_numpy(nearest(self.places, places, self.K, self._covariance())).long()
         weights, variances = self._weights(places, self.places, near)
+        near = near.to(weights.device)
         mean, diagonal, low_rank, c = (
-            x.double().cpu() for x in (mean, diagonal, low_rank, prior_mean[:, None])
+            x.to(variances) for x in (mean, diagonal, low_rank, prior_mean[:, None])
         )
-        predicted = torch.empty_like(variances)
-        spread = variances.clone()
+        predicted, spread = torch.empty_like(variances), variances.clone()
         for l in range(self.L):
-            B = weights[l % len(weights)]
+            B = weights[:, l % weights.shape[1]]
             predicted[l] = c[l] + (B * (mean[l] - c[l])[near]).sum(1)
             spread[l] += (B.square() * diagonal[l][near]).sum(1)
             for column in low_rank[l].unbind(-1):  # one by one: no array of (n, K, R)
@@ -98,12 +100,17 @@ class Neighborhoods:
         ordered = places[order]
         both = Places.concatenate([self.places, ordered])
         near = nearest_before(both, self.K, N, self._covariance())
+        numbers, earlier = in_fronts(np.maximum(near - N, -1))
+        order, near = order[numbers], near[numbers]
+        near = np.where(earlier < 0, near, N + earlier)
+        ordered = ordered[numbers]
+        both = Places.concatenate([self.places, ordered])
         weights, variances = self._weights(ordered, both, near, order)
         return Conditionals(near, weights, variances, order, N)
 
     def _graph(self) -> NeighborGraph:
         random = check_random_state(self.seed) if self.method == "probabilistic" else None
-        return build_graph(self.places, self.K, self._covariance(), random)
+        return build_graph(self.places, self.K, self._covariance(), random).in_fronts()
 
     def _factor(self, graph: NeighborGraph) -> VecchiaFactor:
         ordered = self.places[graph.order]
@@ -114,19 +121,18 @@ class Neighborhoods:
     def _weights(
         self, targets: Places, sources: Places, near: Array, names: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weights (C, n, K) and variances (L, n) of targets given their neighbours."""
-        sets = self.kernel.variance(self.places).amax(-1).tolist()
-        weights = torch.empty(len(sets), *near.shape, dtype=torch.float64)
-        variances = torch.empty(len(sets), len(near), dtype=torch.float64)
-        for c, variance in enumerate(sets):  # into place: weights are the largest array there is
-            weights[c], variances[c] = conditional_weights(
-                targets, sources, near, self._covariance(c), variance, names
-            )
+        """Weights (n, C, K) and variances (L, n) of targets given their neighbours."""
+        kernel = self.kernel
+        device, C = kernel.sigma.device, len(kernel.sigma)
+        targets, sources = targets.to(device), sources.to(device)
+        weights, variances = conditional_weights(
+            targets, sources, near, lambda places: kernel(places, places), C, self.dtype, names
+        )
         return weights, variances.expand(self.L, -1)
 
-    def _covariance(self, c: int | None = None) -> Covariance:
-        """Covariance under the hyperparameters of set c, or their geometric means over all sets."""
-        kernel = self.kernel.select(c)
+    def _covariance(self) -> Covariance:
+        """Covariance under the geometric means of the hyperparameters over all sets, on the CPU."""
+        kernel = self.kernel.select(None)
         return lambda a, b: kernel(a, b)[0]
 
 
@@ -134,34 +140,29 @@ class Conditionals:
     """Draws at n new places given draws at N known ones: at those of the numbers `used`, (m,).
 
     The neighbours `near`, (n, K), of the new place at each position are numbers of known places, N
-    + positions of earlier new ones, or -1 for none; `weights`, (1 or L, n, K), and `variances`, (L,
+    + positions of earlier new ones, or -1 for none; `weights`, (n, 1 or L, K), and `variances`, (L,
     n), are given them. `order`, (n,), has the number of the new place at each position.
     """
 
     def __init__(
         self, near: np.ndarray, weights: Tensor, variances: Tensor, order: np.ndarray, N: int
     ):
-        n = len(near)
-        self.order, self.deviations = order, variances.sqrt().numpy()
-        row, column = np.nonzero(near >= 0)
-        numbers = near[row, column]
-        known = numbers < N
-        self.used, which = np.unique(numbers[known], return_inverse=True)
-        self.from_known, self.among_new = [], []
-        for B in weights.numpy():
-            values = B[row, column]
-            pairs = row[known], which
-            self.from_known.append(sp.csr_matrix((values[known], pairs), shape=(n, len(self.used))))
-            pairs = row[~known], numbers[~known] - N
-            earlier = sp.csc_matrix((values[~known], pairs), shape=(n, n))
-            lower = sp.identity(n, format="csc") - earlier
-            self.among_new.append(splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0))
+        self.order = torch.from_numpy(order).to(weights.device)
+        self.deviations = variances.sqrt().T[..., None]
+        known = (near >= 0) & (near < N)
+        used, which = np.unique(near[known], return_inverse=True)
+        self.used = torch.from_numpy(used).long().to(weights.device)
+        places = np.full(near.shape, -1)
+        places[known] = which
+        from_known = torch.from_numpy(known[:, None]).to(weights.device)
+        self.from_known = Rows.of_neighbors(places, weights * from_known, len(used))
+        self.among_new = Triangle(np.maximum(near - N, -1), weights * ~from_known)
 
-    def draw(self, known: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    def draw(self, known: Tensor, noise: Tensor) -> Tensor:
         """Draw, (L, n, E), given draws at `used`, (L, m, E), from standard normals (L, n, E)."""
-        drawn = np.empty(noise.shape)
-        for l, field in enumerate(known):
-            c = l % len(self.among_new)
-            deviation = self.deviations[l, :, None] * noise[l][self.order]
-            drawn[l][self.order] = self.among_new[c].solve(self.from_known[c] @ field + deviation)
+        flat = self.among_new.flat
+        deviation = (self.deviations * noise.movedim(1, 0)[self.order]).contiguous()
+        self.from_known.add_product(flat(deviation), flat(known.movedim(1, 0)))
+        drawn = torch.empty_like(noise)
+        drawn[:, self.order] = self.among_new.solve(deviation).movedim(0, 1)
         return drawn

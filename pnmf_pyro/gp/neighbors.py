@@ -22,6 +22,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.gp.fronts import in_fronts
 from pnmf_pyro.gp.ordering import Covariance, group_embedding, max_min_order, tree_query
 
 METHODS = ("knn", "probabilistic")
@@ -65,6 +66,11 @@ class NeighborGraph:
         position = np.empty_like(self.order)
         position[self.order] = np.arange(self.N)
         return position
+
+    def in_fronts(self) -> NeighborGraph:
+        """Return the graph in another order, in which solves are fast; predecessors are the same."""
+        numbers, predecessors = in_fronts(self.predecessors)
+        return NeighborGraph(self.order[numbers], predecessors)
 
 
 def build_graph(

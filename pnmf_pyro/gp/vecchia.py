@@ -9,244 +9,201 @@ so that (I - B) f has independent entries of variance v_i, and the precision of 
 
     Q = (I - B)^T diag(1 / v) (I - B),          log det Q^-1 = sum_i log v_i.
 
-In the ordering, B has entries below its diagonal only: Q^-1 and its root are triangular solves.
-Everything here is float64 on the CPU, where sparse solves are at home.
+In the ordering, B has entries below its diagonal only: Q^-1 and its root are triangular solves, see
+:mod:`~pnmf_pyro.gp.triangular`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from scipy.sparse.linalg import SuperLU, splu
 from torch import Tensor
 
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
 from pnmf_pyro.gp.neighbors import NeighborGraph
-from pnmf_pyro.gp.ordering import Covariance
+from pnmf_pyro.gp.triangular import Triangle
 
-# Numbers in the K x K matrices worked on at once: 2 MB, which a cache holds.
-BLOCK = 1 << 18
+# Numbers in the K x K matrices worked on at once: 1 MB, which a cache holds.
+BLOCK = 1 << 17
 # Conditional variance, relative to the variance, below which a diagonal is raised; and by how much.
 LEAST = 1e-8
-# Products of entries up to which threads cost more than they save, see docs/performance.md.
-FEW_PRODUCTS = 4_000_000
+# Numbers in the columns of V that are multiplied at once.
+COLUMNS = 1 << 22
 
 Array = np.ndarray | Tensor
-Matrix = TypeVar("Matrix", bound=sp.csr_matrix | SuperLU)
+# C covariances among places of shape (..., n), of shape (C, ..., n, n), float64.
+Covariances = Callable[[Places], Tensor]
 
 
 def conditional_weights(
     targets: Places,
     sources: Places,
     neighbors: Array,
-    covariance: Covariance,
-    variance: float,
+    covariances: Covariances,
+    C: int = 1,
+    dtype: torch.dtype = torch.float64,
     names: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights (n, K) and the variances (n,) of n targets given their neighbours.
+    """Return the weights (n, C, K) and the variances (C, n) of n targets given their neighbours.
 
     With (l, d) the last row of the Cholesky factor of the covariance of (x_c, x), and C the rest,
     B = l C^-1 and v = d^2. Where v is below 1e-8 of the variance k(x, x), as for identical places,
     the diagonal is raised until it is not. Neighbours, (n, K), are numbers of sources, or -1 for
-    none, with the weight 0. Errors give the `names`, (n,), of targets.
+    none, with the weight 0. Weights are of `dtype`. Errors give the `names`, (n,), of targets.
     """
-    neighbors = torch.as_tensor(neighbors, dtype=torch.long)
-    names = np.arange(len(targets)) if names is None else names
-    step = max(1, BLOCK // (neighbors.shape[1] + 1) ** 2)
-    parts = []
-    for start in range(0, len(targets), step):
+    neighbors, device = torch.as_tensor(neighbors), targets.coordinates.device
+    n, K = neighbors.shape
+    names = np.arange(n) if names is None else names
+    weights = torch.empty(n, C, K, dtype=dtype, device=device)
+    variances = torch.empty(C, n, dtype=torch.float64, device=device)
+    step = max(1, BLOCK // (C * (K + 1) ** 2))
+    for start in range(0, n, step):  # into place: weights are the largest array there is
         part = slice(start, start + step)
-        near = neighbors[part]
-        joint = _joint_covariance(targets[part], sources, near, covariance, variance)
-        factor = _factors(joint, variance, names[part])
-        row, deviation = factor[:, -1:, :-1], factor[:, -1, -1]
-        weights = torch.linalg.solve_triangular(factor[:, :-1, :-1], row, upper=False, left=False)
-        parts.append((weights[:, 0].masked_fill(near < 0, 0.0), deviation.square()))
-    weights, variances = zip(*parts, strict=True)
-    return torch.cat(weights), torch.cat(variances)
+        near = neighbors[part].to(device, torch.long)
+        factor = _factors(_joint_covariance(targets[part], sources, near, covariances), names[part])
+        row, deviation = factor[..., -1:, :-1], factor[..., -1, -1]
+        found = torch.linalg.solve_triangular(factor[..., :-1, :-1], row, upper=False, left=False)
+        weights[part] = found[..., 0, :].masked_fill(near < 0, 0.0).movedim(0, 1)
+        variances[:, part] = deviation.square()
+    return weights, variances
 
 
 def _joint_covariance(
-    targets: Places, sources: Places, near: Tensor, covariance: Covariance, variance: float
+    targets: Places, sources: Places, near: Tensor, covariances: Covariances
 ) -> Tensor:
-    """Return the covariance of each target's neighbours and, last, the target; (n, K + 1, K + 1).
+    """Return the covariances of each target's neighbours and, last, the target.
 
-    A missing neighbour is independent of all.
+    A missing neighbour is independent of all. The result is (C, n, K + 1, K + 1).
     """
     together = Places.concatenate([sources[near.clamp(min=0)], targets[:, None]])
-    joint = covariance(together, together)
-    absent = torch.cat([near < 0, near.new_zeros(len(near), 1, dtype=torch.bool)], 1)
+    joint = covariances(together)
+    if (near >= 0).all():
+        return joint
+    absent = torch.nn.functional.pad(near < 0, (0, 1))
+    scale = joint[..., -1:, -1] * absent
     joint = joint.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
-    return joint + torch.diag_embed(variance * absent.to(joint.dtype))
+    return joint + torch.diag_embed(scale)
 
 
-def _factors(joint: Tensor, variance: float, names: np.ndarray) -> Tensor:
+def _factors(joint: Tensor, names: np.ndarray) -> Tensor:
     """Cholesky factors, with jitter on those matrices alone that need it."""
     factor, failed = torch.linalg.cholesky_ex(joint)
-    enough = (failed == 0) & (factor[:, -1, -1].square() >= LEAST * variance)
-    poor = (~enough).nonzero()[:, 0]
-    if not len(poor):
+    enough = (failed == 0) & (factor[..., -1, -1].square() >= LEAST * joint[..., -1, -1])
+    poor = (~enough).nonzero(as_tuple=True)
+    if not len(poor[0]):
         return factor
-    named = names[poor.numpy()]
+    named = names[poor[1].cpu().numpy()]
     mended = jittered_cholesky(joint[poor], LEAST, "neighbours of places", named)
-    return factor.index_copy(0, poor, mended)
+    return factor.index_put(poor, mended)
 
 
 class VecchiaFactor:
     """Q_l = (I - B_l)^T diag(1 / v_l) (I - B_l), for L components that share their neighbours.
 
     Vectors x of its methods have shape (L, N) or, R at once, (L, N, R); so have the results, in
-    float64. Their places stand in the order of the user.
+    float64 on the device of the weights. Their places stand in the order of the user.
 
     Parameters
     ----------
     graph : NeighborGraph
-    weights : Tensor of shape (L, N, K) or (1, N, K)
-        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`.
-    variances : Tensor of shape (L, N)
+    weights : Tensor of shape (N, L, K) or (N, 1, K)
+        B_i,c(i) of the place at each position of the ordering, as `graph.predecessors`. They are
+        held in this type, in which the preconditioner of a posterior works.
+    variances : Tensor of shape (L, N), float64
         v_i of the place at each position of the ordering; as an attribute, in the user's order.
 
     Attributes
     ----------
-    matrices : list of 1 or L CSR matrices of shape (N, N)
-        I - B in the ordering, where it is unit lower triangular.
+    triangle : Triangle
+        I - B in the ordering.
+    order, position : Tensor of int64, shape (N,)
+        As of the graph, on the device.
     """
 
     def __init__(self, graph: NeighborGraph, weights: Tensor, variances: Tensor):
         self.graph, self.L, self.N = graph, len(variances), graph.N
-        self.variances = variances.numpy()[:, graph.position]
-        self.matrices = _residual_matrices(graph.predecessors, weights.numpy())
-        self._into: np.ndarray | slice = graph.order
-        self._back: np.ndarray | slice = graph.position
-        self._solvers: list[SuperLU] = []  # filled when first needed, shared with `ordered`
+        self.triangle = Triangle(graph.predecessors, weights)
+        self.order, self.position = (
+            torch.from_numpy(numbers).to(weights.device) for numbers in (graph.order, graph.position)
+        )
+        self.variances = variances.index_select(1, self.position)
         self._cache = Cache()
 
-    def ordered(self) -> VecchiaFactor:
-        """Return the factor of the same places numbered by their position in the ordering."""
-        view = copy.copy(self)
-        view.__dict__.pop("precision_diagonal", None)
-        view._cache = Cache()
-        view.graph = NeighborGraph(np.arange(self.N), self.graph.predecessors)
-        view.variances = self.variances[:, self._into]
-        view._into = view._back = slice(None)
-        return view
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_solvers": []}  # SuperLU's objects cannot be pickled
-
     @cached_property
-    def precision_diagonal(self) -> np.ndarray:
+    def grid_diagonals(self) -> list[Tensor]:
+        """Diagonals of Q_M in the ordering, for the grids from the coarsest on, each (M, L, 1)."""
+        return list(self.triangle.grid_diagonals(self.ordered(1 / self.variances)))
+
+    @property
+    def precision_diagonal(self) -> Tensor:
         """Q_ii = 1 / v_i + sum_j B_ji^2 / v_j, (L, N)."""
-        return self._each(lambda A, x: A.power(2).T @ x, self.matrices, 1 / self.variances)
+        return self.restored(self.grid_diagonals[-1])[..., 0]
 
     def roughness(self, V: Tensor) -> Tensor:
         """Return the row sums of the squares of (I - B) V, (L, N), for V of shape (L, N, R)."""
 
         def make() -> Tensor:
-            total = np.zeros(V.shape[:2])
-            for column in V.detach().unbind(-1):  # one by one: memory
-                total += np.square(self.multiply(column.double().cpu()))
-            return torch.from_numpy(total)
+            total = torch.zeros_like(self.variances)
+            for columns in V.detach().split(max(1, COLUMNS // (self.L * self.N)), -1):
+                total += self.multiply(columns).square().sum(-1)
+            return total
 
         return self._cache("roughness", [V], make)
 
-    @property
-    def _triangular(self) -> list[SuperLU]:
-        """Each I - B, ready to be solved.
-
-        SuperLU in natural order neither pivots nor fills in here: its factor is the matrix itself.
-        """
-        options = {"permc_spec": "NATURAL", "diag_pivot_thresh": 0.0}
-        if not self._solvers:
-            self._solvers.extend(splu(A.tocsc(), **options) for A in self.matrices)
-        return self._solvers
-
-    def multiply(self, x: Array) -> np.ndarray:
+    def multiply(self, x: Array) -> Tensor:
         """Return (I - B) x, the deviation of each place from what its neighbours predict."""
-        return self._each(lambda A, x: A @ x, self.matrices, x)
+        return self._each(self.triangle.multiply, x)
 
-    def multiply_transposed(self, x: Array) -> np.ndarray:
+    def multiply_transposed(self, x: Array) -> Tensor:
         """Return (I - B)^T x."""
-        return self._each(lambda A, x: A.T @ x, self.matrices, x)
+        return self._each(self.triangle.multiply_transposed, x)
 
-    def solve(self, x: Array) -> np.ndarray:
+    def solve(self, x: Array) -> Tensor:
         """Return (I - B)^-1 x."""
-        return self._each(lambda LU, x: LU.solve(x), self._triangular, x)
+        return self._each(self.triangle.solve, x)
 
-    def solve_transposed(self, x: Array) -> np.ndarray:
+    def solve_transposed(self, x: Array) -> Tensor:
         """Return (I - B)^-T x."""
-        return self._each(lambda LU, x: LU.solve(x, trans="T"), self._triangular, x)
+        return self._each(self.triangle.solve_transposed, x)
 
-    def precision(self, x: Array) -> np.ndarray:
+    def precision(self, x: Array) -> Tensor:
         """Return Q x."""
-        residual = self.multiply(x)
-        return self.multiply_transposed(residual / alongside(self.variances, residual))
+        return self._each(self.ordered_precision, x)
 
-    def rows(self, index: np.ndarray) -> tuple[np.ndarray, list[sp.csr_matrix]]:
-        """Return the numbers (m,) of the places that n rows of I - B combine, and the rows.
+    def ordered_precision(self, x: Tensor) -> Tensor:
+        """Return Q x for x of shape (N, L, R), places in the ordering."""
+        residual = self.triangle.multiply(x)
+        return self.triangle.multiply_transposed(residual / self._ordered_variances)
 
-        The rows are 1 or L CSR matrices of shape (n, m).
+    def neighbors(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers (n, K) of the neighbours of n places, and their weights (1 or L, n, K).
+
+        Where there is no neighbour the weight is 0.
         """
-        parts = [A[self.graph.position[index]] for A in self.matrices]
-        used, columns = np.unique(parts[0].indices, return_inverse=True)
-        shape = (parts[0].shape[0], len(used))
-        matrices = [sp.csr_matrix((A.data, columns, A.indptr), shape=shape) for A in parts]
-        return self.graph.order[used], matrices
+        positions = self.position[index]
+        near = torch.from_numpy(self.graph.predecessors[positions.cpu().numpy()]).long()
+        weights = self.triangle.weights[positions].movedim(1, 0)
+        return self.order[near.clamp_min(0).to(index.device)], weights
 
-    def _each(
-        self,
-        operation: Callable[[Matrix, np.ndarray], np.ndarray],
-        matrices: Sequence[Matrix],
-        x: Array,
-    ) -> np.ndarray:
-        x = np.asarray(x, dtype=np.float64)[:, self._into]
-        return on_components(operation, matrices, x)[:, self._back]
+    def ordered(self, x: Array) -> Tensor:
+        """Return x, (L, N) or (L, N, R), in the ordering, float64 of shape (N, L, R)."""
+        x = torch.as_tensor(x).detach().to(self.order.device, torch.float64)
+        x = x if x.ndim == 3 else x[..., None]
+        return x.index_select(1, self.order).movedim(1, 0).contiguous()
 
+    def restored(self, x: Tensor) -> Tensor:
+        """Return x, (N, L, R), in the order of the user, (L, N, R)."""
+        return x.movedim(0, 1).index_select(1, self.position)
 
-def on_components(
-    operation: Callable[[Matrix, np.ndarray], np.ndarray], matrices: Sequence[Matrix], x: np.ndarray
-) -> np.ndarray:
-    """Apply one matrix to all components of x, (L, N) or (L, N, R), or one to each.
+    @cached_property
+    def _ordered_variances(self) -> Tensor:
+        return self.ordered(self.variances)
 
-    The operation is called with a matrix and columns of shape (N, any).
-    """
-    if len(matrices) == 1:
-        columns = np.moveaxis(x, 0, 1)
-        product = operation(matrices[0], columns.reshape(len(columns), -1))
-        return np.moveaxis(product.reshape(len(product), *columns.shape[1:]), 1, 0)
-    work = sum(A.nnz for A in matrices) * (x[0].size // x.shape[1])
-    if work < FEW_PRODUCTS or torch.get_num_threads() == 1:
-        return np.stack(list(map(operation, matrices, x)))
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # scipy lets go of the lock
-        return np.stack(list(threads.map(operation, matrices, x)))
-
-
-def alongside(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return weights (L, N) in a shape that broadcasts with x, (L, N) or (L, N, R)."""
-    return weights if x.ndim == 2 else weights[..., None]
-
-
-def _residual_matrices(predecessors: np.ndarray, weights: np.ndarray) -> list[sp.csr_matrix]:
-    """I - B as CSR matrices that share their structure, their columns in order."""
-    N = len(predecessors)
-    columns = np.concatenate([predecessors, np.arange(N, dtype=np.int32)[:, None]], 1)
-    order = columns.argsort(1)
-    columns = np.take_along_axis(columns, order, 1)
-    present = columns >= 0
-    starts = np.r_[0, present.sum(1).cumsum()]
-    index = np.int32 if starts[-1] < np.iinfo(np.int32).max else np.int64
-    columns, starts = columns[present].astype(index), starts.astype(index)
-    matrices = []
-    for B in weights:
-        values = np.take_along_axis(np.concatenate([-B, np.ones((N, 1))], 1), order, 1)[present]
-        matrices.append(sp.csr_matrix((values, columns, starts), shape=(N, N)))
-    return matrices
+    def _each(self, operation: Callable[[Tensor], Tensor], x: Array) -> Tensor:
+        found = self.restored(operation(self.ordered(x)))
+        return found if x.ndim == 3 else found[..., 0]

@@ -21,23 +21,23 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990). It costs two triangular solves and four products; docs/performance.md says how
-many steps that takes.
+Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has come
+from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with I - B that
+has come from the start to M takes the grid's share as it is. docs/performance.md says how many steps
+that takes. The solves are in the type of the factor's weights, all else is float64.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-import scipy.sparse as sp
+import torch
+from torch import Tensor
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.vecchia import Array, VecchiaFactor, alongside, on_components
-
-COARSENING = 2
-COARSEST = 10
+from pnmf_pyro.gp.triangular import in_one_thread
+from pnmf_pyro.gp.vecchia import Array, VecchiaFactor
 
 
 class Solution(NamedTuple):
@@ -48,9 +48,9 @@ class Solution(NamedTuple):
     the best mean by N / 2 times its square.
     """
 
-    x: np.ndarray
+    x: Tensor
     iterations: int
-    error: np.ndarray
+    error: Tensor
 
 
 class VecchiaPosterior:
@@ -61,10 +61,6 @@ class VecchiaPosterior:
 
     def __init__(self, factor: VecchiaFactor):
         self.factor = factor
-        self._ordered = factor.ordered()
-        self._sizes = [factor.N]
-        while self._sizes[-1] // COARSENING >= COARSEST:
-            self._sizes.append(self._sizes[-1] // COARSENING)
 
     def solve(
         self,
@@ -82,30 +78,32 @@ class VecchiaPosterior:
         of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). What is not
         finite, or a negative h, raises a ValueError.
         """
-        order = self.factor.graph.order
-        h = self._checked_curvature(curvature)[:, order]
-        r = self._checked("b", b)[:, order]
-        x = np.zeros_like(r)
-        precondition = _Preconditioner(self, h)
-        weights = alongside(h, r)
+        factor = self.factor
+        h = factor.ordered(self._checked_curvature(curvature))
+        r = factor.ordered(self._checked("b", b))
+        x = torch.zeros_like(r)
+        precondition = _Preconditioner(factor, h)
         if start is not None:
-            x = self._checked("start", start)[:, order]
-            r = r - self._ordered.precision(x) - weights * x
-        direction, power = np.zeros_like(r), np.ones(1)
+            x = factor.ordered(self._checked("start", start))
+            r -= factor.ordered_precision(x) + h * x
+        direction, power = torch.zeros_like(r), torch.ones_like(r[0])
         for iteration in range(max_iterations + 1):
             z = precondition(r)
-            previous, power = power, (r * z).sum(1, keepdims=True)
-            active = power > tolerance**2 * self.factor.N
+            previous, power = power, (r * z).sum(0)
+            active = power > tolerance**2 * factor.N
             if iteration == max_iterations or not active.any():
                 break
-            direction = z + power / previous * direction * (iteration > 0)
-            product = self._ordered.precision(direction) + weights * direction
-            curved = (direction * product).sum(1, keepdims=True)
-            step = np.where(active, power / np.where(active, curved, 1.0), 0.0)
-            x += step * direction
-            r -= step * product
-        error = np.sqrt(power[:, 0] / self.factor.N)
-        return Solution(x[:, self.factor.graph.position], iteration, error)
+            turn = torch.where(previous > 0, power / previous, 0.0) * (iteration > 0)
+            direction = z.addcmul_(turn, direction)
+            product = factor.ordered_precision(direction).addcmul_(h, direction)
+            curved = (direction * product).sum(0)
+            step = torch.where(active, power / torch.where(active, curved, 1.0), 0.0)
+            x.addcmul_(step, direction)
+            r.addcmul_(-step, product)
+        found, error = factor.restored(x), (power / factor.N).sqrt()
+        if b.ndim == 2:
+            found, error = found[..., 0], error[..., 0]
+        return Solution(found, iteration, error)
 
     def sample(
         self,
@@ -114,7 +112,7 @@ class VecchiaPosterior:
         random_state: RandomState = None,
         *,
         tolerance: float = 0.1,
-    ) -> np.ndarray:
+    ) -> Tensor:
         """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
 
         b = (I - B)^T D^1/2 e + h^1/2 e' with independent standard normal e and e' (Papandreou and
@@ -122,13 +120,13 @@ class VecchiaPosterior:
         """
         h = self._checked_curvature(curvature)
         random = check_random_state(random_state)
-        shape = (*h.shape, n_draws)
-        of_prior = random.normal(size=shape) / np.sqrt(self.factor.variances)[..., None]
-        of_data = random.normal(size=shape) * np.sqrt(h)[..., None]
+        shape, variances = (*h.shape, n_draws), self.factor.variances
+        of_prior = torch.from_numpy(random.normal(size=shape)).to(h) / variances.sqrt()[..., None]
+        of_data = torch.from_numpy(random.normal(size=shape)).to(h) * h.sqrt()[..., None]
         b = self.factor.multiply_transposed(of_prior) + of_data
         return self.solve(h, b, tolerance=tolerance).x
 
-    def conditional_variances(self, curvature: Array) -> np.ndarray:
+    def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
         return 1 / (self.factor.precision_diagonal + self._checked_curvature(curvature))
 
@@ -139,7 +137,7 @@ class VecchiaPosterior:
         random_state: RandomState = None,
         *,
         tolerance: float = 0.1,
-    ) -> np.ndarray:
+    ) -> Tensor:
         """Return V, (L, N, rank), with E V V^T + diag(d) near A^-1, d the conditional variances.
 
         With `rank` posterior draws f the columns of V are (I - diag(d) A / 2) f / sqrt(rank): their
@@ -153,78 +151,60 @@ class VecchiaPosterior:
         draws = self.sample(h, rank, random_state, tolerance=tolerance)
         product = self.factor.precision(draws) + h[..., None] * draws
         filtered = draws - 0.5 * self.conditional_variances(h)[..., None] * product
-        return filtered / np.sqrt(rank)
+        return filtered / rank**0.5
 
-    def _checked_curvature(self, curvature: Array) -> np.ndarray:
+    def _checked_curvature(self, curvature: Array) -> Tensor:
         h = self._checked("curvature", curvature)
         if (h < 0).any():
             raise ValueError(
-                f"curvature must not be negative; place {np.argwhere(h < 0)[0, 1]} has {h.min()}. "
+                f"curvature must not be negative; place {(h < 0).nonzero()[0, 1]} has {h.min()}. "
                 "Use a form that cannot be, such as the expected rate."
             )
         return h
 
-    def _checked(self, name: str, value: Array) -> np.ndarray:
+    def _checked(self, name: str, value: Array) -> Tensor:
         """Return values as float64; conjugate gradients would go on with NaN to the end."""
-        array = np.asarray(value, dtype=np.float64)
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
+        array = torch.as_tensor(value).detach().to(self.factor.variances)
+        finite = array.isfinite()
+        if not finite.all():
+            bad = (~finite).nonzero()[0].tolist()
             raise ValueError(
-                f"{name} must be finite; component {bad[0, 0]}, place {bad[0, 1]} is "
-                f"{array[tuple(bad[0])]}. Shorten the step that led there."
+                f"{name} must be finite; component {bad[0]}, place {bad[1]} is "
+                f"{array[tuple(bad)]}. Shorten the step that led there."
             )
         return array
-
-    @cached_property
-    def _grids(self) -> list[tuple[int, list[sp.csr_matrix], np.ndarray]]:
-        """Tuples (M, (I - B)_MM of each matrix, diagonal of Q_M) from N downwards."""
-        matrices, D = self.factor.matrices, 1 / self._ordered.variances
-        diagonal, grids, start = np.zeros_like(D), [], 0
-        for M in reversed(self._sizes):
-            added = [A[start:M].power(2) for A in matrices]
-            diagonal = diagonal + on_components(_transposed_product, added, D[:, start:M])
-            grids.append((M, _leading(matrices, M), diagonal[:, :M]))
-            start = M
-        return grids[::-1]
 
 
 class _Preconditioner:
     """The approximate inverse of Q + diag(h) at the top of this file, in the ordering."""
 
-    def __init__(self, posterior: VecchiaPosterior, h: np.ndarray):
-        self.factor = posterior._ordered
-        spread = self.factor.solve_transposed(h)
-        weights = np.empty_like(h)
-        self.grids = []
-        for M, matrices, diagonal in posterior._grids:
-            lumped = on_components(_transposed_product, matrices, spread[:, :M])
-            lumped = np.maximum(lumped, h[:, :M])  # a prediction may have negative weights
-            weights[:, :M] = lumped
-            self.grids.append((M, matrices, 1 / (diagonal + lumped)))
-        self.fine = 1 / (1 / self.factor.variances + weights)
+    def __init__(self, factor: VecchiaFactor, h: Tensor):
+        self.triangle = triangle = factor.triangle
+        dtype = triangle.weights.dtype
+        weights, self.inverses = torch.empty_like(h), []
+        diagonals = reversed(factor.grid_diagonals)
+        for lumped, diagonal in zip(self._grids(h.to(dtype).clone()), diagonals, strict=True):
+            M = len(lumped)
+            # A prediction may have negative weights.
+            weights[:M] = torch.maximum(lumped, h[:M])
+            self.inverses.append((1 / (diagonal + weights[:M])).to(dtype))
+        self.fine = (1 / (1 / factor._ordered_variances + weights)).to(dtype)
 
-    def __call__(self, r: np.ndarray) -> np.ndarray:
-        z = self.factor.solve_transposed(r)
-        total = z * alongside(self.fine, z)
-        for M, matrices, inverse in self.grids:
-            coarse = on_components(_transposed_product, matrices, z[:, :M])
-            total[:, :M] += on_components(_product, matrices, coarse * alongside(inverse, coarse))
-        return self.factor.solve(total)
+    def __call__(self, r: Tensor) -> Tensor:
+        z = r.to(self.fine.dtype, copy=True)
+        shares = [part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)]
+        total = z * self.fine
+        x = self.triangle.flat(total)
+        with in_one_thread():
+            for block, share in zip(self.triangle.blocks, reversed(shares), strict=True):
+                block.solve(x)
+                x[: block.stop] += self.triangle.flat(share)
+        return total.to(r.dtype)
 
-
-def _product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
-    return A @ x
-
-
-def _transposed_product(A: sp.csr_matrix, x: np.ndarray) -> np.ndarray:
-    return A.T @ x
-
-
-def _leading(matrices: list[sp.csr_matrix], M: int) -> list[sp.csr_matrix]:
-    """Return the first M rows and columns of lower triangular CSR matrices, as views."""
-    parts = []
-    for A in matrices:
-        end = A.indptr[M]
-        arrays = (A.data[:end], A.indices[:end], A.indptr[: M + 1])
-        parts.append(sp.csr_matrix(arrays, shape=(M, M), copy=False))
-    return parts
+    def _grids(self, z: Tensor) -> Iterator[Tensor]:
+        """Solve with (I - B)^T in place, and give what is left on each grid on the way."""
+        x, columns = self.triangle.flat(z), z.shape[1:]
+        with in_one_thread():
+            for block in reversed(self.triangle.blocks):
+                yield x[: block.stop].view(-1, *columns)
+                block.solve_transposed(x)

@@ -112,7 +112,7 @@ class LCGP(Prior):
     seed : int
         Of V, and of neighbours where chance has a part.
     dtype : torch.dtype
-        Of F; everything inside is float64.
+        Of F; weights of neighbours have the same, all else inside is float64.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ class LCGP(Prior):
         held = _SitePosterior if use_natural_gradients else _Scaled
         self.q: _SitePosterior | _Scaled = held(L, self.N, cholesky_mode)
         self.neighborhoods = Neighborhoods(
-            self.kernel, places, L, K, neighbors, precompute_knn, seed
+            self.kernel, places, L, K, neighbors, precompute_knn, seed, dtype
         )
 
     @property
@@ -202,16 +202,14 @@ class LCGP(Prior):
     def solve(self, curvature: Tensor, pull: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the best d of a q with sites h and b; all of shape (L, N)."""
         posterior, level = self.neighborhoods.posterior, self.mean[:, None]
-        h = curvature.cpu()
         found = posterior.solve(
-            h,
-            (pull - curvature * level).cpu(),
-            (start - level).cpu(),
+            curvature,
+            pull - curvature * level,
+            start - level,
             tolerance=TOLERANCE,
             max_iterations=MOST_ITERATIONS,
         )
-        mean = level + torch.from_numpy(found.x).to(level)
-        return mean, torch.from_numpy(posterior.conditional_variances(h)).to(level)
+        return level + found.x, posterior.conditional_variances(curvature)
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""
@@ -246,15 +244,14 @@ class LCGP(Prior):
         They have `seed`.
         """
         posterior = self.neighborhoods.posterior
-        diagonal = torch.from_numpy(posterior.factor.precision_diagonal).to(self.mean)
-        curvature = self.q.site_curvature(diagonal).cpu()
+        curvature = self.q.site_curvature(posterior.factor.precision_diagonal)
         at_once = max(1, BLOCK // (self.L * self.N))
-        V = torch.empty(self.L, self.N, rank, dtype=self.dtype)
+        V = curvature.new_empty(self.L, self.N, rank, dtype=self.dtype)
         for start in range(0, rank, at_once):
             part = V[..., start : start + at_once]
             columns = posterior.smooth_part(curvature, part.shape[-1], self.seed + start)
-            part.copy_(torch.from_numpy(columns) * (part.shape[-1] / rank) ** 0.5)
-        self.low_rank = V.to(self.mean.device)
+            part.copy_(columns * (part.shape[-1] / rank) ** 0.5)
+        self.low_rank = V
 
     def _held_in_sites(self) -> _SitePosterior:
         self.check_sites()
@@ -307,15 +304,14 @@ class LocalFieldAt:
         have in common what V says.
         """
         prior = self.prior
-        shared, level = prior._shared(n_draws), prior.mean[:, None, None].cpu()
+        shared, level = prior._shared(n_draws), prior.mean[:, None, None]
 
         @torch.no_grad()
         def draw(index: Tensor | None) -> Tensor:
             conditionals = prior.neighborhoods.conditionals(self.places.take(index))
-            used = torch.from_numpy(conditionals.used).to(prior.mean.device)
-            known = prior._drawn(shared, used).movedim(0, -1).cpu() - level
+            known = prior._drawn(shared, conditionals.used).movedim(0, -1) - level
             noise = torch.randn(self.L, len(conditionals.order), n_draws, dtype=torch.float64)
-            drawn = torch.from_numpy(conditionals.draw(known.numpy(), noise.numpy()))
-            return (level + drawn).movedim(-1, 0).to(prior.mean.device, prior.dtype)
+            drawn = level + conditionals.draw(known, noise.to(level.device))
+            return drawn.movedim(-1, 0).to(prior.dtype)
 
         return draw

@@ -20,16 +20,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.distributions import Normal, TorchDistribution
-from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.gp.cholesky import log_det
-from pnmf_pyro.gp.vecchia import VecchiaFactor, on_components
+from pnmf_pyro.gp.vecchia import VecchiaFactor
 from pnmf_pyro.priors.fields import Repeated
 
 
@@ -114,9 +112,8 @@ class VecchiaNormal(TorchDistribution):
         """Draw mean + (I - B)^-1 sqrt(v) epsilon, of shape sample_shape + batch shape."""
         shape = (*self._extended_shape(torch.Size(sample_shape))[:-1], self.factor.N)
         noise = torch.randn(shape, dtype=torch.float64, device=self.loc.device)
-        scaled = noise.reshape(-1, *shape[-2:]) * self._variances.sqrt()
-        fields = self.factor.solve(_numpy(scaled.movedim(0, -1)))
-        draws = _tensor(fields, self.loc.device).movedim(-1, 0).reshape(shape)
+        scaled = noise.reshape(-1, *shape[-2:]) * self.factor.variances.sqrt()
+        draws = self.factor.solve(scaled.movedim(0, -1)).movedim(-1, 0).reshape(shape)
         return take(self.loc[:, None] + draws, self.index).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -135,12 +132,8 @@ class VecchiaNormal(TorchDistribution):
         deviation = value - self.loc[:, None]
         columns = deviation.reshape(-1, *deviation.shape[-2:]).movedim(0, -1)
         squares = residuals(self.factor, columns).square().movedim(-1, 0).reshape(deviation.shape)
-        return -0.5 * (squares / self._variances + (2 * torch.pi * self._variances).log())
-
-    @property
-    def _variances(self) -> Tensor:
-        """v, the variance of each place given its neighbours, (L, N)."""
-        return torch.from_numpy(self.factor.variances).to(self.loc.device)
+        variances = self.factor.variances
+        return -0.5 * (squares / variances + (2 * torch.pi * variances).log())
 
 
 class LocalPosterior(Repeated, Normal):
@@ -232,12 +225,8 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
     """
     (mean, diagonal), index, V = q.moments, q.index, q.low_rank
     precision, variance, rough = (
-        take(x.to(mean.device), index)
-        for x in (
-            torch.from_numpy(p.factor.precision_diagonal),
-            torch.from_numpy(p.factor.variances),
-            p.factor.roughness(V),
-        )
+        take(x, index)
+        for x in (p.factor.precision_diagonal, p.factor.variances, p.factor.roughness(V))
     )
     d = take(diagonal, index).double()
     squares = residuals(p.factor, mean - p.loc[:, None].to(mean.device), index).square() + rough
@@ -266,32 +255,22 @@ def residuals(factor: VecchiaFactor, x: Tensor, index: Tensor | None = None) -> 
     -------
     Tensor of shape (L, n) or (L, n, R), float64
     """
-    if index is not None:
-        combined, matrices = factor.rows(index.cpu().numpy())
-        return _Product.apply(x.index_select(1, _tensor(combined, x.device)), matrices)
-    order, position = (_tensor(i, x.device) for i in (factor.graph.order, factor.graph.position))
-    product = _Product.apply(x.index_select(1, order), factor.matrices)
-    return product.index_select(1, position)
+    if index is None:
+        return _Residuals.apply(x, factor)
+    near, weights = factor.neighbors(index)
+    known = x.index_select(1, near.flatten()).unflatten(1, near.shape).double()
+    weights = weights.double() if x.ndim == 2 else weights.double()[..., None]
+    return x.index_select(1, index).double() - (weights * known).sum(2)
 
 
-class _Product(torch.autograd.Function):
-    """Products of constant sparse matrices with x of shape (L, N) or (L, N, R), in float64."""
+class _Residuals(torch.autograd.Function):
+    """(I - B) x for x of shape (L, N) or (L, N, R), in float64."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Sequence[csr_matrix]) -> Tensor:
-        ctx.matrices, ctx.like = matrices, x
-        return _tensor(on_components(lambda A, x: A @ x, matrices, _numpy(x)), x.device)
+    def forward(ctx: Any, x: Tensor, factor: VecchiaFactor) -> Tensor:
+        ctx.factor, ctx.dtype = factor, x.dtype
+        return factor.multiply(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        product = on_components(lambda A, x: A.T @ x, ctx.matrices, _numpy(gradient))
-        return _tensor(product, ctx.like.device).to(ctx.like.dtype), None
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().double().cpu().numpy()
-
-
-def _tensor(x: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+        return ctx.factor.multiply_transposed(gradients[0]).to(ctx.dtype), None

@@ -62,9 +62,10 @@ def test_all_neighbours_give_the_exact_conditionals():
     found.K = 35
     conditionals = found.conditionals(Places(torch.tensor(new)))
     np.testing.assert_array_equal(conditionals.used, np.arange(30))
-    identity, zeros = np.stack([np.eye(30)] * 2), np.zeros((2, 6, 30))
+    identity, zeros = (torch.zeros(2, n, 30).double() for n in (30, 6))
+    identity += torch.eye(30)
     weights = conditionals.draw(identity, zeros)
-    roots = conditionals.draw(np.zeros((2, 30, 6)), np.stack([np.eye(6)] * 2))
+    roots = conditionals.draw(torch.zeros(2, 30, 6).double(), torch.eye(6).double().expand(2, -1, -1))
     for l in range(2):
         cross, among = exact(new, points)[l], exact(points, points)[l]
         expected = np.linalg.solve(among, cross.T).T
@@ -76,7 +77,7 @@ def test_all_neighbours_give_the_exact_conditionals():
 def test_components_share_weights_under_one_set_of_hyperparameters():
     points = Places(torch.tensor(points_of(40)))
     found = Neighborhoods(SpatialKernel("Matern32", 0.3), points, 3, 5)
-    assert len(found.factor.matrices) == 1
+    assert found.factor.triangle.C == 1
     assert found.factor.variances.shape == (3, 40)
 
 

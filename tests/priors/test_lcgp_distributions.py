@@ -276,7 +276,7 @@ def test_plates_repeat_the_field_and_the_trace_has_its_density():
 
 def test_a_program_is_trained_by_reparameterised_draws():
     """The mean of one component is found from a noisy field, to which Pyro's own ELBO leads."""
-    factor = make(points_of(60), 6, [matern32(0.05)], [1.0])
+    factor = make(points_of(60), 6, [matern32(0.05)])
     truth = drawn(VecchiaNormal(factor, 2.0))
 
     def model():
@@ -305,7 +305,7 @@ def test_a_program_is_trained_by_reparameterised_draws():
 @pytest.mark.parametrize("kernel", [matern32(0.2), rbf(0.5)])
 def test_repeated_places(kernel):
     points = np.repeat(points_of(30), 2, 0)
-    factor = make(points, 10, [kernel], [1.0])
+    factor = make(points, 10, [kernel])
     assert factor.variances.min() >= 1e-8
     draw = drawn(VecchiaNormal(factor))
     assert torch.isfinite(draw).all()

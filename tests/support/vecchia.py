@@ -39,19 +39,22 @@ def points_of(N=60, p=2, seed=0):
     return random
 
 
-def make(points, K, kernels=KERNELS, variances=SCALES, share=None):
+def make(points, K, kernels=KERNELS, share=None):
     """A factor of one component for each kernel, or for each of some factors on the first one."""
     places = Places(torch.tensor(points))
-    graph = build_graph(places, K)
+    graph = build_graph(places, K).in_fronts()
     ordered = places[graph.order]
-    parts = [
-        conditional_weights(ordered, ordered, graph.predecessors, *pair, graph.order)
-        for pair in zip(kernels, variances, strict=True)
-    ]
-    weights, conditional = (torch.stack(part) for part in zip(*parts, strict=True))
+    weights, conditional = conditional_weights(
+        ordered, ordered, graph.predecessors, among(*kernels), len(kernels), names=graph.order
+    )
     if share is not None:
         conditional = conditional * torch.tensor(share)[:, None]
     return VecchiaFactor(graph, weights, conditional)
+
+
+def among(*kernels):
+    """Covariances among places, of each kernel."""
+    return lambda places: torch.stack([kernel(places, places) for kernel in kernels])
 
 
 def neighbors_of(graph):
@@ -115,7 +118,7 @@ def few_neighbours(kind):
     """Places, a factor with few neighbours, and its covariance by dense recursion."""
     points = points_of(60, {"line": 1, "space": 3}.get(kind, 2))
     if kind == "shared":  # one set of weights, variances that differ
-        factor = make(points, 6, KERNELS[:1], SCALES[:1], share=[1.0, 2.5])
+        factor = make(points, 6, KERNELS[:1], share=[1.0, 2.5])
         covariance = vecchia_covariance(points, factor.graph, KERNELS[:1])
         return points, factor, np.concatenate([covariance, 2.5 * covariance])
     factor = make(points, 1 if kind == "one neighbour" else 6)
