@@ -19,6 +19,7 @@ __all__ = [
     "fit_model",
     "interpretation",
     "match_factors",
+    "plan",
     "plotting",
     "posterior_predictive_check",
     "prior_predictive_check",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from pnmf_pyro.analysis.selection import select_n_components
     from pnmf_pyro.estimator.fit_model import fit_model
     from pnmf_pyro.estimator.pnmf import PNMF
-    from pnmf_pyro.estimator.recipe import fit
+    from pnmf_pyro.estimator.recipe import fit, plan
     from pnmf_pyro.models.deviance import deviance
 
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",
     "match_factors": "analysis.matching",
+    "plan": "estimator.recipe",
     "posterior_predictive_check": "analysis.predictive_checks",
     "prior_predictive_check": "analysis.predictive_checks",
     "select_n_components": "analysis.selection",

@@ -22,7 +22,7 @@ from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import CountsLike, as_counts
 from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.estimator.recipe import fit, plan
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
@@ -42,6 +42,7 @@ def add(commands: shared.Commands) -> None:
             "pnmf-pyro fit sections.h5ad --batch-key section --size-factors total "
             "--out factors.h5ad",
             "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
+            "pnmf-pyro fit section.h5ad --plan",
         ),
         fine="the fit has settled, and results are written",
         look="results are written, but the fit had not settled or is no use, or not all that was "
@@ -51,9 +52,14 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument(
         "--out",
         "-o",
-        required=True,
         help="where to write results: .h5ad, .npz, .csv, or FOLDER/ for CSV files; an .h5ad file "
         "of COUNTS gets them as well",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="fit and write nothing: say what the fit would do, how long it would take and in "
+        "which memory",
     )
     parser.add_argument(
         "--save-model",
@@ -66,6 +72,10 @@ def add(commands: shared.Commands) -> None:
 
 def run(options: argparse.Namespace) -> shared.Exit:
     """Fit, write and say how it went."""
+    if options.plan:
+        return _plan(options)
+    if options.out is None:
+        raise ValueError("--out must name where to write results; or give --plan, to fit nothing.")
     check_results_path(options)  # before the fit takes its time
     if options.save_model:
         check_output_path("--save-model", options.save_model, (".npz",))
@@ -92,6 +102,15 @@ def run(options: argparse.Namespace) -> shared.Exit:
         f"wrote {', '.join(written)}",
     )
     return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
+
+
+def _plan(options: argparse.Namespace) -> shared.Exit:
+    """Say what the fit would do."""
+    table = shared.read_table(options)
+    coords, groups = shared.places(options, table)
+    chosen = {"n_components": options.components, **shared.settings(options, table)}
+    shared.say(options, str(plan(table.X, coords, groups, **chosen)))
+    return shared.Exit.FINE
 
 
 def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[list[str], bool]:

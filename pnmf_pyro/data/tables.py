@@ -92,6 +92,17 @@ def plain_table(X: Any) -> Any:
     return X
 
 
+def number_stored(X: Any) -> int:
+    """Return how many entries a table stores: those of a sparse one, or all."""
+    if isinstance(X, Counts):
+        return X.values.numel()
+    if isinstance(X, Tensor):
+        return X.numel() if X.layout == torch.strided else int(X._nnz())
+    if _is_sparse_frame(X):
+        return round(X.sparse.density * X.size)
+    return int(X.nnz) if sp.issparse(X) else X.shape[0] * X.shape[1]
+
+
 def _plain_tensor(X: Tensor) -> Tensor:
     X = X.detach()
     if X.is_nested or X.device.type == "meta":

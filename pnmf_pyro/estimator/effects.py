@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.inputs import learned
-from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel

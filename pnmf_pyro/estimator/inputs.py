@@ -31,9 +31,10 @@ from pnmf_pyro.data.places import (
     warn_units,
 )
 from pnmf_pyro.data.sparse_structure import checked_csr
-from pnmf_pyro.data.tables import is_anndata, plain_table
+from pnmf_pyro.data.tables import is_anndata, number_stored, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
-from pnmf_pyro.estimator.parameters import HYPERPARAMETERS, FittedEstimator, Settings
+from pnmf_pyro.estimator.parameters import FittedEstimator, Settings, learned
+from pnmf_pyro.estimator.size import Size, check_memory
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors import Prior
 
@@ -106,31 +107,23 @@ def refuse_places(coordinates: MaybeArray, groups: MaybeArray) -> None:
         )
 
 
-def learned(settings: Settings) -> list[str]:
-    """Return the names of the kernel's hyperparameters that are to be learned."""
-    kernel = getattr(settings.prior, "kernel", None)
-    named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
-    there = list(HYPERPARAMETERS) if settings.spatial else []
-    if isinstance(kernel, SpatialKernel):
-        there = list(kernel.hyperparameters)
-    elif not settings.multigroup:
-        named -= {"group_diff_param"}
-    return [name for name in there if name in named]
-
-
 def read_data(
     settings: Settings,
     X: CountsLike,
     coordinates: MaybeArray,
     groups: MaybeArray,
     size_factors: ArrayLike | None,
+    limited: bool = True,
 ) -> Data:
     """Check what a fit is given; the estimator takes note of the features.
 
     Of an AnnData object the counts are its X, and the coordinates of a spatial fit obsm["spatial"].
+    What there is no memory for is a ValueError, if `limited`, before anything is allocated.
     """
     names = feature_names(X)
     X, coordinates, groups = AnnDataKeys().take_apart(X, coordinates, groups, settings.spatial)
+    X = plain_table(X)
+    _check_size(settings, X, limited)
     counts = check_table(settings, X, names, reset=True)
     s = check_size_factors(size_factors, counts)
     total = None if not isinstance(size_factors, str) else mean_total(counts)
@@ -169,12 +162,19 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
     counts = check_counts(X)
     if reset:
         warn_empty(counts, getattr(settings, "feature_names_in_", None))
-    if reset and settings.n_components > max(counts.shape):
-        raise ValueError(
-            f"n_components={settings.n_components} is larger than both n_samples="
-            f"{counts.shape[0]} and n_features={counts.shape[1]}. Use fewer components."
-        )
     return counts.to(check_device(settings.device))
+
+
+def _check_size(settings: Settings, X: Any, limited: bool) -> None:
+    """Raise a ValueError for a fit that is too large for its data, or for the memory there is."""
+    N, D = X.shape
+    if settings.n_components > max(N, D):
+        raise ValueError(
+            f"n_components={settings.n_components} is larger than both n_samples={N} and "
+            f"n_features={D}. Use fewer components."
+        )
+    if limited:
+        check_memory(Size.of(settings, (N, D), number_stored(X)))
 
 
 def _note_names(settings: Any, names: np.ndarray, reset: bool) -> None:

@@ -271,3 +271,15 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in CHECKS and (value is not None or name not in _MAY_BE_NONE):
             CHECKS[name](name, value)
+
+
+def learned(settings: Settings) -> list[str]:
+    """Return the names of the kernel's hyperparameters that are to be learned."""
+    kernel = getattr(settings.prior, "kernel", None)
+    named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
+    there = list(HYPERPARAMETERS) if settings.spatial else []
+    if isinstance(kernel, SpatialKernel):
+        there = list(kernel.hyperparameters)
+    elif not settings.multigroup:
+        named -= {"group_diff_param"}
+    return [name for name in there if name in named]

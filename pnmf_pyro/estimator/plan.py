@@ -22,8 +22,8 @@ from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
-from pnmf_pyro.estimator.inputs import Data, learned
-from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.inputs import Data
+from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.stages import (
     Correlate,
@@ -43,6 +43,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
+from pnmf_pyro.training.progress import Progress, StageCost
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -51,6 +52,9 @@ TRIAL_STEPS = 20
 
 # Draws for the ELBO of a finished fit, which is quoted and compared.
 FINAL_DRAWS = 20
+
+# Name of what comes after the stages, in a progress bar.
+LAST = "ELBO"
 
 
 def make_model(
@@ -239,25 +243,28 @@ OnStep = Callable[[PoissonFactorization, int, float], None]
 
 
 def fit_by_plan(
-    settings: Settings, data: Data, on_step: OnStep
+    settings: Settings, data: Data, on_step: OnStep, costs: Sequence[StageCost] = ()
 ) -> tuple[PoissonFactorization, History, tuple[float, float]]:
     """Make a model of the data, train it through all stages; return its ELBO and the error as well.
 
-    `on_step` is called with the model, the number of the step and the ELBO after it.
+    `on_step` is called with the model, the number of the step and the ELBO after it. A progress bar
+    shows how far it is, where the `costs` of the stages are given.
     """
     random, counts = check_random_state(settings.random_state), data.counts
     model = make_model(settings, data, random)
     runs = make_runs(settings, data, model, random)
-    starts = _starts(settings, runs[0], counts, random)
+    starts = make_starts(settings, runs[0], counts, random)
     generator = torch_generator(random)
-    history = train_runs(runs, starts, settings, counts, generator, on_step)
-    batches = Batches(counts, settings.batch_size)
-    elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
+    with Progress(costs) as progress:
+        history = train_runs(runs, starts, settings, counts, generator, on_step, progress)
+        progress.begin(LAST)
+        batches = Batches(counts, settings.batch_size)
+        elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
     warn_of_doubts(model, counts, elbo[0])
     return model.eval(), history, elbo
 
 
-def _starts(
+def make_starts(
     settings: Settings, first: Run, counts: Counts, random: np.random.RandomState
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the values W (D, L) and exp F (N, L) from which the first run may start."""
@@ -275,6 +282,7 @@ def train_runs(
     counts: Counts,
     generator: torch.Generator,
     on_step: OnStep,
+    progress: Progress,
 ) -> History:
     """Train through all runs, from the best of several starts W (D, L) and exp F (N, L).
 
@@ -284,6 +292,7 @@ def train_runs(
     history, taken = History(), 0
     left = sum(run.training is not None for run in runs)
     for run in runs:
+        progress.begin(run.name)
         run.prepare()
         training = run.training
         if training is None:
@@ -294,11 +303,12 @@ def train_runs(
         told = history if run.counts is None else History()
         first = len(told)
         if run is runs[0]:
-            told += _best_start(training, starts, settings, seen, generator, share)
+            told += _best_start(training, starts, settings, seen, generator, share, progress)
         budget = min(first + share - len(told), run.most_steps or share)
         quiet = told is not history
         report = told.append if quiet else partial(_report, history, on_step, training.model)
-        _train(training, settings, seen, generator, budget, on_step=report, warn=training.warns)
+        each = progress.telling(report)
+        train_run(training, settings, seen, generator, budget, on_step=each, warn=training.warns)
         taken += len(told) - first
         told.stages.append((run.name, first, len(told)))
         if quiet and told:
@@ -318,6 +328,7 @@ def _best_start(
     counts: Counts,
     generator: torch.Generator,
     max_iter: int,
+    progress: Progress,
 ) -> list[float]:
     """Set the model to the best of several starts; return the ELBO of the steps it took."""
     model, steps, tried = training.model, min(TRIAL_STEPS, max_iter), []
@@ -325,26 +336,30 @@ def _best_start(
         model.assign(*start)
         if len(starts) == 1 or steps < 1:
             return []
-        history = _train(training, settings, counts, generator, steps, warn=False, quiet=True)
+        each = progress.telling(lambda elbo: None)
+        history = train_run(
+            training, settings, counts, generator, steps, on_step=each, warn=False, settles=False
+        )
         tried.append((history, {k: v.clone() for k, v in model.state_dict().items()}))
     history, state = max(tried, key=lambda one: one[0][-1])
     model.load_state_dict(state)
     return history
 
 
-def _train(
+def train_run(
     training: Training,
     settings: Settings,
     counts: Counts,
     generator: torch.Generator,
     max_iter: int,
     *,
-    quiet: bool = False,
+    settles: bool = True,
     **keywords: Any,
 ) -> list[float]:
+    """Train by one run for `max_iter` steps, or until it `settles`; return the ELBO of each."""
     if max_iter < 1:
         return []
-    judge: Judge | None = None if quiet else training.convergence
+    judge: Judge | None = training.convergence if settles else None
     if isinstance(judge, Convergence):
         judge = replace(judge, start=max(one.warm_up(max_iter) for _, one in training.steps))
     return train(
@@ -356,7 +371,6 @@ def _train(
         max_iter=max_iter,
         monotone=training.monotone,
         convergence=judge,
-        verbose=0 if quiet else int(settings.verbose),
         **keywords,
     ).history
 

@@ -18,6 +18,7 @@ from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import encode_places, read_data
 from pnmf_pyro.estimator.parameters import check_parameters
@@ -57,7 +58,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
     verbose, device : bool or int, {'cpu', 'cuda', 'mps', 'auto'}
-        Whether to show a progress bar, and where to compute; `auto` is CUDA where there is one.
+        Whether to show the plan of a fit and a progress bar, and where to compute; `auto` is CUDA
+        where there is one.
     init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None} or tuple
         Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best.
     scheduler : {'one_cycle', 'plateau', None}
@@ -294,7 +296,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self.groups_ = None if data.groups is None else data.groups.names
             self.mean_total_ = data.mean_total
             self.keys_: AnnDataKeys | None = None
-            model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
+            fitted = fit_by_plan(self, data, report, announced(self, data))
+            model, self.history_, (self.elbo_, self.elbo_se_) = fitted
             self._publish(model)
             self.n_iter_ = len(self.history_)
         except BaseException:

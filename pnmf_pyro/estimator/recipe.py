@@ -12,7 +12,9 @@ from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.cost import Plan, plan_of
 from pnmf_pyro.estimator.effects import without_effect
+from pnmf_pyro.estimator.inputs import read_data
 from pnmf_pyro.estimator.parameters import check_values
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
@@ -174,14 +176,62 @@ def fit(
     """
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
     if is_anndata(X):
-        if coords is not None or groups is not None:
-            raise ValueError(
-                "coords and groups of an AnnData object are named by spatial_key and batch_key; "
-                "leave coords and groups out."
-            )
+        _refuse_places(coords, groups)
         return _fit_anndata(X, keys, n_components, size_factors, parameters)
     keys.refuse()
     return _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+
+
+@isolated
+def plan(
+    X: CountsLike | AnnData,
+    coords: MaybeArray = None,
+    groups: MaybeArray = None,
+    *,
+    n_components: int = 10,
+    size_factors: MaybeArray = None,
+    layer: str | None = None,
+    spatial_key: str | None = SPATIAL_KEY,
+    batch_key: str | None = None,
+    **parameters: Any,
+) -> Plan:
+    """Say what :func:`fit` would do, how long it would take on this machine, and in which memory.
+
+    Stages of the fit are timed on a sample of the rows, for a few seconds where X is not large.
+
+    Parameters
+    ----------
+    X, coords, groups, n_components, size_factors, layer, spatial_key, batch_key, **parameters
+        What `fit` would be given.
+
+    Returns
+    -------
+    Plan
+        Its `str` is a summary to read.
+
+    Raises
+    ------
+    ValueError
+        For input or parameters that cannot be used.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pnmf_pyro
+    >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
+    >>> plan = pnmf_pyro.plan(X, n_components=2)
+    >>> plan.prior, plan.n_stored, [stage.name for stage in plan.stages]
+    ('GaussianPrior', 1200, ['start', 'warm-up', 'settle', 'ELBO'])
+    """
+    if is_anndata(X):
+        _refuse_places(coords, groups)
+        keys = AnnDataKeys(layer, spatial_key, batch_key)
+        X, coords, groups = keys.read(X, parameters.get("spatial"))
+    else:
+        AnnDataKeys(layer, spatial_key, batch_key).refuse()
+    X = plain_table(X)
+    model = _recommended(np.shape(X), coords, groups, n_components, parameters)
+    return plan_of(model, read_data(model, X, coords, groups, size_factors, limited=False))
 
 
 def _fit_anndata(
@@ -200,6 +250,15 @@ def _fit_anndata(
     return (model, written) if keys.copy else model
 
 
+def _refuse_places(coords: MaybeArray, groups: MaybeArray) -> None:
+    """Raise a ValueError where places are given beside an AnnData object."""
+    if coords is not None or groups is not None:
+        raise ValueError(
+            "coords and groups of an AnnData object are named by spatial_key and batch_key; "
+            "leave coords and groups out."
+        )
+
+
 def _fit_arrays(
     X: CountsLike,
     coords: MaybeArray,
@@ -208,9 +267,24 @@ def _fit_arrays(
     size_factors: MaybeArray,
     parameters: dict[str, Any],
 ) -> PNMF:
-    check_values({"n_components": n_components, **parameters})
     X = plain_table(X)
-    n_samples, n_features = np.shape(X)
+    model = _recommended(np.shape(X), coords, groups, n_components, parameters)
+    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
+    if model.spatial:
+        logger.info("kernel %s", model.kernel_)
+    return model
+
+
+def _recommended(
+    shape: tuple[int, int],
+    coords: MaybeArray,
+    groups: MaybeArray,
+    n_components: int,
+    parameters: dict[str, Any],
+) -> PNMF:
+    """Return the estimator that `fit` trains, with what it chooses and the user wants otherwise."""
+    check_values({"n_components": n_components, **parameters})
+    n_samples, n_features = shape
     recipe = RECIPE if coords is None else _spatial(n_samples, groups, parameters)
     if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
         recipe = {**recipe, **ANY_LIKELIHOOD}
@@ -225,9 +299,6 @@ def _fit_arrays(
     logger.info("fit with n_components=%d, %s", n_components, described)
     if model.spatial:
         logger.info("%d places, %s", n_samples, PRIORS[model.local])
-    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
-    if model.spatial:
-        logger.info("kernel %s", model.kernel_)
     return model
 
 

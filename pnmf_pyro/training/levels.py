@@ -14,6 +14,7 @@ starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,19 +76,29 @@ def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) 
     L : int
         Number of components.
     """
-    N, mean_total, size = len(places), float(counts.values.double().mean()), 1
-    mean_total *= counts.values.numel() / N
+    sizes = bin_sizes(counts, L)
+    if not sizes:
+        return []
+    parts = _ordered_groups(places)
+    return [_level(counts, places, size_factors, parts, size) for size in sizes]
+
+
+def bin_sizes(counts: Counts, L: int) -> list[int]:
+    """Return how many samples the bins of each level have on average, the coarsest first."""
+    N, size = counts.shape[0], 1
+    mean_total = float(counts.row_totals.mean())
     while size * mean_total < ENOUGH and size < N:
         size *= GROWTH
     if size == 1 or N // size < FINEST_BINS * L:
         return []
     sizes = [size * GROWTH**k for k in range(LEVELS)]
-    parts = _ordered_groups(places)
-    return [
-        _level(counts, places, size_factors, parts, size)
-        for size in reversed(sizes)
-        if N // size >= BINS * L
-    ]
+    return [size for size in reversed(sizes) if N // size >= BINS * L]
+
+
+def numbers_of_bins(sizes: Sequence[int], groups: Tensor | None, N: int) -> list[int]:
+    """Return how many bins levels have whose bins have these sizes, at N distinct places."""
+    members = [N] if groups is None else groups.unique(return_counts=True)[1].tolist()
+    return [sum(-(-n // size) for n in members) for size in sizes]
 
 
 def _ordered_groups(places: Places) -> list[np.ndarray]:

@@ -1,0 +1,188 @@
+"""What a fit will do, and what it will cost on this machine, before it does it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.memory import available_memory, held_memory
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator.calibration import Calibration
+from pnmf_pyro.estimator.inputs import Data
+from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.size import Size, gigabytes
+from pnmf_pyro.training.levels import bin_sizes, numbers_of_bins
+from pnmf_pyro.training.progress import StageCost
+
+# A way to spend less is named where it saves such a part of the time or of the memory.
+WORTH_SAYING = 0.1
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A smaller fit, and what it would cost.
+
+    Attributes
+    ----------
+    change : str
+        What to change.
+    seconds : float
+        Time of the fit.
+    memory : float
+        Bytes that the process holds at the peak.
+    """
+
+    change: str
+    seconds: float
+    memory: float
+
+    def __str__(self) -> str:
+        return f"{self.change}: {_duration(self.seconds)}, {gigabytes(self.memory)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit will do, and what it will cost on this machine.
+
+    Attributes
+    ----------
+    n_samples, n_features, n_stored, n_components : int
+        Rows and columns of X, its stored counts, and the number of components.
+    prior : str
+        Name of the class of the prior.
+    n_inducing, n_neighbours : int
+        Inducing points, and neighbours of a place; 0 for a prior that has none.
+    levels : tuple of int
+        Numbers of bins of places of the coarse levels that the fit begins on, the coarsest first.
+    stages : tuple of StageCost
+        Name, expected steps and expected seconds of each stage, in their order.
+    memory : float
+        Bytes that the process is expected to hold at the peak of the fit, those it holds now
+        included.
+    available : float
+        Bytes that the process may hold; infinite where that is unknown.
+    savings : tuple of Saving
+        What would make the fit cheaper, the cheapest first.
+    """
+
+    n_samples: int
+    n_features: int
+    n_stored: int
+    n_components: int
+    prior: str
+    n_inducing: int
+    n_neighbours: int
+    levels: tuple[int, ...]
+    stages: tuple[StageCost, ...]
+    memory: float
+    available: float
+    savings: tuple[Saving, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of the fit."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def minutes(self) -> float:
+        """Expected time of the fit."""
+        return self.seconds / 60
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory for the fit."""
+        return self.memory <= self.available
+
+    def __str__(self) -> str:
+        longest = sorted(self.stages, key=lambda stage: -stage.seconds)[:3]
+        shares = ", ".join(f"{one.name} {one.seconds / self.seconds:.0%}" for one in longest)
+        room = "" if self.available == np.inf else f" of {gigabytes(self.available)}"
+        refused = "" if self.fits else ": too much, fit will refuse it"
+        lines = {
+            "table": f"{self.n_samples:,} samples x {self.n_features:,} features, "
+            f"{self.n_stored:,} stored counts",
+            "model": f"{self.n_components} components, {self._prior_in_words}",
+            "levels": " and ".join(f"{n:,}" for n in self.levels) + " bins of places first",
+            "time": f"about {_duration(self.seconds)} ({shares})",
+            "memory": f"about {gigabytes(self.memory)}{room}{refused}",
+            "cheaper": "\n         ".join(map(str, self.savings)),
+        }
+        left_out = {"levels": not self.levels, "cheaper": not self.savings}
+        return "\n".join(f"{k:<9}{v}" for k, v in lines.items() if not left_out.get(k))
+
+    @property
+    def _prior_in_words(self) -> str:
+        if self.prior == "LCGP":
+            return f"fields that condition each place on {self.n_neighbours} neighbours (LCGP)"
+        if self.prior == "SVGP":
+            return f"fields through {self.n_inducing:,} inducing points (SVGP)"
+        known = self.prior == "GaussianPrior"
+        return "no space (GaussianPrior)" if known else f"the prior {self.prior}"
+
+
+def plan_of(settings: Settings, data: Data) -> Plan:
+    """Time stages of a fit on a sample of its rows, and return what the whole will take."""
+    counts, places = data.counts, data.places
+    if settings.prior is not None:
+        places = settings.prior.places
+    size = Size.of(settings, counts.shape, counts.values.numel(), places)
+    calibration = Calibration(settings, data, size)
+    levels: list[Size] = []
+    if places is not None and calibration.warms_up:
+        levels = _levels(counts, places, size)
+    held = held_memory()
+    stages = calibration.costs(size, levels)
+    total = sum(stage.seconds for stage in stages)
+    savings = []
+    for change, smaller in size.smaller():
+        seconds = sum(stage.seconds for stage in calibration.costs(smaller, levels))
+        kept = max(seconds / total, smaller.memory / size.memory)
+        if min(seconds / total, smaller.memory / size.memory) <= 1 - WORTH_SAYING and kept <= 1:
+            savings.append(Saving(change, seconds, held + smaller.memory))
+    return Plan(
+        *(size.samples, size.features, size.stored, size.components),
+        *(size.prior, size.inducing, size.neighbours),
+        tuple(level.samples for level in levels),
+        tuple(stages),
+        held + size.memory,
+        held + available_memory(),
+        tuple(sorted(savings, key=lambda saving: saving.seconds)),
+    )
+
+
+def announced(settings: Settings, data: Data) -> Sequence[StageCost]:
+    """Print the plan of a fit that is `verbose` to standard error; return the costs of stages."""
+    if not settings.verbose:
+        return ()
+    plan = plan_of(settings, data)
+    tqdm.write(str(plan), file=sys.stderr)
+    return plan.stages
+
+
+def _levels(counts: Counts, places: Places, size: Size) -> list[Size]:
+    """Sizes of the fits of the coarse levels of places.
+
+    In a bin of n samples a feature is stored as often as if its counts were at random places.
+    """
+    sizes = bin_sizes(counts, size.components)
+    if not sizes:
+        return []
+    bins = numbers_of_bins(sizes, places.groups, size.samples)
+    share = np.asarray((counts.numpy() != 0).mean(0)).ravel()
+    return [
+        replace(size.plain, samples=M, stored=int(M * (1 - (1 - share) ** n).sum()))
+        for n, M in zip(sizes, bins, strict=True)
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """A time in a unit in which it is a small number."""
+    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
