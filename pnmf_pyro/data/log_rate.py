@@ -72,16 +72,27 @@ def log_rate_with_gradients(
     return torch.cat(values), gradient, loadings_gradient
 
 
-def _second_moment(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """sum_j X_ij phi_ijl^2, of shape (n, L)."""
+def second_moments(
+    counts: Counts, factors: Tensor, loadings: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
+    """Return sum_j X_ij phi_ijl phi_ijm for pairs of components (l, m), of shape (n, n_pairs).
+
+    Parameters
+    ----------
+    counts : Counts of shape (n, d)
+    factors, loadings : Tensor of shape (n, L) and (d, L)
+        exp F and W.
+    first, second : Tensor of int64, shape (n_pairs,)
+        The l and the m of each pair.
+    """
     parts = []
     largest = torch.finfo(factors.dtype).max ** 0.75
-    squared = loadings.square()
+    products = loadings[:, first] * loadings[:, second]
     for rows, block in counts.blocks():
         rates = _rates(block, factors[rows], loadings)
         steep = (block.values / rates.square_()).clamp_max_(largest)
-        parts.append(block.matmul(steep, squared))
-    return factors.square() * torch.cat(parts)
+        parts.append(block.matmul(steep, products))
+    return torch.cat(parts).mul_(factors[:, first]).mul_(factors[:, second])
 
 
 def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
@@ -100,7 +111,9 @@ class _LogRate(torch.autograd.Function):
         ctx.save_for_backward(factors, loadings, *gradients)
         if not with_moments:
             return values
-        first, second = factors * gradients[0], _second_moment(counts, factors, loadings)
+        each = torch.arange(factors.shape[1], device=factors.device)
+        first = factors * gradients[0]
+        second = second_moments(counts, factors, loadings, each, each)
         ctx.mark_non_differentiable(first, second)
         return values, first, second
 

@@ -65,6 +65,7 @@ NAMES = {
     "places/groups": "prior.place_groups",
     "inducing/coordinates": "prior.inducing_coordinates",
     "inducing/groups": "prior.inducing_groups",
+    "factors/joint_covariance": "prior.joint_covariance",
     "factors/mean": "prior.q.mean",
     "factors/scale/unconstrained": "prior.q.scale._raw",
     "factors/scale/unit": "prior.q.scale.unit",
