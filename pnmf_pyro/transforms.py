@@ -20,11 +20,12 @@ from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
-from pnmf_pyro.models.joint import find_joint_posterior
+from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
-from pnmf_pyro.priors.joint import posterior_of
+from pnmf_pyro.priors.joint import posterior_of, unpacked
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
 from pnmf_pyro.training.given_one_side import (
@@ -175,6 +176,46 @@ def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
     return _output(fitted_module(model).W.data, return_tensor)
 
 
+def loading_uncertainty(
+    model: Fitted, return_log: bool = False, return_tensor: bool = False
+) -> Array:
+    """Return standard errors of the loadings W, or of log W, (n_features, n_components).
+
+    They count what the factors are not sure of, see :mod:`pnmf_pyro.models.loading_errors`. The
+    level of a component, which its loadings and its factors share, is part of them.
+
+    Parameters
+    ----------
+    model : PNMF, ModelFit or PoissonFactorization
+        Fit of Poisson counts.
+    return_log : bool
+        Return the standard errors of log W, those of W divided by W.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Raises
+    ------
+    ValueError
+        For a model that holds no standard errors: of another likelihood, trained by other means
+        than `fit` and `fit_model`, or saved by an earlier version.
+    """
+    module = fitted_module(model)
+    covariance = loading_covariances(module)
+    error = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    error = error / module.W.data if return_log else error
+    return _output(error.to(module.W.dtype), return_tensor)
+
+
+def loading_covariances(module: PoissonFactorization) -> Tensor:
+    """Return the covariances of the loadings of each feature, (D, L, L), or a ValueError."""
+    if module.loading_covariance is None:
+        raise ValueError(
+            "model must hold standard errors of its loadings, which a fit of Poisson counts by "
+            "pnmf_pyro.fit, PNMF or fit_model leaves behind; this one holds none. Fit it again."
+        )
+    return unpacked(module.loading_covariance)
+
+
 def get_prior(model: Fitted) -> Prior:
     """Return the prior, which holds the variational distribution.
 
@@ -280,7 +321,7 @@ def transform_F(
         convergence=Convergence(tol),
         verbose=int(verbose),
     )
-    find_joint_posterior(model, counts)
+    find_uncertainty(model, counts)
     return model.prior if return_prior else factors_from_prior(model.prior)
 
 

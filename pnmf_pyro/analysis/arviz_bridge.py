@@ -36,7 +36,8 @@ def to_arviz(
     """Draw from the posterior of some samples and features, as an object of ArviZ.
 
     There is one chain. Its draws are independent, from the posterior that the fit found, joint over
-    the components of a sample, and not from a Markov chain: R-hat and effective sample sizes say nothing of the approximation.
+    the components of a sample, and not from a Markov chain: R-hat and effective sample sizes say
+    nothing of the approximation.
 
     Parameters
     ----------

@@ -135,7 +135,7 @@ def draw_posterior(module: PoissonFactorization, n_draws: int) -> Latents:
     """Draw all latent variables of a trained model, log-factors from their joint posterior."""
     latents, posterior = draw_latents(module.guide, n_draws), posterior_of(module.prior)
     if isinstance(posterior, JointPosterior):
-        values = {**latents.values, "F": posterior.from_draws_of_q(latents.values["F"])}
+        values = {**latents.values, "F": posterior.from_draws_of_q(latents.values["F"]).detach()}
         latents = replace(latents, values=values)
     return latents
 

@@ -31,8 +31,8 @@ def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
         return _LogRate.apply(counts, factors, loadings, False)
     parts = []
     for rows, block in counts.blocks():
-        rates = _rates(block, factors[rows], loadings)
-        parts.append(block.row_sums(block.values * rates.log()))
+        rho = rates(block, factors[rows], loadings)
+        parts.append(block.row_sums(block.values * rho.log()))
     return torch.cat(parts)
 
 
@@ -60,9 +60,9 @@ def log_rate_with_gradients(
     loadings_gradient = torch.zeros_like(loadings)
     for rows, block in counts.blocks():
         A = factors[rows]
-        rates = _rates(block, A, loadings)
-        ratio = block.values / rates
-        values.append(block.row_sums(rates.log_().mul_(block.values)))
+        rho = rates(block, A, loadings)
+        ratio = block.values / rho
+        values.append(block.row_sums(rho.log_().mul_(block.values)))
         factors_gradient.append(block.matmul(ratio, loadings))
         weighted = A if weights is None else A * weights[rows, None]
         loadings_gradient += block.transposed_matmul(ratio, weighted)
@@ -89,14 +89,14 @@ def second_moments(
     largest = torch.finfo(factors.dtype).max ** 0.75
     products = loadings[:, first] * loadings[:, second]
     for rows, block in counts.blocks():
-        rates = _rates(block, factors[rows], loadings)
-        steep = (block.values / rates.square_()).clamp_max_(largest)
+        rho = rates(block, factors[rows], loadings)
+        steep = (block.values / rho.square_()).clamp_max_(largest)
         parts.append(block.matmul(steep, products))
     return torch.cat(parts).mul_(factors[:, first]).mul_(factors[:, second])
 
 
-def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """Rates at the stored entries, kept so far above zero that log and 1/rho stay finite."""
+def rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """Return the rates at stored entries, kept above zero so that log and 1/rho stay finite."""
     floor = torch.finfo(factors.dtype).tiny ** 0.5
     return block.inner(factors, loadings).clamp_min_(floor)
 

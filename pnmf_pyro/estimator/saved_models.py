@@ -52,6 +52,7 @@ Model = TypeVar("Model", bound=Saved)
 NAMES = {
     "loadings/unconstrained": "W._raw",
     "loadings/unit": "W.unit",
+    "loadings/covariance": "loading_covariance",
     "size_factors": "size_factors",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",

@@ -224,8 +224,11 @@ class LCGP(Prior):
         that given all other places; without its own site a precision is 1 / v - h. It is never
         less than that of the prior.
         """
-        posterior = self.neighborhoods.posterior
         h = precision.double().cpu()
+        prior = self.kernel.variance(self.places).cpu().double().expand_as(h)
+        if not bool(h.any()):
+            return (1 / prior).to(self.mean.device)
+        posterior = self.neighborhoods.posterior
         alone = torch.from_numpy(posterior.conditional_variances(h))
         variance = alone.clone()
         at_once = max(1, BLOCK // h.numel())
@@ -235,7 +238,6 @@ class LCGP(Prior):
             product = posterior.factor.precision(draws) + h.numpy()[..., None] * draws
             given_others = torch.from_numpy(draws - alone.numpy()[..., None] * product)
             variance += given_others.square().sum(-1) / APART_DRAWS
-        prior = self.kernel.variance(self.places).cpu().double().expand_as(variance)
         return torch.maximum(1 / variance - h, 1 / prior).to(self.mean.device)
 
     def sites(self) -> Sites:

@@ -172,6 +172,8 @@ class SVGP(Prior):
         A site takes part in the posterior of A^T u, of variance v: without it that is
         v / (1 - h v). What u leaves comes to that.
         """
+        if not bool(precision.any()):
+            return 1 / self.kernel.variance(self.places).expand(self.L, -1)
         A, rest = self._design(None)
         h = precision.to(A)
         v = spread_of(A, h).variance_at_samples
