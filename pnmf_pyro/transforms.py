@@ -20,9 +20,12 @@ from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.places import Places, check_coordinates
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
+from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
+from pnmf_pyro.priors.joint import posterior_of, unpacked
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
 from pnmf_pyro.training.given_one_side import (
@@ -41,8 +44,10 @@ def log_factors(
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
+    *,
+    posterior: str = "joint",
 ) -> Array:
-    """Return the log-factors: the mean mu of q(F) = N(mu, sigma^2).
+    """Return the log-factors: the mean of the posterior of F.
 
     Parameters
     ----------
@@ -52,6 +57,11 @@ def log_factors(
         Other places than those of the fit, for spatial models.
     return_tensor : bool
         Return a tensor rather than an array.
+    posterior : {'joint', 'factorised'}
+        `joint` takes the components of a sample together, so that what one gains others lose, see
+        :mod:`pnmf_pyro.priors.joint`; `factorised` is q(F) = N(mu, sigma^2), which is too narrow
+        where components share features. E exp F is the same in both. A fit of Poisson counts has
+        the joint one at its samples; at other places, and where there is none, it is q(F).
 
     Returns
     -------
@@ -67,7 +77,7 @@ def log_factors(
     >>> log_factors(model).shape
     (30, 5)
     """
-    return _means(_field(model, coordinates, groups), return_tensor)
+    return _means(_field(model, coordinates, groups, posterior), return_tensor)
 
 
 @isolated
@@ -77,17 +87,22 @@ def factor_uncertainty(
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
+    *,
+    posterior: str = "joint",
 ) -> Array:
-    """Return the uncertainty of the log-factors: sigma, or sigma^2, of q(F) = N(mu, sigma^2).
+    """Return the uncertainty of the log-factors: standard deviations of F, or variances.
+
+    A central interval is :func:`log_factors` plus and minus a normal quantile of these.
 
     Parameters
     ----------
     return_variance : bool
         Return variances rather than standard deviations.
-    model, coordinates, groups, return_tensor
+    model, coordinates, groups, return_tensor, posterior
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _spreads(_field(model, coordinates, groups), return_variance, return_tensor)
+    field = _field(model, coordinates, groups, posterior)
+    return _spreads(field, return_variance, return_tensor)
 
 
 @isolated
@@ -97,6 +112,8 @@ def get_factors(
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
+    *,
+    posterior: str = "joint",
 ) -> Array:
     """Return the factors E exp F = exp(mu + sigma^2 / 2), or exp(mu).
 
@@ -104,10 +121,11 @@ def get_factors(
     ----------
     use_mgf : bool
         Return the expectation; if false, exp(mu).
-    model, coordinates, groups, return_tensor
+    model, coordinates, groups, return_tensor, posterior
         As for :func:`log_factors`, whose shape the result has.
     """
-    return _factors(_field(model, coordinates, groups), use_mgf, return_tensor)
+    field = _field(model, coordinates, groups, posterior)
+    return _factors(field, use_mgf, return_tensor)
 
 
 @isolated
@@ -119,9 +137,10 @@ def factor_samples(
     groups: ArrayLike | None = None,
     return_tensor: bool = False,
     *,
+    posterior: str = "joint",
     random_state: RandomState = None,
 ) -> Array:
-    """Draw log-factors from the variational posterior q(F).
+    """Draw log-factors from their posterior.
 
     Parameters
     ----------
@@ -131,7 +150,7 @@ def factor_samples(
         Return exp F rather than F.
     random_state : int, RandomState, Generator or None
         Seed of the draws; None for different ones at each call.
-    model, coordinates, groups, return_tensor
+    model, coordinates, groups, return_tensor, posterior
         As for :func:`log_factors`.
 
     Returns
@@ -139,7 +158,7 @@ def factor_samples(
     ndarray or Tensor of shape (n_samples, n_data_samples, n_components)
     """
     check_count("n_samples", n_samples)
-    module, field = fitted_module(model), _field(model, coordinates, groups)
+    module, field = fitted_module(model), _field(model, coordinates, groups, posterior)
     with torch.no_grad(), drawing_from(torch_generator(random_state), module.W.device):
         draws = field.draws(n_samples)
         drawn = (lambda index: draws(index).exp()) if return_exp else draws
@@ -157,6 +176,46 @@ def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
     return _output(fitted_module(model).W.data, return_tensor)
 
 
+def loading_uncertainty(
+    model: Fitted, return_log: bool = False, return_tensor: bool = False
+) -> Array:
+    """Return standard errors of the loadings W, or of log W, (n_features, n_components).
+
+    They count what the factors are not sure of, see :mod:`pnmf_pyro.models.loading_errors`. The
+    level of a component, which its loadings and its factors share, is part of them.
+
+    Parameters
+    ----------
+    model : PNMF, ModelFit or PoissonFactorization
+        Fit of Poisson counts.
+    return_log : bool
+        Return the standard errors of log W, those of W divided by W.
+    return_tensor : bool
+        Return a tensor rather than an array.
+
+    Raises
+    ------
+    ValueError
+        For a model that holds no standard errors: of another likelihood, trained by other means
+        than `fit` and `fit_model`, or saved by an earlier version.
+    """
+    module = fitted_module(model)
+    covariance = loading_covariances(module)
+    error = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    error = error / module.W.data if return_log else error
+    return _output(error.to(module.W.dtype), return_tensor)
+
+
+def loading_covariances(module: PoissonFactorization) -> Tensor:
+    """Return the covariances of the loadings of each feature, (D, L, L), or a ValueError."""
+    if module.loading_covariance is None:
+        raise ValueError(
+            "model must hold standard errors of its loadings, which a fit of Poisson counts by "
+            "pnmf_pyro.fit, PNMF or fit_model leaves behind; this one holds none. Fit it again."
+        )
+    return unpacked(module.loading_covariance)
+
+
 def get_prior(model: Fitted) -> Prior:
     """Return the prior, which holds the variational distribution.
 
@@ -168,22 +227,22 @@ def get_prior(model: Fitted) -> Prior:
 
 @isolated
 def log_factors_from_prior(prior: Prior, return_tensor: bool = False) -> Array:
-    """Return the mean of q(F) that a prior holds, see :func:`log_factors`."""
-    return _means(check_prior(prior), return_tensor)
+    """Return the mean of the posterior of F that a prior holds, see :func:`log_factors`."""
+    return _means(posterior_of(check_prior(prior)), return_tensor)
 
 
 @isolated
 def factors_from_prior(prior: Prior, use_mgf: bool = True, return_tensor: bool = False) -> Array:
-    """Return the factors of the q(F) that a prior holds, see :func:`get_factors`."""
-    return _factors(check_prior(prior), use_mgf, return_tensor)
+    """Return the factors of the posterior that a prior holds, see :func:`get_factors`."""
+    return _factors(posterior_of(check_prior(prior)), use_mgf, return_tensor)
 
 
 @isolated
 def uncertainty_from_prior(
     prior: Prior, return_variance: bool = False, return_tensor: bool = False
 ) -> Array:
-    """Return the uncertainty of the q(F) that a prior holds, see :func:`factor_uncertainty`."""
-    return _spreads(check_prior(prior), return_variance, return_tensor)
+    """Return the uncertainty of the F that a prior holds, see :func:`factor_uncertainty`."""
+    return _spreads(posterior_of(check_prior(prior)), return_variance, return_tensor)
 
 
 @isolated
@@ -262,6 +321,7 @@ def transform_F(
         convergence=Convergence(tol),
         verbose=int(verbose),
     )
+    find_uncertainty(model, counts)
     return model.prior if return_prior else factors_from_prior(model.prior)
 
 
@@ -317,11 +377,14 @@ def transform_W(
     return np.asarray(_output(W, False))
 
 
-def _field(model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None) -> Field:
-    """q(F) of a fitted model, at its samples or at the places that are given."""
+def _field(
+    model: Fitted, coordinates: ArrayLike | None, groups: ArrayLike | None, posterior: str
+) -> Field:
+    """The posterior of F of a fitted model, at its samples or at the places that are given."""
+    check_choice("posterior", posterior, ("joint", "factorised"))
     prior = fitted_module(model).prior
     if coordinates is None and groups is None:
-        return prior
+        return posterior_of(prior) if posterior == "joint" else prior
     if coordinates is None:
         raise ValueError("coordinates must be given beside groups; got None.")
     encode = getattr(model, "encode_places", None)  # of an estimator, which names its groups

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_latents
+from pnmf_pyro.analysis.replicates import GROUP, draw_counts, draw_posterior
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.isolation import isolated
@@ -35,8 +35,9 @@ def to_arviz(
 ) -> Any:
     """Draw from the posterior of some samples and features, as an object of ArviZ.
 
-    There is one chain. Its draws are independent, from the fitted variational distribution and not
-    from a Markov chain: R-hat and effective sample sizes say nothing of the approximation.
+    There is one chain. Its draws are independent, from the posterior that the fit found, joint over
+    the components of a sample, and not from a Markov chain: R-hat and effective sample sizes say
+    nothing of the approximation.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ def _draws(
     factors, counts = [], []
     with module.apart(inherit=True), drawing_from(torch_generator(random_state), device):
         for start in range(0, n_draws, GROUP):
-            latents = draw_latents(module.guide, min(GROUP, n_draws - start))
+            latents = draw_posterior(module, min(GROUP, n_draws - start))
             factors.append(latents.of(samples)["F"].mT.cpu().numpy())
             drawn = draw_counts(module, latents, samples)
             counts.append(drawn[..., torch.from_numpy(columns).to(device)].cpu().numpy())

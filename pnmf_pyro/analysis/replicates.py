@@ -7,7 +7,7 @@ at a time: a tensor of draws by samples by features is never made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.priors.joint import JointPosterior, posterior_of
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 
 Program = Callable[[Batch], Any]
@@ -58,7 +59,7 @@ def replicated_counts(
     n_draws : int
         Number of tables, each an ndarray or csr_array of shape (N, D).
     prior : bool
-        Whether the latent variables come from the model's prior rather than from its guide.
+        Whether the latent variables come from the model's prior rather than from the posterior.
     sparse : bool
         Whether the tables are sparse.
     random_state : int, RandomState, Generator or None
@@ -66,7 +67,7 @@ def replicated_counts(
     """
     module = fitted_module(model)
     without_counts = poutine.condition(module.model, {"X": torch.zeros(())})
-    program = without_counts if prior else module.guide
+    program = without_counts if prior else None
     rows = torch.arange(module.N, device=module.W.device)
     blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
     left, group = check_count("n_draws", n_draws), 1
@@ -83,15 +84,15 @@ def replicated_counts(
 @isolated
 def _drawn(
     module: PoissonFactorization,
-    program: Program,
+    program: Program | None,
     n: int,
     blocks: Sequence[Tensor],
     sparse: bool,
     generator: torch.Generator,
 ) -> list[Table]:
-    """Draw n tables, a block of samples at a time."""
+    """Draw n tables, a block of samples at a time; from the posterior without a program."""
     with module.apart(inherit=True), drawing_from(generator, module.W.device):
-        latents = draw_latents(program, n)
+        latents = draw_posterior(module, n) if program is None else draw_latents(program, n)
         drawn = [_tables(draw_counts(module, latents, block), sparse) for block in blocks]
     return [_joined(parts) for parts in zip(*drawn, strict=True)]
 
@@ -128,6 +129,15 @@ def draw_latents(program: Program, n_draws: int) -> Latents:
         if name in drawn and frame.name == "samples"
     }
     return Latents(drawn, dims)
+
+
+def draw_posterior(module: PoissonFactorization, n_draws: int) -> Latents:
+    """Draw all latent variables of a trained model, log-factors from their joint posterior."""
+    latents, posterior = draw_latents(module.guide, n_draws), posterior_of(module.prior)
+    if isinstance(posterior, JointPosterior):
+        values = {**latents.values, "F": posterior.from_draws_of_q(latents.values["F"]).detach()}
+        latents = replace(latents, values=values)
+    return latents
 
 
 def draw_counts(module: PoissonFactorization, latents: Latents, samples: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def log_rate(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
         return _LogRate.apply(counts, factors, loadings, False)
     parts = []
     for rows, block in counts.blocks():
-        rates = _rates(block, factors[rows], loadings)
-        parts.append(block.row_sums(block.values * rates.log()))
+        rho = rates(block, factors[rows], loadings)
+        parts.append(block.row_sums(block.values * rho.log()))
     return torch.cat(parts)
 
 
@@ -63,9 +63,9 @@ def log_rate_with_gradients(
     loadings_gradient = torch.zeros_like(loadings)
     for rows, block in counts.blocks():
         A = factors[rows]
-        rates = _rates(block, A, loadings)
-        ratio = block.values / rates
-        values.append(block.row_sums(rates.log_().mul_(block.values)))
+        rho = rates(block, A, loadings)
+        ratio = block.values / rho
+        values.append(block.row_sums(rho.log_().mul_(block.values)))
         factors_gradient.append(block.matmul(ratio, loadings))
         weighted = A if weights is None else A * weights[rows, None]
         loadings_gradient += block.transposed_matmul(ratio, weighted)
@@ -75,20 +75,31 @@ def log_rate_with_gradients(
     return torch.cat(values), gradient, loadings_gradient
 
 
-def _second_moment(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """sum_j X_ij phi_ijl^2, of shape (n, L)."""
+def second_moments(
+    counts: Counts, factors: Tensor, loadings: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
+    """Return sum_j X_ij phi_ijl phi_ijm for pairs of components (l, m), of shape (n, n_pairs).
+
+    Parameters
+    ----------
+    counts : Counts of shape (n, d)
+    factors, loadings : Tensor of shape (n, L) and (d, L)
+        exp F and W.
+    first, second : Tensor of int64, shape (n_pairs,)
+        The l and the m of each pair.
+    """
     parts = []
     largest = torch.finfo(factors.dtype).max ** 0.75
-    squared = loadings.square()
+    products = loadings[:, first] * loadings[:, second]
     for rows, block in counts.blocks():
-        rates = _rates(block, factors[rows], loadings)
-        steep = (block.values / rates.square_()).clamp_max_(largest)
-        parts.append(block.matmul(steep, squared))
-    return factors.square() * torch.cat(parts)
+        rho = rates(block, factors[rows], loadings)
+        steep = (block.values / rho.square_()).clamp_max_(largest)
+        parts.append(block.matmul(steep, products))
+    return torch.cat(parts).mul_(factors[:, first]).mul_(factors[:, second])
 
 
-def _rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """Rates at the stored entries, kept so far above zero that log and 1/rho stay finite."""
+def rates(block: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+    """Return the rates at stored entries, kept above zero so that log and 1/rho stay finite."""
     floor = torch.finfo(factors.dtype).tiny ** 0.5
     if (missing := LEAST_COLUMNS - factors.shape[1]) > 0:
         factors, loadings = (
@@ -107,7 +118,9 @@ class _LogRate(torch.autograd.Function):
         ctx.save_for_backward(factors, loadings, *gradients)
         if not with_moments:
             return values
-        first, second = factors * gradients[0], _second_moment(counts, factors, loadings)
+        each = torch.arange(factors.shape[1], device=factors.device)
+        first = factors * gradients[0]
+        second = second_moments(counts, factors, loadings, each, each)
         ctx.mark_non_differentiable(first, second)
         return values, first, second
 

@@ -20,6 +20,7 @@ from pnmf_pyro.data.random_state import (
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.training.loop import TrainingResult, final_elbo, train
 from pnmf_pyro.training.schedules import GradientSteps, OneCycle
 
@@ -136,6 +137,7 @@ def fit_model(
     )
     batches = Batches(counts, batch_size)
     elbo, error = final_elbo(model, batches, model.mode, FINAL_DRAWS, generator)
+    find_uncertainty(model, counts)
     done = trained.history, trained.converged, trained.failure
     return ModelFit(*done, elbo=elbo, elbo_se=error, model=model)
 

@@ -40,6 +40,7 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
@@ -260,6 +261,7 @@ def fit_by_plan(
         progress.begin(LAST)
         batches = Batches(counts, settings.batch_size)
         elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
+        find_uncertainty(model, counts)
     warn_of_doubts(model, counts, elbo[0])
     return model.eval(), history, elbo
 

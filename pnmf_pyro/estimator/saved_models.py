@@ -52,6 +52,7 @@ Model = TypeVar("Model", bound=Saved)
 NAMES = {
     "loadings/unconstrained": "W._raw",
     "loadings/unit": "W.unit",
+    "loadings/covariance": "loading_covariance",
     "size_factors": "size_factors",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",
@@ -65,6 +66,7 @@ NAMES = {
     "places/groups": "prior.place_groups",
     "inducing/coordinates": "prior.inducing_coordinates",
     "inducing/groups": "prior.inducing_groups",
+    "factors/joint_covariance": "prior.joint_covariance",
     "factors/mean": "prior.q.mean",
     "factors/scale/unconstrained": "prior.q.scale._raw",
     "factors/scale/unit": "prior.q.scale.unit",

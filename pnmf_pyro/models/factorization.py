@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, cast
@@ -86,6 +86,9 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         Name of this instance in Pyro's parameter store. Each copy has one of its own.
     W : PositiveParameter of shape (D, L)
         Loadings.
+    loading_covariance : Tensor of shape (D, L (L + 1) / 2) or None
+        Covariances of the loadings of each feature, packed, where they were found; see
+        :mod:`~pnmf_pyro.models.loading_errors`.
     D, N, L : int
         Number of features, samples and components.
 
@@ -102,6 +105,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     """
 
     size_factors: Tensor | None
+    loading_covariance: Tensor | None
 
     def __init__(
         self,
@@ -138,6 +142,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         like_data(self.W, y)
         s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
         self.register_buffer("size_factors", s)
+        self.register_buffer("loading_covariance", None)
 
     def __init_subclass__(cls, **keywords: object):
         """Register the parameters in programs of a subclass as well."""
@@ -162,6 +167,14 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         super().__setstate__(state)
         self.name = f"factorization_{next(_numbers)}"
         self._may_warn = True
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        self.loading_covariance = None
+        if f"{prefix}loading_covariance" in state_dict:
+            self.loading_covariance = torch.empty(self.D, self.L * (self.L + 1) // 2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _register(self, trains_q: bool) -> None:
         """Register the parameters in Pyro's store, and those that `pyro.param` statements learned.

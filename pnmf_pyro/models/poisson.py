@@ -282,7 +282,7 @@ class PoissonFactors(TorchDistribution):
         log_rate, *moments = (torch.stack(part).mean(0) for part in zip(*per_draw, strict=True))
         target = self._variance_gradient(expected.detach(), *moments)
         if mode == "expanded":  # -h / 2 comes from the expected rate already
-            target = target + self._component_rates(expected.detach()) / 2
+            target = target + self.component_rates(expected.detach()) / 2
         rise = q.variance - q.variance.detach()
         correction = (target * rise.T).sum(1)
         return log_rate - self._total_rate(expected) + self._constant(counts) + correction
@@ -294,10 +294,10 @@ class PoissonFactors(TorchDistribution):
         sum_j X phi (1 - phi) - h, which can be positive far from the optimum and is
         -sum_j X phi^2 where the expected counts sum_j X phi equal h.
         """
-        curvature = self._component_rates(expected) - first + second
+        curvature = self.component_rates(expected) - first + second
         return -torch.maximum(curvature, second / 2) / 2
 
-    def _component_rates(self, expected: Tensor) -> Tensor:
+    def component_rates(self, expected: Tensor) -> Tensor:
         """Expected total rate of each sample from each component, h_il, of shape (n, L)."""
         return self._scaled(expected).T * self.loadings.detach().sum(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, cast
 
@@ -93,6 +93,9 @@ class Prior(nn.Module):
         :class:`~pnmf_pyro.priors.natural.SiteSteps`.
     attended : bool
         Whether such steps are under way.
+    joint_covariance : Tensor of shape (N, L (L + 1) / 2) or None
+        Covariances of the joint posterior of each sample, packed, where it was found; see
+        :mod:`~pnmf_pyro.priors.joint`.
     """
 
     L: int
@@ -104,6 +107,11 @@ class Prior(nn.Module):
     divergence_by_samples: bool = True
     watched: Normal | None = None
     attended: bool = False
+    joint_covariance: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("joint_covariance", None)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "watched": None, "attended": False}
@@ -162,6 +170,22 @@ class Prior(nn.Module):
             "nothing of places. Leave them out, or fit with spatial=True."
         )
 
+    def apart_from_own(self, precision: Tensor) -> Tensor | None:
+        """Return the precision of each F_il given all but the counts of its own sample.
+
+        None for a prior that does not say, of which there is no joint posterior.
+
+        Parameters
+        ----------
+        precision : Tensor of shape (L, N)
+            Precisions h of the sites of all samples.
+
+        Returns
+        -------
+        Tensor of shape (L, N), float64, or None
+        """
+        return None
+
     @property
     def natural(self) -> bool:
         """Whether q is held in sites, so that natural-gradient steps can move it."""
@@ -217,6 +241,14 @@ class Prior(nn.Module):
         """
         h, b, mean = self.sites()
         self.posterior_from_sites(weight * h, b - (1 - weight) * h * mean)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        self.joint_covariance = None
+        if f"{prefix}joint_covariance" in state_dict:
+            self.joint_covariance = torch.empty(self.N, self.L * (self.L + 1) // 2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def watch(self, q: Normal) -> Normal:
         """Return q(F) of a batch as the guide uses it: with gradients where steps are under way."""

@@ -185,6 +185,10 @@ class GaussianPrior(Prior):
         precision = -2 * self.theta2 - self.scale_pf.square().reciprocal()
         return Sites(precision.to(self.theta1), self.theta1, self.mean)
 
+    def apart_from_own(self, precision: Tensor) -> Tensor:
+        """Return the precision of the prior: no other sample says anything of F_il."""
+        return self.scale_pf.square().reciprocal().double().expand(precision.shape)
+
     @torch.no_grad()
     def posterior_from_sites(
         self,

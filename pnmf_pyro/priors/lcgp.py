@@ -23,6 +23,9 @@ from pnmf_pyro.priors.lcgp_distributions import LocalPosterior, VecchiaNormal, d
 TOLERANCE = 0.01
 MOST_ITERATIONS = 60
 
+# Draws from which variances given sites are worked out.
+APART_DRAWS = 30
+
 # Numbers in the arrays that posterior draws are worked out in.
 BLOCK = 1 << 22
 
@@ -210,6 +213,30 @@ class LCGP(Prior):
             max_iterations=MOST_ITERATIONS,
         )
         return level + found.x, posterior.conditional_variances(curvature)
+
+    @torch.no_grad()
+    def apart_from_own(self, precision: Tensor) -> Tensor:
+        """Return the precision of each F_il given the sites of all other samples, from draws.
+
+        The variance v given all sites is that of the mean given all other places, in draws, plus
+        that given all other places; without its own site a precision is 1 / v - h. It is never
+        less than that of the prior.
+        """
+        h = precision.double().cpu()
+        prior = self.kernel.variance(self.places).cpu().double().expand_as(h)
+        if not bool(h.any()):
+            return (1 / prior).to(self.mean.device)
+        posterior = self.neighborhoods.posterior
+        alone = torch.from_numpy(posterior.conditional_variances(h))
+        variance = alone.clone()
+        at_once = max(1, BLOCK // h.numel())
+        for start in range(0, APART_DRAWS, at_once):
+            n = min(at_once, APART_DRAWS - start)
+            draws = posterior.sample(h, n, self.seed + start)
+            product = posterior.factor.precision(draws) + h.numpy()[..., None] * draws
+            given_others = torch.from_numpy(draws - alone.numpy()[..., None] * product)
+            variance += given_others.square().sum(-1) / APART_DRAWS
+        return torch.maximum(1 / variance - h, 1 / prior).to(self.mean.device)
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""

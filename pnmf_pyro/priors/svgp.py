@@ -21,9 +21,13 @@ from pnmf_pyro.priors.svgp_posterior import (
     InducingPosterior,
     SiteInducing,
     marginals_of,
+    spread_of,
 )
 
 CHOLESKY_MODES = ("exp", "softplus")
+
+# Least part of what is known of a sample that others are taken to say, against rounding.
+LEAST_OTHERS = 1e-6
 
 # Places up to which what u leaves is drawn jointly, at a cost of the third power of their number.
 JOINTLY = 2000
@@ -160,6 +164,20 @@ class SVGP(Prior):
         precision = scale.double().square().reciprocal()
         shift = precision * (mean.double() - self.mean[:, None])
         self.q.assign(self._design(None)[0], precision, shift)
+
+    @torch.no_grad()
+    def apart_from_own(self, precision: Tensor) -> Tensor:
+        """Return the precision of each F_il given the sites of all other samples.
+
+        A site takes part in the posterior of A^T u, of variance v: without it that is
+        v / (1 - h v). What u leaves comes to that.
+        """
+        if not bool(precision.any()):
+            return 1 / self.kernel.variance(self.places).expand(self.L, -1)
+        A, rest = self._design(None)
+        h = precision.to(A)
+        v = spread_of(A, h).variance_at_samples
+        return 1 / (v / (1 - h * v).clamp_min(LEAST_OTHERS) + rest)
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""

@@ -174,6 +174,15 @@ def _kl_whitened(q: Independent, p: WhitenedPrior) -> Tensor:
     return ((q.variance + q.mean.square() - 1) / 2 - scale.log()).sum((-2, -1))
 
 
+def spread_of(A: Tensor, precision: Tensor) -> SpreadOverSamples | SpreadOverInducing:
+    """Return what sites of these precisions (L, N) alone say of u, for the A of samples."""
+    if A.shape[-1] <= SITES * A.shape[-2]:
+        return SpreadOverSamples(precision, A, A.mT @ A)
+    inverse = weighted_gram(A, precision)
+    inverse.diagonal(dim1=-2, dim2=-1).add_(1)
+    return SpreadOverInducing(inverse, A)
+
+
 def marginals_of(q: TorchDistribution, A: Tensor) -> Moments:
     """Return mean and variance of A^T u under q(u), each (L, n).
 

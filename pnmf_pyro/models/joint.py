@@ -1,0 +1,70 @@
+"""What counts say of log-factors and loadings, and how uncertain that leaves them."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.log_rate import second_moments
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.models.loading_errors import loading_covariance
+from pnmf_pyro.models.poisson import PoissonFactors
+from pnmf_pyro.priors.joint import joint_covariance, packed_numbers
+
+
+class Information(NamedTuple):
+    """What counts say of the log-factors of samples, see :mod:`pnmf_pyro.priors.joint`.
+
+    Attributes
+    ----------
+    shared : Tensor of shape (n, L (L + 1) / 2)
+        H, packed: sum_j X_ij phi_ij phi_ij^T for Poisson counts.
+    expected : Tensor of shape (L, n)
+        h, the expected counts of each component under q.
+    """
+
+    shared: Tensor
+    expected: Tensor
+
+
+@singledispatch
+def information(likelihood: Distribution, counts: Counts, factors: Tensor) -> Information | None:
+    """Return what counts (n, d) say of log-factors, given E exp F, `factors` of shape (L, n).
+
+    None for a likelihood of which the package does not know it; `information.register` adds one.
+    """
+    return None
+
+
+@information.register
+def _of_poisson(likelihood: PoissonFactors, counts: Counts, factors: Tensor) -> Information:
+    L = likelihood.log_factors.shape[-2]
+    rows, columns = packed_numbers(L, factors.device)
+    A, W = likelihood.log_factors.exp().T.contiguous(), likelihood.loadings
+    return Information(
+        second_moments(counts, A, W, rows, columns), likelihood.component_rates(factors).T
+    )
+
+
+@torch.no_grad()
+def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
+    """Give a trained model the joint posterior of each sample, and the errors of its loadings.
+
+    It has none where the likelihood, or the prior, does not say what is needed, and where the
+    log-factors of the likelihood are not those of the prior.
+    """
+    prior, q = model.prior, model.prior.marginal()
+    prior.joint_covariance = model.loading_covariance = None
+    likelihood = model.likelihood(q.loc)
+    if getattr(likelihood, "log_factors", None) is not q.loc:
+        return
+    counts = counts.to(model.W.dtype)
+    found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
+    if found is not None and all(bool(part.isfinite().all()) for part in found):
+        prior.joint_covariance = joint_covariance(prior, *found)
+        model.loading_covariance = loading_covariance(model, counts, found.shared)

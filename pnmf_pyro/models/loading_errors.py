@@ -1,0 +1,101 @@
+r"""Covariance of the loadings of each feature, given the counts.
+
+To second order (Gauss-Newton) counts say of errors dF_i of log-factors and dW_j of loadings
+
+.. math:: \frac12 \sum_{ij} X_{ij} (\phi_{ij}^T dF_i + \psi_{ij}^T dW_j)^2, \qquad
+    \psi_{ijl} = \exp F_{il} / \rho_{ij},
+
+to which the prior of F comes, of precision c, and a weak one of W. With F taken out (a Schur
+complement, exact for independent samples) there is one system over all loadings. Its diagonal
+blocks are
+
+.. math:: D_j = \Lambda_j + \sum_i X_{ij} (1 - X_{ij} \phi_{ij}^T P_i^{-1} \phi_{ij}) \psi_{ij}
+    \psi_{ij}^T, \qquad P_i = \mathrm{diag}(c) + \sum_j X_{ij} \phi_{ij} \phi_{ij}^T.
+
+Features share the errors of factors as far as all loadings are transformed at once, dW_j = T^T W_j
+with T of shape (L, L): levels, and components that mix. In these L^2 directions Z the system is
+solved as it is, in the others by its blocks:
+
+.. math:: S^{-1} \approx D^{-1} + Z [(Z^T S Z)^{-1} - (Z^T D Z)^{-1}] Z^T.
+
+In a field c is that of one place alone. The standard deviation of the prior of W_jl is three times
+W_jl, or one count of the feature in the component where that is more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pnmf_pyro.data.counts import BLOCK_ENTRIES, Counts
+from pnmf_pyro.data.log_rate import rates
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.priors.joint import inverses, packed_numbers, unpacked
+
+# Standard deviation of the prior of a loading, relative to it.
+RELATIVE_SPREAD = 3.0
+
+
+def loading_covariance(
+    model: PoissonFactorization, counts: Counts, shared: Tensor
+) -> Tensor | None:
+    """Return the packed covariances of the loadings of each feature, (D, L (L + 1) / 2), float32.
+
+    None for a prior that does not say what it knows apart from the counts of a sample.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+    counts : Counts of shape (N, D)
+    shared : Tensor of shape (N, L (L + 1) / 2)
+        H of each sample, see :mod:`pnmf_pyro.priors.joint`.
+    """
+    W, A = model.W.data, model.prior.marginal().loc.exp().T.contiguous()
+    apart = model.prior.apart_from_own(torch.zeros(A.T.shape, dtype=torch.float64))
+    if apart is None:
+        return None
+    covariance = inverses(shared, apart)
+    given, alone = _blocks(counts, A, W, covariance)
+    spread = torch.maximum(RELATIVE_SPREAD * W, 1 / model.expected_totals()).double()
+    for blocks in (given, alone):
+        blocks.diagonal(dim1=-2, dim2=-1).add_(spread.square().reciprocal())
+    L, W = W.shape[1], W.double()
+    coupled = _coupling(A, shared, covariance)
+    of_given, of_alone = (torch.einsum("jm,jk,jlp->mlkp", W, W, b) for b in (given, alone))
+    joint = (of_given - coupled).reshape(L * L, L * L)
+    more = torch.linalg.pinv(joint, hermitian=True, rtol=1e-10)
+    more -= torch.linalg.pinv(of_alone.reshape(L * L, L * L), hermitian=True, rtol=1e-10)
+    found = torch.cholesky_inverse(torch.linalg.cholesky(alone))
+    found += torch.einsum("jm,jk,mlkp->jlp", W, W, more.reshape(L, L, L, L))
+    return found[(slice(None), *packed_numbers(L, W.device))].float()
+
+
+def _blocks(counts: Counts, A: Tensor, W: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Information on the loadings of each feature with F known, and D without a prior."""
+    L = W.shape[1]
+    rows, columns = packed_numbers(L, W.device)
+    twice = 2.0 - (rows == columns).to(W)
+    products = W[:, rows] * W[:, columns]
+    given, alone = (W.new_zeros(len(W), len(rows)) for _ in range(2))
+    largest = torch.finfo(W.dtype).max ** 0.75
+    for index, block in counts.blocks():
+        pairs = A[index][:, rows] * A[index][:, columns]
+        squared = rates(block, A[index], W).square_()
+        steep = (block.values / squared).clamp_max_(largest)
+        given += block.transposed_matmul(steep, pairs)
+        known = block.inner(pairs * twice * covariance[index].to(W), products)
+        known = (known / squared).mul_(block.values)
+        alone += block.transposed_matmul(steep * (1 - known).clamp_min_(0), pairs)
+    return unpacked(given), unpacked(alone)
+
+
+def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
+    """What F takes from transformations T of all loadings, (L, L, L, L) as (m, l) by (m, l)."""
+    N, L = A.shape
+    total = torch.zeros(L * L, L * L, dtype=torch.float64, device=A.device)
+    for block in torch.arange(N, device=A.device).split(max(1, BLOCK_ENTRIES // L**2)):
+        a = A[block].double()
+        E = unpacked(shared[block]) / a[:, None, :]
+        M = E.mT @ unpacked(covariance[block]) @ E
+        total += M.flatten(1).T @ (a[:, :, None] * a[:, None, :]).flatten(1)
+    return total.reshape(L, L, L, L).permute(0, 2, 1, 3)
