@@ -21,6 +21,7 @@ from pnmf_pyro.data.checks import (
     check_count,
     check_flag,
     check_positive,
+    check_whole,
 )
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.estimator.parameters import Settings
@@ -138,12 +139,17 @@ class WarmUp:
     ----------
     kl_weight : float
         Factor on the divergence from the prior.
+    levels : int, optional
+        Number of coarse levels at most, 0 for none; unless given it follows from the counts.
     """
 
     kl_weight: float = 1.0
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         check_positive("kl_weight", self.kl_weight)
+        if self.levels is not None:
+            check_whole("levels", self.levels)
 
     def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the runs of the training loop, one for each level."""
@@ -160,7 +166,9 @@ class WarmUp:
         s = model.size_factors
         draft.trained, draft.warm = _independent(draft, model.N, s), True
         runs, last = [], None
-        for level in _levels(draft):
+        levels = _levels(draft)
+        most = len(levels) if self.levels is None else self.levels
+        for level in levels[max(0, len(levels) - most) :]:
             coarse = _independent(draft, len(level.centres), level.size_factors)
             run = self._run(draft, f"{len(level.centres)} bins", coarse, LEVEL_TOL)
             run.counts = level.counts
