@@ -79,42 +79,44 @@ class Convergence:
 class Settled:
     r"""Decide from values of an ELBO without noise how much of its rise is left.
 
-    Where the rises over successive windows of steps, r and r', shrink by the same ratio
-    q = r' / r for ever, what is left is
+    Of all steps so far the last third raised the ELBO by r, and the third before it by r / q. Where
+    thirds go on to shrink by the same ratio, what is left is
 
-    .. math:: r' (q + q^2 + \cdots) = r' \frac{q}{1 - q}
+    .. math:: r (q + q^2 + \cdots) = r \frac{q}{1 - q}
 
     (Aitken 1926). A fit has settled where that is below `tol` times the size of the ELBO. A rise
-    that does not shrink is taken to be a trend of which `MOST` windows are left.
+    that hardly shrinks is taken to shrink by `SLOWEST`, and one that shrinks fast, as at first, by
+    `FASTEST` from now on.
 
     Parameters
     ----------
     tol : float
         0 never stops.
-    window : int
-        Number of steps in a window.
+    least : int
+        Number of steps in a third at least.
     """
 
     tol: float = 1e-4
-    window: int = 5
+    least: int = 5
 
-    MOST: ClassVar[float] = 10.0
+    FASTEST: ClassVar[float] = 0.5
+    SLOWEST: ClassVar[float] = 0.9
 
     def reached(self, history: Sequence[float]) -> bool:
         """Say whether to stop, given all values so far; to be asked after each step."""
-        enough = len(history) > 2 * self.window
-        return self.tol > 0 and enough and self._left(history) < self.tol
+        return self.tol > 0 and len(history) > 3 * self.least and self.left(history) < self.tol
 
     def still_rising(self, history: Sequence[float]) -> bool:
         """Say whether more than `tol` is left at the end."""
-        return self._left(history) > max(self.tol, LEAST_TREND)
+        return self.left(history) > max(self.tol, LEAST_TREND)
 
-    def _left(self, history: Sequence[float]) -> float:
-        """Rise that is left, relative to the ELBO's size."""
-        window = min(self.window, (len(history) - 1) // 2)
-        if window < 1:
+    def left(self, history: Sequence[float]) -> float:
+        """Return the rise that is left, relative to the size of the ELBO."""
+        third = (len(history) - 1) // 3
+        if third < 1:
             return math.inf
-        first, middle, last = (history[-1 - k * window] for k in (2, 1, 0))
+        first, middle, last = (history[-1 - k * third] for k in (2, 1, 0))
         before, now = max(middle - first, 0.0), max(last - middle, 0.0)
-        ratio = min(now / before if before else math.inf, self.MOST / (1 + self.MOST))
+        ratio = now / before if before else math.inf
+        ratio = min(max(ratio, self.FASTEST), self.SLOWEST)
         return now * ratio / (1 - ratio) / max(abs(last), np.finfo(float).tiny)
