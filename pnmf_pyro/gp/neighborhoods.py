@@ -122,13 +122,31 @@ class Neighborhoods:
         self, targets: Places, sources: Places, near: Array, names: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights (n, C, K) and variances (L, n) of targets given their neighbours."""
-        kernel = self.kernel
-        device, C = kernel.sigma.device, len(kernel.sigma)
-        targets, sources = targets.to(device), sources.to(device)
+        values, scale = self._distinct_sets()
+        targets, sources = targets.to(scale.device), sources.to(scale.device)
         weights, variances = conditional_weights(
-            targets, sources, near, lambda places: kernel(places, places), C, self.dtype, names
+            targets,
+            sources,
+            near,
+            lambda places: self.kernel.covariance(places, None, values),
+            len(values["sigma"]),
+            self.dtype,
+            names,
         )
-        return weights, variances.expand(self.L, -1)
+        return weights, (scale * variances).expand(self.L, -1)
+
+    def _distinct_sets(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Hyperparameters of the sets that differ in weights, and a factor of variances, (1 or C, 1).
+
+        Weights depend on the lengthscale and on the nugget relative to sigma.
+        """
+        values = self.kernel.hyperparameters
+        sigma = values["sigma"]
+        shape = {**values, "sigma": sigma / sigma, "nugget": values["nugget"] / sigma}
+        if all((one == one[0]).all() for one in shape.values()):
+            first = {name: value[:1] for name, value in values.items()}
+            return first, (sigma / sigma[0]).square()[:, None]
+        return values, torch.ones_like(sigma[:1, None])
 
     def _covariance(self) -> Covariance:
         """Covariance under the geometric means of the hyperparameters over all sets, on the CPU."""
@@ -162,7 +180,7 @@ class Conditionals:
         """Draw, (L, n, E), given draws at `used`, (L, m, E), from standard normals (L, n, E)."""
         flat = self.among_new.flat
         deviation = (self.deviations * noise.movedim(1, 0)[self.order]).contiguous()
-        self.from_known.add_product(flat(deviation), flat(known.movedim(1, 0)))
+        self.from_known.add_product(flat(deviation), flat(known.movedim(1, 0).contiguous()))
         drawn = torch.empty_like(noise)
         drawn[:, self.order] = self.among_new.solve(deviation).movedim(0, 1)
         return drawn

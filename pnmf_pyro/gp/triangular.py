@@ -139,7 +139,7 @@ class Block:
 class Triangle:
     """I - B for C sets of weights, or for all L components where C is 1.
 
-    Vectors x of its methods, and the results, have shape (N, L, R).
+    Vectors x of its methods, and the results, have shape (N, L, R) and are contiguous.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ class Triangle:
 
     def flat(self, x: Tensor) -> Tensor:
         """Return x, (n, L, R), as the blocks take it, (n C, L R / C)."""
-        return x.reshape(len(x) * self.C, -1)
+        return x.view(len(x) * self.C, -1)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return (I - B) x."""

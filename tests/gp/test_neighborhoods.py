@@ -81,6 +81,50 @@ def test_components_share_weights_under_one_set_of_hyperparameters():
     assert found.factor.variances.shape == (3, 40)
 
 
+def test_components_that_differ_in_their_size_alone_share_weights():
+    points = Places(torch.tensor(points_of(40)))
+
+    def found(sigma, nugget=(0.0, 0.0)):
+        kernel = SpatialKernel("Matern32", 0.3, n_sets=2)
+        kernel.sigma.copy_(torch.tensor(sigma))
+        kernel.nugget.copy_(torch.tensor(nugget))
+        return Neighborhoods(kernel, points, 2, 5).factor
+
+    unlike = found((1.0, 2.0), (0.1, 0.1))
+    assert unlike.triangle.C == 2
+    for nugget in ((0.0, 0.0), (0.1, 0.2)):
+        factor = found((1.0, 2.0), nugget)
+        assert factor.triangle.C == 1
+        alone = [found((s, s), (n, n)).variances[0] for s, n in zip((1.0, 2.0), nugget, strict=True)]
+        torch.testing.assert_close(factor.variances, torch.stack(alone))
+    x = torch.ones(2, 40, dtype=torch.float64)
+    torch.testing.assert_close(
+        unlike.precision(x)[0], found((1.0, 1.0), (0.1, 0.1)).precision(x)[0]
+    )
+
+
+def test_predictions_and_draws_in_float32_are_close():
+    points, new = points_of(60), points_of(9, seed=5)
+    m, d, V = variational(60)
+    double, single = (
+        neighborhoods_of(points, 6, dtype=dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert single.factor.triangle.weights.dtype == torch.float32
+    for one, other in zip(
+        predict(single, new, m, d, V, (0.3, 0.3)),
+        predict(double, new, m, d, V, (0.3, 0.3)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    noise = torch.tensor(np.random.default_rng(0).normal(size=(2, 9, 4)))
+    drawn = []
+    for found in (single, double):
+        conditionals = found.conditionals(Places(torch.tensor(new)))
+        known = m.detach()[:, conditionals.used, None].expand(-1, -1, 4)
+        drawn.append(conditionals.draw(known, noise))
+    torch.testing.assert_close(*drawn, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precompute", [True, False])
 def test_neighbours_and_weights_are_kept_while_the_kernel_stays(precompute):
     found = neighborhoods_of(points_of(40), 5, precompute=precompute)

@@ -39,13 +39,13 @@ def points_of(N=60, p=2, seed=0):
     return random
 
 
-def make(points, K, kernels=KERNELS, share=None):
+def make(points, K, kernels=KERNELS, share=None, dtype=torch.float64):
     """A factor of one component for each kernel, or for each of some factors on the first one."""
     places = Places(torch.tensor(points))
     graph = build_graph(places, K).in_fronts()
     ordered = places[graph.order]
     weights, conditional = conditional_weights(
-        ordered, ordered, graph.predecessors, among(*kernels), len(kernels), names=graph.order
+        ordered, ordered, graph.predecessors, among(*kernels), len(kernels), dtype, graph.order
     )
     if share is not None:
         conditional = conditional * torch.tensor(share)[:, None]
