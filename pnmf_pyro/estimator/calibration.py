@@ -104,13 +104,14 @@ class Calibration:
 
     def __init__(self, settings: Settings, data: Data, size: Size):
         self.settings = settings
+        self.small: dict[str, Timed] = {}
         n = size.samples
-        if settings.prior is None:  # which would be over all samples
-            enough = int(WORK / replace(size, samples=1, stored=max(1, size.stored // n)).work)
-            n = min(n, MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))
         with _unheard():
-            small = _time_stages(settings, _sample(data, max(2, n // SMALLER)), SECONDS / SMALLER)
-            self.small = {one.kind: one for one in small}
+            if settings.prior is None:  # which would be over all samples
+                enough = int(WORK / replace(size, samples=1, stored=max(1, size.stored // n)).work)
+                n = min(n, MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))
+                fewer = _sample(data, max(2, n // SMALLER))
+                self.small = {one.kind: one for one in _time_stages(settings, fewer, 0.0)}
             self.large = list(_time_stages(settings, _sample(data, n), SECONDS))
 
     def costs(self, size: Size, levels: Sequence[Size]) -> list[StageCost]:
@@ -163,7 +164,9 @@ class Calibration:
         """Seconds of a part of a stage at a size: a constant, and a part in proportion to work."""
         other = self.small.get(one.kind, one)
         work, less, more = (
-            min(s.samples, JUDGED) if (one.kind, part) == (SEARCH, "each") else s.work
+            min(s.samples, JUDGED) * s.components
+            if (one.kind, part) == (SEARCH, "each")
+            else s.work
             for s in (one.size, other.size, size)
         )
         seconds = getattr(one, part)

@@ -9,23 +9,28 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import LCGP, SVGP
+from pnmf_pyro.priors.lcgp import BLOCK
 
 # Work at an entry of the factors, at a neighbour of a place in a component, and at a pair of sample
 # and inducing point in a component, relative to that at a stored count.
 AT_FACTOR, AT_NEIGHBOUR, AT_INDUCING = 5.0, 2.5, 0.5
 
 # Bytes that a fit takes at its peak: what is loaded when first used, and all arrays for each stored
-# count, entry of the factors and loadings, draw of a factor, neighbour of a place in a set, place
-# with a correlated part, and pair of sample and inducing point. From `python -m benchmarks plan`.
+# count, entry of the factors and loadings, draw of a factor, neighbour of a place in a set, number
+# in the blocks of posterior draws, and pair of sample and inducing point. Measured, see
+# docs/performance.md.
 LOADED = 80e6
 BYTES = {
     "count": 26,
     "factor": 110,
     "draw": 18,
-    "neighbour": 40,
-    "correlated": 400,
+    "neighbour": 36,
+    "block": 145,
     "inducing": 40,
 }
+
+# Columns of the correlated part of q(F) over places that have neighbours.
+RANK = 30
 
 # Neighbours that are enough for most fields, and inducing points of which no fewer are advised.
 FEWER_NEIGHBOURS, FEWEST_INDUCING = 16, 100
@@ -101,7 +106,7 @@ class Size:
             "factor": (N + self.features) * L,
             "draw": self.draws * N * L,
             "neighbour": self.sets * N * self.neighbours,
-            "correlated": N * L * bool(self.neighbours),
+            "block": min(RANK * N * L, BLOCK) * bool(self.neighbours),
             "inducing": L * N * self.inducing,
         }
         return LOADED + sum(BYTES[what] * number for what, number in entries.items())
