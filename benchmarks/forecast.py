@@ -41,7 +41,6 @@ def plan_once(options: argparse.Namespace) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     calibration.clock = time.process_time
     X, coords = _data(options.data)
-    pnmf_pyro.fit(np.random.default_rng(0).poisson(3, (30, 10)), n_components=2)  # imports
     started = time.process_time()
     planned = pnmf_pyro.plan(X, coords, n_components=options.L)
     ready = time.process_time()
@@ -61,7 +60,7 @@ def plan_once(options: argparse.Namespace) -> dict[str, Any]:
         planning=ready - started,
         planned_steps={stage.name: stage.steps for stage in planned.stages if stage.steps},
         steps={name: last - first for name, first, last in model.history_.stages},
-        planned_stages={stage.name: stage.seconds for stage in planned.stages},
+        planned_stages=[(stage.name, round(stage.seconds, 3)) for stage in planned.stages],
     )
 
 

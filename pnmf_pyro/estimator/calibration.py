@@ -109,8 +109,9 @@ class Calibration:
         with _unheard():
             if settings.prior is None:  # which would be over all samples
                 enough = int(WORK / replace(size, samples=1, stored=max(1, size.stored // n)).work)
-                n = min(n, MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))
-                fewer = _sample(data, max(2, n // SMALLER))
+                L = size.components  # of which a start must have that many rows
+                n = min(n, max(L, min(MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))))
+                fewer = _sample(data, min(n, max(L, n // SMALLER)))
                 self.small = {one.kind: one for one in _time_stages(settings, fewer, 0.0)}
             self.large = list(_time_stages(settings, _sample(data, n), SECONDS))
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pnmf_pyro.data.counts import BLOCK_ENTRIES
 from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import LCGP, SVGP
 from pnmf_pyro.priors.lcgp import BLOCK
+from pnmf_pyro.training.hyperparameters import JUDGED
 
 # Work at an entry of the factors, at a neighbour of a place in a component, and at a pair of sample
 # and inducing point in a component, relative to that at a stored count.
 AT_FACTOR, AT_NEIGHBOUR, AT_INDUCING = 5.0, 2.5, 0.5
 
-# Bytes that a fit takes at its peak: what is loaded when first used, and all arrays for each stored
-# count, entry of the factors and loadings, draw of a factor, neighbour of a place in a set, number
-# in the blocks of posterior draws, and pair of sample and inducing point. Measured, see
-# docs/performance.md.
-LOADED = 80e6
+# Bytes that a fit takes at its peak: what is loaded when first used, and all arrays for each entry
+# of a kind, see `Size.memory`. Measured, see docs/performance.md.
+LOADED = 70e6
 BYTES = {
     "count": 26,
+    "block of counts": 60,
     "factor": 110,
     "draw": 18,
     "neighbour": 36,
-    "block": 145,
-    "inducing": 40,
+    "inducing": 28,
+    "inducing pair": 16,
 }
+JUDGED_BYTES, DRAWN_BYTES = 40_000, 145
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30
@@ -100,16 +102,21 @@ class Size:
     @property
     def memory(self) -> float:
         """Bytes that a fit takes at its peak, beside those that the process held before."""
-        N, L = self.samples, self.components
+        N, M, L = self.samples, self.inducing, self.components
         entries = {
             "count": self.stored,
+            "block of counts": min(self.stored, BLOCK_ENTRIES),
             "factor": (N + self.features) * L,
             "draw": self.draws * N * L,
             "neighbour": self.sets * N * self.neighbours,
-            "block": min(RANK * N * L, BLOCK) * bool(self.neighbours),
-            "inducing": L * N * self.inducing,
+            "inducing": L * N * M,
+            "inducing pair": L * M * M,
         }
-        return LOADED + sum(BYTES[what] * number for what, number in entries.items())
+        # A search of hyperparameters, and after it draws of the posterior.
+        searched = JUDGED_BYTES * min(N, JUDGED) * L * (self.prior in ("LCGP", "SVGP"))
+        drawn = DRAWN_BYTES * min(RANK * N * L, BLOCK) * (self.prior == "LCGP")
+        arrays = sum(BYTES[kind] * number for kind, number in entries.items())
+        return LOADED + arrays + max(searched, drawn)
 
     def smaller(self) -> list[tuple[str, Size]]:
         """Return ways to make a fit smaller, in words, and the sizes that they lead to."""
