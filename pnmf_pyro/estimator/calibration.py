@@ -38,7 +38,7 @@ from pnmf_pyro.estimator.size import Size
 from pnmf_pyro.estimator.stages import SAMPLE_STEPS
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP
-from pnmf_pyro.training.hyperparameters import JUDGED, HyperparameterSearch
+from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 from pnmf_pyro.training.loop import final_elbo
 from pnmf_pyro.training.progress import StageCost
 from pnmf_pyro.training.schedules import GradientSteps
@@ -59,7 +59,7 @@ USUAL_STEPS = {"warm-up": 150, "bins": 60, "settle": 20, "loadings": 40}
 
 # Evaluations of the criterion in a search of hyperparameters, each as long as one with values for
 # each component: over the grid of each kernel, and in the descent, gradients included.
-ON_GRID, IN_DESCENT = 15, 37
+ON_GRID, IN_DESCENT = 12, 54
 
 # Names of what comes before the stages, of the search among them, of a warm-up and of its end where
 # it has levels.
@@ -163,14 +163,10 @@ class Calibration:
 
     def _grown(self, part: str, one: Timed, size: Size) -> float:
         """Seconds of a part of a stage at a size: a constant, and a part in proportion to work."""
-        other = self.small.get(one.kind, one)
-        work, less, more = (
-            min(s.samples, JUDGED) * s.components
-            if (one.kind, part) == (SEARCH, "each")
-            else s.work
-            for s in (one.size, other.size, size)
-        )
-        seconds = getattr(one, part)
+        seconds, other = getattr(one, part), self.small.get(one.kind, one)
+        if (one.kind, part) == (SEARCH, "each"):
+            return seconds * size.judged / one.size.judged
+        work, less, more = one.size.work, other.size.work, size.work
         slope = (seconds - getattr(other, part)) / (work - less) if work > less else 0.0
         slope = min(max(slope, 0.0), seconds / work)
         return seconds + slope * (more - work)

@@ -100,6 +100,11 @@ class Size:
         return self.stored + AT_FACTOR * (N + self.features) * L + of_prior * N * L
 
     @property
+    def judged(self) -> int:
+        """Factors of the samples by which a search of hyperparameters is judged."""
+        return min(self.samples, JUDGED) * self.components
+
+    @property
     def memory(self) -> float:
         """Bytes that a fit takes at its peak, beside those that the process held before."""
         N, M, L = self.samples, self.inducing, self.components
@@ -113,7 +118,7 @@ class Size:
             "inducing pair": L * M * M,
         }
         # A search of hyperparameters, and after it draws of the posterior.
-        searched = JUDGED_BYTES * min(N, JUDGED) * L * (self.prior in ("LCGP", "SVGP"))
+        searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
         drawn = DRAWN_BYTES * min(RANK * N * L, BLOCK) * (self.prior == "LCGP")
         arrays = sum(BYTES[kind] * number for kind, number in entries.items())
         return LOADED + arrays + max(searched, drawn)
