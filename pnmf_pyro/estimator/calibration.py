@@ -38,7 +38,7 @@ from pnmf_pyro.estimator.size import Size
 from pnmf_pyro.estimator.stages import SAMPLE_STEPS
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, SVGP
-from pnmf_pyro.training.hyperparameters import JUDGED, HyperparameterSearch
+from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 from pnmf_pyro.training.loop import final_elbo
 from pnmf_pyro.training.progress import StageCost
 from pnmf_pyro.training.schedules import GradientSteps
@@ -59,7 +59,7 @@ USUAL_STEPS = {"warm-up": 150, "bins": 60, "settle": 20, "loadings": 40}
 
 # Evaluations of the criterion in a search of hyperparameters, each as long as one with values for
 # each component: over the grid of each kernel, and in the descent, gradients included.
-ON_GRID, IN_DESCENT = 15, 37
+ON_GRID, IN_DESCENT = 12, 54
 
 # Names of what comes before the stages, of the search among them, of a warm-up and of its end where
 # it has levels.
@@ -104,13 +104,15 @@ class Calibration:
 
     def __init__(self, settings: Settings, data: Data, size: Size):
         self.settings = settings
+        self.small: dict[str, Timed] = {}
         n = size.samples
-        if settings.prior is None:  # which would be over all samples
-            enough = int(WORK / replace(size, samples=1, stored=max(1, size.stored // n)).work)
-            n = min(n, MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))
         with _unheard():
-            small = _time_stages(settings, _sample(data, max(2, n // SMALLER)), SECONDS / SMALLER)
-            self.small = {one.kind: one for one in small}
+            if settings.prior is None:  # which would be over all samples
+                enough = int(WORK / replace(size, samples=1, stored=max(1, size.stored // n)).work)
+                L = size.components  # of which a start must have that many rows
+                n = min(n, max(L, min(MOST_ROWS, max(LEAST_ROWS, n // ONE_IN, enough))))
+                fewer = _sample(data, min(n, max(L, n // SMALLER)))
+                self.small = {one.kind: one for one in _time_stages(settings, fewer, 0.0)}
             self.large = list(_time_stages(settings, _sample(data, n), SECONDS))
 
     def costs(self, size: Size, levels: Sequence[Size]) -> list[StageCost]:
@@ -161,12 +163,10 @@ class Calibration:
 
     def _grown(self, part: str, one: Timed, size: Size) -> float:
         """Seconds of a part of a stage at a size: a constant, and a part in proportion to work."""
-        other = self.small.get(one.kind, one)
-        work, less, more = (
-            min(s.samples, JUDGED) if (one.kind, part) == (SEARCH, "each") else s.work
-            for s in (one.size, other.size, size)
-        )
-        seconds = getattr(one, part)
+        seconds, other = getattr(one, part), self.small.get(one.kind, one)
+        if (one.kind, part) == (SEARCH, "each"):
+            return seconds * size.judged / one.size.judged
+        work, less, more = one.size.work, other.size.work, size.work
         slope = (seconds - getattr(other, part)) / (work - less) if work > less else 0.0
         slope = min(max(slope, 0.0), seconds / work)
         return seconds + slope * (more - work)

@@ -159,7 +159,11 @@ def announced(settings: Settings, data: Data) -> Sequence[StageCost]:
     """Print the plan of a fit that is `verbose` to standard error; return the costs of stages."""
     if not settings.verbose:
         return ()
-    plan = plan_of(settings, data)
+    try:
+        plan = plan_of(settings, data)
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # of a sample, not of the fit
+        tqdm.write(f"There is no plan of this fit, and no progress bar: {error}", file=sys.stderr)
+        return ()
     tqdm.write(str(plan), file=sys.stderr)
     return plan.stages
 

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pnmf_pyro.data.counts import BLOCK_ENTRIES
 from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import LCGP, SVGP
+from pnmf_pyro.priors.lcgp import BLOCK
+from pnmf_pyro.training.hyperparameters import JUDGED
 
 # Work at an entry of the factors, at a neighbour of a place in a component, and at a pair of sample
 # and inducing point in a component, relative to that at a stored count.
 AT_FACTOR, AT_NEIGHBOUR, AT_INDUCING = 5.0, 2.5, 0.5
 
-# Bytes that a fit takes at its peak: what is loaded when first used, and all arrays for each stored
-# count, entry of the factors and loadings, draw of a factor, neighbour of a place in a set, place
-# with a correlated part, and pair of sample and inducing point. From `python -m benchmarks plan`.
-LOADED = 80e6
+# Bytes that a fit takes at its peak: what is loaded when first used, and all arrays for each entry
+# of a kind, see `Size.memory`. Measured, see docs/performance.md.
+LOADED = 70e6
 BYTES = {
     "count": 26,
+    "block of counts": 60,
     "factor": 110,
     "draw": 18,
-    "neighbour": 40,
-    "correlated": 400,
-    "inducing": 40,
+    "neighbour": 36,
+    "inducing": 28,
+    "inducing pair": 16,
 }
+JUDGED_BYTES, DRAWN_BYTES = 40_000, 145
+
+# Columns of the correlated part of q(F) over places that have neighbours.
+RANK = 30
 
 # Neighbours that are enough for most fields, and inducing points of which no fewer are advised.
 FEWER_NEIGHBOURS, FEWEST_INDUCING = 16, 100
@@ -93,18 +100,28 @@ class Size:
         return self.stored + AT_FACTOR * (N + self.features) * L + of_prior * N * L
 
     @property
+    def judged(self) -> int:
+        """Factors of the samples by which a search of hyperparameters is judged."""
+        return min(self.samples, JUDGED) * self.components
+
+    @property
     def memory(self) -> float:
         """Bytes that a fit takes at its peak, beside those that the process held before."""
-        N, L = self.samples, self.components
+        N, M, L = self.samples, self.inducing, self.components
         entries = {
             "count": self.stored,
+            "block of counts": min(self.stored, BLOCK_ENTRIES),
             "factor": (N + self.features) * L,
             "draw": self.draws * N * L,
             "neighbour": self.sets * N * self.neighbours,
-            "correlated": N * L * bool(self.neighbours),
-            "inducing": L * N * self.inducing,
+            "inducing": L * N * M,
+            "inducing pair": L * M * M,
         }
-        return LOADED + sum(BYTES[what] * number for what, number in entries.items())
+        # A search of hyperparameters, and after it draws of the posterior.
+        searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
+        drawn = DRAWN_BYTES * min(RANK * N * L, BLOCK) * (self.prior == "LCGP")
+        arrays = sum(BYTES[kind] * number for kind, number in entries.items())
+        return LOADED + arrays + max(searched, drawn)
 
     def smaller(self) -> list[tuple[str, Size]]:
         """Return ways to make a fit smaller, in words, and the sizes that they lead to."""

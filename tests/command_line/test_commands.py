@@ -316,3 +316,27 @@ def assert_parses(line):
     arguments = shlex.split(line)[1:]
     if "--help" not in arguments:
         assert callable(parser().parse_args(arguments).run)
+
+
+def test_a_plan_is_said_and_nothing_is_written(folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run("fit", folder / "places.h5ad", "--components", 3, "--plan") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("table    90 samples x 25 features, ")
+    assert "3 components, fields through 90 inducing points (SVGP)" in said
+    assert run("fit", folder / "poisson.csv", "--plan", "--out", folder / "new.npz") == 0
+    assert "no space" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_fit_needs_a_place_for_its_results(folder, capsys):
+    assert run("fit", folder / "poisson.csv") == 2
+    assert "--out must name where to write" in capsys.readouterr().err
+
+
+def test_a_fit_that_memory_cannot_hold_is_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pnmf_pyro.estimator.size.available_memory", lambda: 1e6)
+    assert run("fit", folder / "poisson.csv", "--out", tmp_path / "new.npz") == 2
+    assert "of memory to fit, and 0.0 GB are available" in words(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+    assert run("fit", folder / "poisson.csv", "--plan") == 0

@@ -1,0 +1,81 @@
+"""The plan of a fit against the fit: time and memory, each data set in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+import pnmf_pyro
+from benchmarks import tables
+from benchmarks.measure import in_new_process, peak_memory_mib, report, table
+from pnmf_pyro.estimator import calibration
+
+SIX = (
+    "digits,eco_mite,iss_ca1_cells,sim_nsf_S1,osmfish_cortex,simulated:20000:2000:0.05,"
+    "tissue:20000:300:0.1"
+)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Predicted and real time and memory of fits, `--data` of them, as they come."""
+    rows = [["data", "planned s", "s", "ratio", "planned MB", "MB", "ratio", "planning s"]]
+    for name in options.data.split(",") if options.data != "all" else SIX.split(","):
+        found = in_new_process("plan_once", data=name, L=options.L)
+        report(**found)
+        keys = ("planned_seconds", "seconds", "planned_mb", "mb")
+        planned, seconds, memory, peak = (found[key] for key in keys)
+        ratios = planned / seconds, memory / peak
+        cells = [planned, seconds, ratios[0], memory, peak, ratios[1], found["planning"]]
+        rows.append([name, *(f"{number:.3g}" for number in cells)])
+    sys.stdout.write(table(rows))
+
+
+def plan_once(options: argparse.Namespace) -> dict[str, Any]:
+    """Plan a fit, then do it; seconds are of the CPU, so that other processes count little."""
+    warnings.simplefilter("ignore")
+    calibration.clock = time.process_time
+    X, coords = _data(options.data)
+    started = time.process_time()
+    planned = pnmf_pyro.plan(X, coords, n_components=options.L)
+    ready = time.process_time()
+    model = pnmf_pyro.fit(X, coords, n_components=options.L)
+    seconds = time.process_time() - ready
+    return report(
+        benchmark="plan",
+        data=options.data,
+        shape=X.shape,
+        stored=X.nnz,
+        L=options.L,
+        prior=planned.prior,
+        planned_seconds=planned.seconds,
+        seconds=seconds,
+        planned_mb=planned.memory / 1e6,
+        mb=peak_memory_mib() * 1.048576,
+        planning=ready - started,
+        planned_steps={stage.name: stage.steps for stage in planned.stages if stage.steps},
+        steps={name: last - first for name, first, last in model.history_.stages},
+        planned_stages=[(stage.name, round(stage.seconds, 3)) for stage in planned.stages],
+    )
+
+
+def _data(name: str) -> tuple[sp.csr_matrix, np.ndarray | None]:
+    """Counts and coordinates, if any: real ones by name, or simulated, KIND:N:D:DENSITY."""
+    kind, *numbers = name.split(":")
+    if numbers:
+        N, D, density = int(numbers[0]), int(numbers[1]), float(numbers[2])
+        if kind == "tissue":
+            X, coords, *_ = tables.tissue(N, D, density)
+            return X, coords
+        return tables.simulated(N, D, density), None
+    if kind == "digits":
+        X, coords = tables.real(name), None
+    else:
+        adata = tables.adata(name)
+        X, coords = tables.counts_of(adata), adata.obsm.get("spatial")
+    return X[:, np.asarray(X.sum(0)).ravel() > 0], coords
