@@ -292,8 +292,7 @@ def test_learning_rate_of_transform_F(conditional):
     X, W = conditional
     settings = {"mode": "expanded", "max_iter": 1, "tol": 0, "return_prior": True}
     first, second = (
-        q_of(T.transform_F(X, W, learning_rate=rate, **settings))[0]
-        for rate in (1e-3, 3e-3)
+        q_of(T.transform_F(X, W, learning_rate=rate, **settings))[0] for rate in (1e-3, 3e-3)
     )
     np.testing.assert_allclose(np.abs(second - first), 2e-3, rtol=1e-3)
 

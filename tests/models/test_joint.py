@@ -210,15 +210,16 @@ def test_draws_of_a_field_keep_how_samples_go_together():
     assert correlation(joint) == pytest.approx(correlation(alone), abs=0.05)
 
 
-def test_a_saved_model_holds_it_and_a_file_without_it_has_the_factorised_one(
-    overlapping, tmp_path
-):
+def test_a_saved_model_holds_it_and_a_file_without_it_has_the_factorised_one(overlapping, tmp_path):
     _, model = overlapping
     model.save(tmp_path / "model.npz")
     again = PNMF.load(tmp_path / "model.npz")
     np.testing.assert_array_equal(factor_uncertainty(again), factor_uncertainty(model))
     held = dict(np.load(tmp_path / "model.npz"))
-    for name in ("factors/joint_covariance", "loadings/covariance"):
+    for name in (
+        *("factors/joint_covariance", "loadings/errors/blocks"),
+        "loadings/errors/coupling",
+    ):
         del held[name]
     np.savez_compressed(tmp_path / "older.npz", **held)
     older = PNMF.load(tmp_path / "older.npz")

@@ -12,8 +12,8 @@ import pnmf_pyro
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.recipe import CLOSER
 from pnmf_pyro.estimator.stages import LearnHyperparameters
-from pnmf_pyro.training.hyperparameters import CRITERIA
 from pnmf_pyro.priors.joint import posterior_of
+from pnmf_pyro.training.hyperparameters import CRITERIA
 from pnmf_pyro.transforms import transform_F
 from tests.support import dense_fields
 
