@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "contributions",
     "deviance",
+    "differential_features",
     "feature_scores",
     "fit",
     "fit_model",
@@ -32,6 +33,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
+    from pnmf_pyro.analysis.differential import differential_features
     from pnmf_pyro.analysis.interpretation import (
         contributions,
         feature_scores,
@@ -53,6 +55,7 @@ _HOMES = {
     "PNMF": "estimator.pnmf",
     "contributions": "analysis.interpretation",
     "deviance": "models.deviance",
+    "differential_features": "analysis.differential",
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",

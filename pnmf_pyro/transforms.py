@@ -23,9 +23,10 @@ from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generat
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.joint import find_uncertainty
+from pnmf_pyro.models.loading_errors import LoadingErrors
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
-from pnmf_pyro.priors.joint import posterior_of, unpacked
+from pnmf_pyro.priors.joint import posterior_of
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
 from pnmf_pyro.training.given_one_side import (
@@ -200,20 +201,20 @@ def loading_uncertainty(
         than `fit` and `fit_model`, or saved by an earlier version.
     """
     module = fitted_module(model)
-    covariance = loading_covariances(module)
+    covariance = errors_of_loadings(module).covariances(module.W.data)
     error = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     error = error / module.W.data if return_log else error
     return _output(error.to(module.W.dtype), return_tensor)
 
 
-def loading_covariances(module: PoissonFactorization) -> Tensor:
-    """Return the covariances of the loadings of each feature, (D, L, L), or a ValueError."""
-    if module.loading_covariance is None:
+def errors_of_loadings(module: PoissonFactorization) -> LoadingErrors:
+    """Return what a trained model knows of the errors of its loadings; a ValueError if nothing."""
+    if module.loading_blocks is None or module.loading_coupling is None:
         raise ValueError(
             "model must hold standard errors of its loadings, which a fit of Poisson counts by "
             "pnmf_pyro.fit, PNMF or fit_model leaves behind; this one holds none. Fit it again."
         )
-    return unpacked(module.loading_covariance)
+    return LoadingErrors(module.loading_blocks, module.loading_coupling)
 
 
 def get_prior(model: Fitted) -> Prior:

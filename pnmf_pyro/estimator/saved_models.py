@@ -52,7 +52,8 @@ Model = TypeVar("Model", bound=Saved)
 NAMES = {
     "loadings/unconstrained": "W._raw",
     "loadings/unit": "W.unit",
-    "loadings/covariance": "loading_covariance",
+    "loadings/errors/blocks": "loading_blocks",
+    "loadings/errors/coupling": "loading_coupling",
     "size_factors": "size_factors",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",

@@ -86,9 +86,9 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         Name of this instance in Pyro's parameter store. Each copy has one of its own.
     W : PositiveParameter of shape (D, L)
         Loadings.
-    loading_covariance : Tensor of shape (D, L (L + 1) / 2) or None
-        Covariances of the loadings of each feature, packed, where they were found; see
-        :mod:`~pnmf_pyro.models.loading_errors`.
+    loading_blocks, loading_coupling : Tensor or None
+        Errors of the loadings, where they were found; see
+        :class:`~pnmf_pyro.models.loading_errors.LoadingErrors`.
     D, N, L : int
         Number of features, samples and components.
 
@@ -105,7 +105,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     """
 
     size_factors: Tensor | None
-    loading_covariance: Tensor | None
+    loading_blocks: Tensor | None
+    loading_coupling: Tensor | None
 
     def __init__(
         self,
@@ -142,7 +143,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         like_data(self.W, y)
         s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
         self.register_buffer("size_factors", s)
-        self.register_buffer("loading_covariance", None)
+        self.register_buffer("loading_blocks", None)
+        self.register_buffer("loading_coupling", None)
 
     def __init_subclass__(cls, **keywords: object):
         """Register the parameters in programs of a subclass as well."""
@@ -171,9 +173,10 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
     ) -> None:
-        self.loading_covariance = None
-        if f"{prefix}loading_covariance" in state_dict:
-            self.loading_covariance = torch.empty(self.D, self.L * (self.L + 1) // 2)
+        sizes = {"blocks": (self.D, self.L * (self.L + 1) // 2), "coupling": 2 * (self.L**2,)}
+        for name, size in sizes.items():
+            held = f"{prefix}loading_{name}" in state_dict
+            setattr(self, f"loading_{name}", torch.empty(size) if held else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _register(self, trains_q: bool) -> None:

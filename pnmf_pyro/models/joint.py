@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import second_moments
 from pnmf_pyro.models.factorization import PoissonFactorization
-from pnmf_pyro.models.loading_errors import loading_covariance
+from pnmf_pyro.models.loading_errors import loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors.joint import joint_covariance, packed_numbers
 
@@ -59,7 +59,7 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     log-factors of the likelihood are not those of the prior.
     """
     prior, q = model.prior, model.prior.marginal()
-    prior.joint_covariance = model.loading_covariance = None
+    prior.joint_covariance = model.loading_blocks = model.loading_coupling = None
     likelihood = model.likelihood(q.loc)
     if getattr(likelihood, "log_factors", None) is not q.loc:
         return
@@ -67,4 +67,5 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
     if found is not None and all(bool(part.isfinite().all()) for part in found):
         prior.joint_covariance = joint_covariance(prior, *found)
-        model.loading_covariance = loading_covariance(model, counts, found.shared)
+        errors = loading_errors(model, counts, found.shared)
+        model.loading_blocks, model.loading_coupling = errors or (None, None)

@@ -24,6 +24,8 @@ W_jl, or one count of the feature in the component where that is more.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,47 @@ from pnmf_pyro.priors.joint import inverses, packed_numbers, unpacked
 RELATIVE_SPREAD = 3.0
 
 
-def loading_covariance(
+class LoadingErrors(NamedTuple):
+    """Errors of loadings: the blocks D^-1, and what is added in the directions Z.
+
+    Attributes
+    ----------
+    blocks : Tensor of shape (D, L (L + 1) / 2)
+        D^-1 of each feature, packed, in float32.
+    coupling : Tensor of shape (L^2, L^2)
+        (Z^T S Z)^-1 - (Z^T D Z)^-1, rows and columns by T_ml.
+    """
+
+    blocks: Tensor
+    coupling: Tensor
+
+    def covariances(self, W: Tensor, *, profiles: bool = False) -> Tensor:
+        """Return the covariances of the loadings of each feature, (D, L, L), in float64.
+
+        Parameters
+        ----------
+        W : Tensor of shape (D, L)
+            Loadings.
+        profiles : bool
+            Take the sum of the loadings of a component for known, so that its level does not
+            count: errors of W_jl / sum_j W_jl, times that sum.
+        """
+        W, L = W.detach().double(), W.shape[1]
+        found = unpacked(self.blocks)
+        Z = W[:, :, None].expand(-1, L, L)
+        if profiles:
+            totals = W.sum(0).clamp_min(torch.finfo(W.dtype).tiny)
+            Z = Z - W[:, None, :] * (totals[:, None] / totals)
+            rest = 1 - W / totals
+            found = found * rest[:, :, None] * rest[:, None, :]
+        coupling = self.coupling.double().reshape(L, L, L, L)
+        return found + torch.einsum("jml,mlkp,jkp->jlp", Z, coupling, Z)
+
+
+def loading_errors(
     model: PoissonFactorization, counts: Counts, shared: Tensor
-) -> Tensor | None:
-    """Return the packed covariances of the loadings of each feature, (D, L (L + 1) / 2), float32.
+) -> LoadingErrors | None:
+    """Return the errors of the loadings of a trained model.
 
     None for a prior that does not say what it knows apart from the counts of a sample.
 
@@ -60,14 +99,20 @@ def loading_covariance(
     for blocks in (given, alone):
         blocks.diagonal(dim1=-2, dim2=-1).add_(spread.square().reciprocal())
     L, W = W.shape[1], W.double()
-    coupled = _coupling(A, shared, covariance)
-    of_given, of_alone = (torch.einsum("jm,jk,jlp->mlkp", W, W, b) for b in (given, alone))
-    joint = (of_given - coupled).reshape(L * L, L * L)
-    more = torch.linalg.pinv(joint, hermitian=True, rtol=1e-10)
-    more -= torch.linalg.pinv(of_alone.reshape(L * L, L * L), hermitian=True, rtol=1e-10)
-    found = torch.cholesky_inverse(torch.linalg.cholesky(alone))
-    found += torch.einsum("jm,jk,mlkp->jlp", W, W, more.reshape(L, L, L, L))
-    return found[(slice(None), *packed_numbers(L, W.device))].float()
+    of_given, of_alone = (
+        torch.einsum("jm,jk,jlp->mlkp", W, W, blocks).reshape(L * L, L * L)
+        for blocks in (given, alone)
+    )
+    joint = of_given - _coupling(A, shared, covariance)
+    coupling = _inverse(joint) - _inverse(of_alone)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(alone))
+    packed = inverse[(slice(None), *packed_numbers(L, W.device))]
+    return LoadingErrors(packed.float(), coupling.float())
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Inverse of a matrix that is not negative, but for directions in which it is nothing."""
+    return torch.linalg.pinv(matrix, hermitian=True, rtol=1e-10)
 
 
 def _blocks(counts: Counts, A: Tensor, W: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +135,7 @@ def _blocks(counts: Counts, A: Tensor, W: Tensor, covariance: Tensor) -> tuple[T
 
 
 def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
-    """What F takes from transformations T of all loadings, (L, L, L, L) as (m, l) by (m, l)."""
+    """What F takes from transformations T of all loadings, (L^2, L^2)."""
     N, L = A.shape
     total = torch.zeros(L * L, L * L, dtype=torch.float64, device=A.device)
     for block in torch.arange(N, device=A.device).split(max(1, BLOCK_ENTRIES // L**2)):
@@ -98,4 +143,4 @@ def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
         E = unpacked(shared[block]) / a[:, None, :]
         M = E.mT @ unpacked(covariance[block]) @ E
         total += M.flatten(1).T @ (a[:, :, None] * a[:, None, :]).flatten(1)
-    return total.reshape(L, L, L, L).permute(0, 2, 1, 3)
+    return total.reshape(L, L, L, L).permute(0, 2, 1, 3).reshape(L * L, L * L)

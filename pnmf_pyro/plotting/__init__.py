@@ -14,6 +14,7 @@ from pnmf_pyro.plotting.features import (
     plot_factor_correlation,
     plot_loadings,
     plot_top_features,
+    plot_volcano,
 )
 from pnmf_pyro.plotting.figures import new_figure
 from pnmf_pyro.plotting.maps import plot_factors, plot_spatial, plot_uncertainty
@@ -34,4 +35,5 @@ __all__ = [
     "plot_spatial",
     "plot_top_features",
     "plot_uncertainty",
+    "plot_volcano",
 ]

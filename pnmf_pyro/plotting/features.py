@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pnmf_pyro.analysis.differential import differential_features
 from pnmf_pyro.analysis.interpretation import ranked_features, top_features
 from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
 from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain, verbatim
+from pnmf_pyro.training.fitted import Fitted, fitted_module
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
+
+# Smallest local false sign rate that is told from smaller ones.
+LEAST_LFSR = 1e-10
 
 # Components up to which the entries of a matrix of correlations are written out.
 WRITTEN_OUT = 10
@@ -67,6 +72,73 @@ def plot_top_features(
         ax.set_title(f"component {number}", fontsize=9)
         plain(ax)
     return axes
+
+
+def plot_volcano(
+    fit: Fitted,
+    n: int = 5,
+    lfsr: float = 0.05,
+    *,
+    components: Sequence[int] | int | None = None,
+    axes: AxesLike = None,
+) -> np.ndarray:
+    """Show how much more frequent features are in a component than in any other, and how sure.
+
+    Parameters
+    ----------
+    fit : PNMF, ModelFit or PoissonFactorization
+        Fit of Poisson counts, see :func:`~pnmf_pyro.differential_features`.
+    n : int
+        Number of features that are named in each panel, those with the largest log-ratio among the
+        sure ones.
+    lfsr : float
+        Local false sign rate below which a feature is sure, and coloured.
+    components : sequence of int, optional
+        Numbers of the components to draw, counted from 0; all unless given.
+    axes : array of matplotlib Axes, optional
+        Axes to draw in, one for each component; those of a new figure unless given.
+
+    Returns
+    -------
+    ndarray of matplotlib Axes, one for each component
+    """
+    table = differential_features(fit)
+    chosen = chosen_numbers("components", components, fitted_module(fit, "fit").L)
+    axes = panels(len(chosen), (2.8, 2.6), 4, axes)
+    for ax, number in zip(axes, chosen, strict=True):
+        rows = table[table["component"] == number]
+        x = np.asarray(rows["mean"])
+        sure = -np.log10(np.clip(np.asarray(rows["lfsr"]), LEAST_LFSR, None))
+        marks = (x > 0) & (np.asarray(rows["lfsr"]) < lfsr)
+        ax.scatter(x[~marks], sure[~marks], s=6, color="0.7", linewidths=0)
+        ax.scatter(x[marks], sure[marks], s=9, color=BLUE, linewidths=0)
+        ax.axhline(-np.log10(lfsr), color="0.5", linewidth=0.6, linestyle=":")
+        ax.axvline(0, color="0.5", linewidth=0.6)
+        names, named = np.asarray(rows["feature"]), np.flatnonzero(marks)
+        named = named[np.argsort(-x[named], kind="stable")[:n]]
+        _name_points(ax, x[named], sure[named], names[named])
+        ax.set_title(f"component {number}", fontsize=9)
+        ax.tick_params(labelsize=7)
+        ax.set_xlabel("log2 ratio to the closest other", fontsize=8)
+        ax.set_ylabel("-log10 lfsr", fontsize=8)
+        plain(ax)
+    return axes
+
+
+def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: np.ndarray) -> None:
+    """Write names to the left of points, as far apart as lines of text are."""
+    low, high = ax.get_ylim()
+    line, last = 0.065 * (high - low), np.inf
+    for i in np.argsort(-y, kind="stable"):
+        last = min(y[i], last - line)
+        ax.annotate(
+            verbatim(names[i]),
+            (x[i], y[i]),
+            (-0.03 * np.ptp(ax.get_xlim()) + x[i], last),
+            fontsize=7,
+            ha="right",
+            va="center",
+        )
 
 
 def plot_loadings(

@@ -12,8 +12,9 @@ import pnmf_pyro
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.recipe import CLOSER
 from pnmf_pyro.estimator.stages import LearnHyperparameters
+from pnmf_pyro.priors.joint import posterior_of
 from pnmf_pyro.training.hyperparameters import CRITERIA
-from pnmf_pyro.transforms import log_factors_from_prior, transform_F, uncertainty_from_prior
+from pnmf_pyro.transforms import transform_F
 from tests.support import dense_fields
 
 MODES = ("expanded", "simple", "lower-bound")
@@ -28,7 +29,9 @@ def separated_loadings(
     return W * mean / (W.sum(1).mean() * np.exp(0.5))
 
 
-def coverage(mode: str, overlap: float, mean: float, seed: int = 7, N: int = 1000) -> float:
+def coverage(
+    mode: str, overlap: float, mean: float, seed: int = 7, N: int = 1000, joint: bool = True
+) -> float:
     """Share of F in the central 90% intervals that `transform_F` gives, W being known.
 
     N samples of 60 features and three components; `mean` is that of the counts.
@@ -37,7 +40,8 @@ def coverage(mode: str, overlap: float, mean: float, seed: int = 7, N: int = 100
     W = separated_loadings(60, 3, overlap, mean, rng)
     F = rng.normal(size=(N, 3))
     prior = transform_F(rng.poisson(np.exp(F) @ W.T), W, mode=mode, return_prior=True)
-    z = (F - log_factors_from_prior(prior)) / uncertainty_from_prior(prior)
+    q = (posterior_of(prior) if joint else prior).marginal()
+    z = (F.T - q.loc.detach().numpy()) / q.scale.detach().numpy()
     return float((np.abs(z) < 1.6449).mean())
 
 
