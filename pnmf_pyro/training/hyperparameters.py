@@ -16,7 +16,7 @@ vary more than a Poisson, and it buys short lengthscales to explain that (criter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import cast
@@ -30,6 +30,7 @@ from torch import Tensor
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.log_rate import log_rate_and_moments
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import Pairs, fill_symmetric
@@ -42,7 +43,7 @@ from pnmf_pyro.priors import LCGP, SVGP
 CRITERIA = ("leave-one-out", "elbo")
 
 # Of L-BFGS-B; more change predictions by less than splits of the data do.
-ITERATIONS = 10
+ITERATIONS = 15
 
 # Samples that are predicted, at most: drawn at random from larger data.
 JUDGED = 1000
@@ -62,7 +63,11 @@ GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 # the values that all components share.
 SPREAD = 0.1
 
-# Largest rise, in units of F, by which a site may stand above the mean of q.
+# The same of what the evidence of the sites says of a component, and how much of that is tried.
+APART = 1.0
+SHARES = (0.0, 0.5, 1.0)
+
+# Largest distance, in units of F, of a site from the mean of q.
 HIGHEST_SITE = 5.0
 
 
@@ -79,18 +84,18 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
     y, noise : Tensor of shape (L, N), float64
     """
     with torch.no_grad():
-        q = model.prior.marginal()
-    loc = q.loc.detach().requires_grad_()
-    variance = q.variance.detach().requires_grad_()
-    W = model.W.data.detach()
-    likelihood = PoissonFactors(loc, W, model.size_factors, validate_args=False)
-    normal = torch.distributions.Normal(loc, variance.sqrt(), validate_args=False)
-    value = likelihood.expected_log_prob(counts, normal, "lower-bound").sum()
-    slope, curvature = (
-        gradient.double() for gradient in torch.autograd.grad(value, (loc, variance))
-    )
-    h = (-2 * curvature).clamp_min(1e-6)
-    return loc.detach().double() + (slope / h).clamp_max(HIGHEST_SITE), 1 / h
+        q, W = model.prior.marginal(), model.W.data.detach()
+        factors = q.loc.exp().mT.contiguous().to(W)
+        _, first, second = log_rate_and_moments(counts, factors, W)
+        expected = (q.loc + q.variance / 2).exp().double() * W.double().sum(0)[:, None]
+        if model.size_factors is not None:
+            expected = expected * model.size_factors.double()
+        first, second = first.mT.double(), second.mT.double()
+        # Negative curvature; far from the optimum it can be below 0, and sum_j X phi^2 is what it
+        # is there where the expected counts of a component are those seen.
+        h = torch.maximum(expected - first + second, second / 2).clamp_min(1e-6)
+        rise = ((first - expected) / h).clamp(-HIGHEST_SITE, HIGHEST_SITE)
+        return q.loc.double() + rise, 1 / h
 
 
 def predict_without(
@@ -177,7 +182,7 @@ class HyperparameterSearch:
         self._observe(source)
         values, mean = self._best_of_grid()
         self._warn_of_ends(values)
-        values, mean = self._descend(values, mean)
+        values, mean = self._descend(self._apart(values, mean), mean)
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
@@ -204,15 +209,29 @@ class HyperparameterSearch:
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
-        loc, variance = self._predict(values, mean)
         if self.criterion == "elbo":
-            spread = (variance + self.noise[:, self.judged]).sqrt()
-            seen = torch.distributions.Normal(loc, spread, validate_args=False)
-            return -seen.log_prob(self.y[:, self.judged]).sum() / len(self.judged)
-        rates = self._rates(loc, variance)
+            return self.evidence(values, mean).sum()
+        rates = self._rates(*self._predict(values, mean))
         factors = rates.log_factors.exp()
         log_rate, total_rate, constant = rates.expected_terms(self.seen, [factors], factors)
         return -(log_rate - total_rate + constant).sum() / len(self.judged)
+
+    def evidence(
+        self, values: dict[str, Tensor], mean: Tensor, components: slice = slice(None)
+    ) -> Tensor:
+        """Return minus the log-evidence of the sites of l components, (l,), per sample.
+
+        Each site is judged given those of its neighbours that come before it: the chain rule.
+        """
+        y, noise = self.y[components], self.noise[components]
+        later = self.neighbours > self.judged[:, None]
+        before = torch.where(later, self.judged[:, None], self.neighbours)
+        loc, variance = predict_without(
+            self._covariance(values), mean, self.judged, before, y, noise
+        )
+        spread = (variance + noise[:, self.judged]).sqrt()
+        seen = torch.distributions.Normal(loc, spread, validate_args=False)
+        return -seen.log_prob(y[:, self.judged]).mean(1)
 
     def _rates(self, loc: Tensor, variance: Tensor) -> PoissonFactors:
         """Counts of the judged samples at the expected factors."""
@@ -331,43 +350,105 @@ class HyperparameterSearch:
             least, values = losses[best], tried[best]
         return least, values
 
-    def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Give each component hyperparameters of its own, by L-BFGS-B in their logarithms.
+    def _apart(self, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Tell components apart by the evidence of their sites, as far as that predicts better.
 
-        What is maximised is a quasi-likelihood, for counts that vary more than a Poisson
-        (Wedderburn 1974), times a normal prior around the values that all components share: where
-        there are few samples, components stay near one another.
+        The evidence is by far the sharper judge of one component; prediction that of how much of
+        it to believe, since counts that vary more than a Poisson mislead the evidence.
         """
-        sizes = [len(values[name]) for name in self.names]
+        if len(self.kernel.sigma) == 1 or not self.names:
+            return values
+        own = [self._own(slice(l, l + 1), values, mean) for l in range(len(mean))]
+        logs = {name: torch.cat([one[name] for one in own]).log() for name in self.names}
+        tried = []
+        for share in SHARES:
+            away = {name: share * (log - log.median()) for name, log in logs.items()}
+            tried.append(values | {name: values[name] * away[name].exp() for name in away})
+        with torch.no_grad():
+            losses = [float(self.loss(self._within(one), mean)) for one in tried]
+        return self._within(tried[int(np.nanargmin(losses))])
 
-        def unpack(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            *logs, level = x.split([*sizes, len(mean)])
-            learned = {name: log.exp() for name, log in zip(self.names, logs, strict=True)}
-            return {**values, **learned}, level
+    def _own(self, mine: slice, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Hyperparameters of one component by the evidence of its sites, from common values."""
+        fixed = {name: value[mine] for name, value in values.items()}
+        origin = torch.cat([*(fixed[name].log() for name in self.names), mean[mine]])
 
-        weight = len(self.judged) / self._dispersion(values, mean)
+        def unpack(x: Tensor) -> dict[str, Tensor]:
+            return fixed | dict(zip(self.names, x[:-1].exp().split(1), strict=True))
+
+        def judge(x: Tensor) -> Tensor:
+            away = (x - origin).square().sum() / (2 * APART**2)
+            return len(self.judged) * self.evidence(unpack(x), x[-1:], mine).sum() + away
+
+        return unpack(self._minimum(judge, origin, self._log_limits(mean[mine])))
+
+    def _within(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        limits = self._limits()
+        return values | {name: values[name].clamp(*limits[name]) for name in self.names}
+
+    def _log_limits(self, mean: Tensor, sets: int = 1) -> list[tuple[float, float]]:
+        """Bounds of the logarithms of hyperparameters, and of means."""
+        limits = [tuple(np.log(self._limits()[name])) for name in self.names for _ in range(sets)]
+        return [*limits, *((level - 5, level + 5) for level in mean.tolist())]
+
+    def _minimum(
+        self,
+        judge: Callable[[Tensor], Tensor],
+        start: Tensor,
+        bounds: list[tuple[float, float]],
+    ) -> Tensor:
+        """Go down from a point by L-BFGS-B."""
 
         def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
-            point = torch.from_numpy(x).to(mean).requires_grad_()
-            away = (point - origin).square().sum() / (2 * SPREAD**2)
-            loss = weight * self.loss(*unpack(point)) + away
+            point = torch.from_numpy(x).to(start).requires_grad_()
+            loss = judge(point)
             (gradient,) = torch.autograd.grad(loss, point)
             return float(loss.detach()), gradient.cpu().numpy()
 
-        origin = torch.cat([*(values[name].log() for name in self.names), mean])
-        bounds = [
-            tuple(np.log(self._limits()[name]))
-            for name, size in zip(self.names, sizes, strict=True)
-            for _ in range(size)
-        ]
-        bounds += [(level - 5, level + 5) for level in mean.tolist()]
         found = minimize(
             fun,
-            origin.cpu().numpy(),
+            start.cpu().numpy(),
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
             options={"maxiter": ITERATIONS},
         )
+        return torch.from_numpy(found.x).to(start)
+
+    def _descend(self, values: dict[str, Tensor], mean: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Go down to where samples are predicted best, by L-BFGS-B in logarithms.
+
+        What is maximised is a quasi-likelihood, for counts that vary more than a Poisson
+        (Wedderburn 1974). A factor on all components is free; what single components move beside
+        it, and their means, have a normal prior: most of what they ask for is noise.
+        """
+        names, sets = self.names, len(self.kernel.sigma)
+        origin = torch.cat([*(values[name].log() for name in names), mean])
+
+        def unpack(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            *logs, level = (origin + self._moved(x)).split([*[sets] * len(names), len(mean)])
+            learned = {name: log.exp() for name, log in zip(names, logs, strict=True)}
+            return self._within({**values, **learned}), level
+
+        weight = len(self.judged) / self._dispersion(values, mean)
+
+        def judge(x: Tensor) -> Tensor:
+            away = x[len(names) :].square().sum() / (2 * SPREAD**2)
+            return weight * self.loss(*unpack(x)) + away
+
+        limits = self._limits()
+        bounds = []
+        for name in names:  # the factor moves the component in the middle within the bounds
+            middle = float(values[name].log().median())
+            bounds.append(tuple(np.log(limits[name]) - middle))
+        bounds += [(-5.0, 5.0)] * len(origin)
+        start = origin.new_zeros(len(names) + len(origin))
+        found = self._minimum(judge, start, bounds)
         with torch.no_grad():
-            return unpack(torch.from_numpy(found.x).to(mean))
+            return unpack(found)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """What each component's own logarithms, and its mean, move: its own part and the common."""
+        n, sets = len(self.names), len(self.kernel.sigma)
+        common = torch.cat([x[:n].repeat_interleave(sets), x.new_zeros(len(self.prior.mean))])
+        return x[n:] + common
