@@ -222,21 +222,21 @@ class LCGP(Prior):
         that given all other places; without its own site a precision is 1 / v - h. It is never
         less than that of the prior.
         """
-        h = precision.double().cpu()
-        prior = self.kernel.variance(self.places).cpu().double().expand_as(h)
+        h = precision.double()
+        prior = self.kernel.variance(self.places).to(h).expand_as(h)
         if not bool(h.any()):
-            return (1 / prior).to(self.mean.device)
+            return 1 / prior
         posterior = self.neighborhoods.posterior
-        alone = torch.from_numpy(posterior.conditional_variances(h))
+        alone = posterior.conditional_variances(h)
         variance = alone.clone()
         at_once = max(1, BLOCK // h.numel())
         for start in range(0, APART_DRAWS, at_once):
             n = min(at_once, APART_DRAWS - start)
             draws = posterior.sample(h, n, self.seed + start)
-            product = posterior.factor.precision(draws) + h.numpy()[..., None] * draws
-            given_others = torch.from_numpy(draws - alone.numpy()[..., None] * product)
+            product = posterior.factor.precision(draws) + h[..., None] * draws
+            given_others = draws - alone[..., None] * product
             variance += given_others.square().sum(-1) / APART_DRAWS
-        return torch.maximum(1 / variance - h, 1 / prior).to(self.mean.device)
+        return torch.maximum(1 / variance - h, 1 / prior)
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""
