@@ -52,7 +52,7 @@ Model = TypeVar("Model", bound=Saved)
 NAMES = {
     "loadings/unconstrained": "W._raw",
     "loadings/unit": "W.unit",
-    "size_factors": "size_factors",
+    "size_factors": "exposure.size_factors",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",
     "prior/kernel/lengthscale": "prior.kernel.lengthscale",
@@ -204,7 +204,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.n_components,
         model.loadings_mode,
         model.mode,
-        size_factors=state.get("size_factors"),
+        size_factors=state.get("exposure.size_factors"),
     )
     module.load_state_dict(state)
     model.n_features_in_ = module.D
