@@ -70,6 +70,10 @@ class Counts(ABC):
         """Return sum_i entries_ij A_il, shape (d, L)."""
 
     @abstractmethod
+    def spread(self, of_features: Tensor) -> Tensor:
+        """Return the value of its feature, (d,), at each stored entry."""
+
+    @abstractmethod
     def rows(self, index: Tensor | slice) -> Counts:
         """Return the samples `index` as counts of their own."""
 
@@ -183,6 +187,9 @@ class DenseCounts(Counts):
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
         return entries.mT @ A
 
+    def spread(self, of_features: Tensor) -> Tensor:  # noqa: D102
+        return of_features.expand(self.shape)
+
     def rows(self, index: Tensor | slice) -> DenseCounts:  # noqa: D102
         return DenseCounts(self.values[index])
 
@@ -266,6 +273,9 @@ class SparseCounts(Counts):
         starts, rows, order = self._transpose
         values = entries.index_select(0, order)
         return _csr(starts, rows, values, (self.shape[1], self.shape[0])) @ A
+
+    def spread(self, of_features: Tensor) -> Tensor:  # noqa: D102
+        return of_features.index_select(0, self.columns_of)
 
     def rows(self, index: Tensor | slice) -> SparseCounts:  # noqa: D102
         if isinstance(index, slice):

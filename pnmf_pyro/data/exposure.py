@@ -152,6 +152,13 @@ class Exposure(nn.Module):
             found = found + counts.row_sums(counts.values * self._log_effects_at(counts))
         return found
 
+    def crossed(self, counts: Counts, factors: Tensor) -> Tensor:
+        """Return sum_i X_ij e_ij A_il for A of shape (n, L), of shape (d, L)."""
+        values = counts.values
+        if self.effects is not None:
+            values = values * self._log_effects_at(counts).exp()
+        return counts.transposed_matmul(values, self.scaled(factors.mT).mT.contiguous())
+
     def block(self, rows: slice, features: Tensor | None = None) -> Tensor | None:
         """Return e of the samples in `rows`, dense, (n, d) or (n, 1); None where it is 1."""
         if self.is_none:

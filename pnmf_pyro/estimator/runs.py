@@ -91,6 +91,8 @@ def training_of(
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
         steps.append((ClosedFormScale(model.prior, least_scale), for_W))
+    if moves_factors:
+        steps += [(step, for_W) for step in model.own_steps()]
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

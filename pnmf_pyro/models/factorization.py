@@ -28,6 +28,7 @@ from pnmf_pyro.data.random_state import RandomState, torch_generator
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
+from pnmf_pyro.priors.natural import Step
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -36,6 +37,14 @@ ALL = Batch()
 Likelihood = Callable[[PoissonFactors, Batch], TorchDistributionMixin]
 
 _numbers = count()
+
+
+def has_closed_form(likelihood: object) -> bool:
+    """Whether a likelihood has a bound and steps in closed form, as the Poisson (None) has.
+
+    One that has says so by its `closed_form`, and returns a :class:`PoissonFactors`.
+    """
+    return likelihood is None or bool(getattr(likelihood, "closed_form", False))
 
 
 def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -286,6 +295,16 @@ class PoissonFactorization(ReferenceModel, nn.Module):
             factors = (q.loc + q.variance / 2).exp()
             X = cast(PoissonFactors, self.likelihood(q.loc, batch))
             return self.N / factors.shape[1] * X.totals(cast(Counts, batch.counts), factors)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the likelihood has a bound and steps in closed form."""
+        return has_closed_form(self.observation)
+
+    def own_steps(self) -> list[Step]:
+        """Return the steps of training that the parts of the model bring."""
+        parts = [self.observation]
+        return [step for part in parts if hasattr(part, "steps") for step in part.steps(self)]
 
     def project_parameters(self) -> None:
         """Clamp the loadings at zero in `projected` mode."""
