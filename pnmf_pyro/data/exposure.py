@@ -174,6 +174,12 @@ class Exposure(nn.Module):
             found = seen if found is None else seen.mul_(found)
         return found
 
+    def at(self, counts: Counts, rows: slice) -> Tensor | None:
+        """Return the effects at the stored entries of the samples in `rows`; None for none."""
+        if self.effects is None:
+            return None
+        return self._log_effects_at(counts, rows).exp()
+
     def squares(self, factors: Tensor, loadings: Tensor) -> Tensor:
         """Return sum_i rate_ij^2 for A of shape (n, L): of shape (d,), float64."""
         W = loadings.double()
@@ -192,7 +198,8 @@ class Exposure(nn.Module):
 
     def _effect_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Iterate over designs, and exp(z^T beta) of them for all features, (g, d)."""
-        assert self.design is not None and self.effects is not None
+        assert self.design is not None
+        assert self.effects is not None
         G, d = len(self.design), len(self.effects)
         size = max(1, BLOCK // d)
         for start in range(0, G, size):
@@ -201,14 +208,17 @@ class Exposure(nn.Module):
 
     def _by_design(self, values: Tensor) -> Tensor:
         """Sum (n, L) values over the samples of each design, (G, L)."""
-        assert self.design is not None and self.codes is not None
+        assert self.design is not None
+        assert self.codes is not None
         found = torch.zeros(len(self.design), values.shape[1]).to(values)
         return found.index_add_(0, self.codes, values)
 
-    def _log_effects_at(self, counts: Counts) -> Tensor:
-        """z_i^T beta_j at the stored entries of counts."""
-        assert self.design is not None and self.effects is not None
-        design = self.design[self.codes].to(counts.dtype).contiguous()
+    def _log_effects_at(self, counts: Counts, rows: slice = slice(None)) -> Tensor:
+        """z_i^T beta_j at the stored entries of the counts of some samples."""
+        assert self.design is not None
+        assert self.codes is not None
+        assert self.effects is not None
+        design = self.design[self.codes[rows]].to(counts.dtype).contiguous()
         return counts.inner(design, self.effects.to(counts.dtype).contiguous())
 
     def _hidden_exposure(self, like: Tensor) -> SparseCounts | None:

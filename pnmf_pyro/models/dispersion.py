@@ -63,27 +63,41 @@ def moments(
 ) -> Moments:
     """Go over all entries of counts (n, d) in blocks, given A (n, L), W (d, L) and 1 / r (d,).
 
-    Each sample has its weight, (n,), in the slopes of the loadings; 1 unless given.
+    Each sample has its weight, (n,), in the slopes of the loadings; 1 unless given. The slope in a
+    rate, (r + X) / (r + x), has a part for all entries and one for the stored ones.
     """
-    (n, d), r = counts.shape, 1 / inverse
-    relative = loadings * inverse[:, None]
-    right = relative.mT.contiguous()
-    value = torch.empty(n, dtype=torch.float64, device=factors.device)
-    of_factors, of_loadings = torch.empty_like(factors), torch.zeros_like(loadings)
-    size = max(1, BLOCK // max(1, d))
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        A, seen = factors[rows], counts.rows(rows).to_dense() + r
-        x, e = A @ right, exposure.block(rows)
+    n, r = len(factors), 1 / inverse
+    scaled, relative = exposure.scaled(factors.mT).mT.contiguous(), loadings * inverse[:, None]
+    of_loadings, right = torch.zeros_like(loadings), relative.mT.contiguous()
+    weighted = scaled if weights is None else scaled * weights[:, None]
+    rest, values, of_factors = exposure.without_size_factors, [], torch.empty_like(factors)
+    for rows in _blocks(n, len(loadings)):
+        x, e = scaled[rows] @ right, rest.block(rows)
         if e is not None:
             x.mul_(e)
-        value[rows] = torch.sum(seen * x.log1p(), 1, dtype=torch.float64)
-        theta = seen.div_(x.add_(1))
+        theta = (x + 1).reciprocal_()
+        values.append(torch.mv(x.log1p_(), r).double())
         if e is not None:
             theta.mul_(e)
-        of_factors[rows] = theta @ relative
-        of_loadings.addmm_(theta.mT, A if weights is None else A * weights[rows, None])
-    return Moments(value, of_factors, of_loadings.mul_(inverse[:, None]))
+        torch.mm(theta, loadings, out=of_factors[rows])
+        of_loadings.addmm_(theta.mT, weighted[rows])
+    value = torch.cat(values)
+    for rows, block in counts.blocks():
+        x = block.inner(scaled[rows], relative)
+        share, e = block.values, rest.at(block, rows)
+        if e is not None:
+            x, share = x * e, share * e
+        share = share / (x + 1)
+        value[rows] += block.row_sums(x.log1p_().mul_(block.values))
+        of_factors[rows] += block.matmul(share, relative)
+        of_loadings += inverse[:, None] * block.transposed_matmul(share, weighted[rows])
+    return Moments(value, exposure.scaled(of_factors.mT).mT, of_loadings)
+
+
+def _blocks(n: int, d: int) -> list[slice]:
+    """Cut n samples of d features into blocks that are small enough for the caches."""
+    size = max(1, BLOCK // max(1, d))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 @torch.no_grad()
@@ -114,38 +128,48 @@ def slopes(
     counts: Counts, factors: Tensor, loadings: Tensor, inverse: Tensor, exposure: Exposure
 ) -> Slopes:
     """Return the derivatives of Q for counts (n, d), given A (n, L), W (d, L) and 1 / r (d,)."""
-    (n, d), r = counts.shape, 1 / inverse
+    (n, d), r = counts.shape, 1 / inverse.double()
+    scaled, relative = exposure.scaled(factors.mT).mT.contiguous(), loadings * inverse[:, None]
+    right, rest = relative.mT.contiguous(), exposure.without_size_factors
     found = torch.zeros(3, d, dtype=torch.float64, device=factors.device)
-    size = max(1, BLOCK // max(1, d))
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        x, e = factors[rows] @ loadings.mT, exposure.block(rows)
+    for rows in _blocks(n, d):
+        x, e = scaled[rows] @ right, rest.block(rows)
         if e is not None:
             x.mul_(e)
-        seen, above = counts.rows(rows).to_dense(), x + r
-        log = (x * inverse).log1p_()
-        away = (x - seen).div_(above)
-        found[0] += (away - log).sum(0, dtype=torch.float64)
-        found[1] += (x * inverse).sub_(away).div_(above).sum(0, dtype=torch.float64)
-        found[2] += (x - (seen + r) * log).sum(0, dtype=torch.float64)
-    return Slopes(*found.add_(_of_stored(counts, 1 / inverse.double())))
+        ones, away, log = x.new_ones(len(x)), x / (x + 1), x.log1p()
+        found[2] += torch.mv((x.sub_(log)).mT, ones) * r
+        found[0] += torch.mv(log.neg_().add_(away).mT, ones)
+        found[1] += torch.mv(away.square_().mT, ones) / r
+    for rows, block in counts.blocks():
+        x, e = block.inner(scaled[rows], relative), rest.at(block, rows)
+        x = (x if e is None else x * e).double()
+        X, above = block.values.double(), (x + 1) * block.spread(r)
+        _add_stored(found, block, (-X / above, X / above.square(), -X * x.log1p()))
+    return Slopes(*found.add_(_of_stored(counts, r)))
+
+
+def _add_stored(found: Tensor, block: Counts, terms: tuple[Tensor, ...]) -> None:
+    """Add the sums over samples of terms at stored entries to those of each feature, (k, d)."""
+    ones = found.new_ones(block.shape[0], 1)
+    for k, term in enumerate(terms):
+        found[k] += block.transposed_matmul(term, ones)[:, 0]
 
 
 def _of_stored(counts: Counts, r: Tensor) -> Tensor:
     """Terms of Q and its derivatives at stored entries, that the others do not have, (3, d)."""
-    at_r = [torch.digamma(r), torch.polygamma(1, r), torch.lgamma(r)]
     found = torch.zeros(3, len(r), dtype=torch.float64, device=r.device)
+    at_zero = [part(r) for part in (torch.digamma, _trigamma, torch.lgamma)]
     for _, block in counts.blocks():
         X = block.values.double()
-        ones = X.new_ones(block.shape[0], 1)
-        above = X + block.spread(r)
-        terms = torch.digamma(above), torch.polygamma(1, above), torch.lgamma(above)
-        for k, (term, value) in enumerate(zip(terms, at_r, strict=True)):
-            term = term.sub_(block.spread(value))
-            if k == 2:
-                term = term.sub_(X * block.spread(r.log()))
-            found[k] += block.transposed_matmul(term, ones)[:, 0]
+        above, (psi, slope, gamma) = X + block.spread(r), (block.spread(one) for one in at_zero)
+        first, second = torch.digamma(above).sub_(psi), _trigamma(above).sub_(slope)
+        third = torch.lgamma(above).sub_(gamma).sub_(X * block.spread(r.log()))
+        _add_stored(found, block, (first, second, third))
     return found
+
+
+def _trigamma(values: Tensor) -> Tensor:
+    return torch.polygamma(1, values)
 
 
 class DispersionSteps(Step):

@@ -291,10 +291,21 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         Of shape (d, L), or (1, L) where it is the same for all features.
         """
         with torch.no_grad():
-            q = self.prior.marginal(batch.samples)
-            factors = (q.loc + q.variance / 2).exp()
-            X = cast(PoissonFactors, self.likelihood(q.loc, batch))
+            factors = self._expected_factors(batch)
+            X = cast(PoissonFactors, self.likelihood(factors, batch))
             return self.N / factors.shape[1] * X.totals(cast(Counts, batch.counts), factors)
+
+    def levels(self, batch: Batch = ALL) -> Tensor:
+        """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
+        with torch.no_grad():
+            factors = self._expected_factors(batch)
+            scaled = self.exposure.of(batch.samples, None).scaled(factors)
+            total = scaled.sum(1, dtype=torch.float64).to(factors.dtype)
+            return self.N / factors.shape[1] * total
+
+    def _expected_factors(self, batch: Batch) -> Tensor:
+        q = self.prior.marginal(batch.samples)
+        return (q.loc + q.variance / 2).exp()
 
     @property
     def has_closed_form(self) -> bool:
