@@ -190,7 +190,7 @@ def check_combinations(settings: Settings) -> None:
     closed = natural or settings.loadings_mode == "multiplicative"
     if own and (closed or settings.mode == "lower-bound"):
         raise ValueError(
-            "likelihood: another likelihood than those of the package has no steps in closed form. Set "
+            "likelihood: another likelihood than the named ones has no steps in closed form. Set "
             "training_mode='standard', loadings_mode='softplus' and mode='expanded', or leave "
             "likelihood out."
         )

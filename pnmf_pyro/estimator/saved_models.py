@@ -285,8 +285,7 @@ def check_usable(model: Saved) -> None:
     kernel = getattr(module.prior, "kernel", None)
     positive = {
         "size_factors": module.size_factors,
-        "dispersion/inverse": "observation.inverse",
-    "prior/scale": getattr(module.prior, "scale_pf", None),
+        "prior/scale": getattr(module.prior, "scale_pf", None),
         **{name: getattr(kernel, name, None) for name in ("lengthscale", "sigma")},
     }
     never_negative = {

@@ -5,10 +5,10 @@ Given the expected rates x of a feature, its dispersion r maximises
 .. math:: Q(r) = \sum_i \log \frac{\Gamma(X_i + r)}{\Gamma(r) r^{X_i}}
     - (X_i + r) \log\Bigl(1 + \frac{x_i}{r}\Bigr)
 
-by Newton's steps in log r. A feature begins as Poisson, :math:`Q(\infty) = -\sum_i x_i`. It is tried
-where the score :math:`\sum_i (X_i - x_i)^2 - X_i`, which needs its stored entries alone, stands out
-of its noise, and becomes over-dispersed where Q gains more than half the logarithm of the number of
-samples, the price of a parameter (Schwarz 1978).
+by Newton's steps in log r. A feature begins as Poisson, :math:`Q(\infty) = -\sum_i x_i`. It is
+tried where the score :math:`\sum_i (X_i - x_i)^2 - X_i`, which needs its stored entries alone,
+stands out of its noise, and becomes over-dispersed where Q gains more than half the logarithm of
+the number of samples, the price of a parameter (Schwarz 1978).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pnmf_pyro.priors.natural import Step
 if TYPE_CHECKING:
     from pnmf_pyro.models.factorization import PoissonFactorization
 
-# 1 / r up to which the negative binomial is a Poisson for all that counts can tell, and the largest.
+# 1 / r up to which a negative binomial is a Poisson for all that counts can tell, and the largest.
 LEAST, MOST = 1e-4, 1e3
 
 # Passes over the data from one step of the dispersions to the next, and steps after which a feature

@@ -307,6 +307,18 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         q = self.prior.marginal(batch.samples)
         return (q.loc + q.variance / 2).exp()
 
+    def in_closed_form(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
+        """Return the likelihood where it has a closed form, else the Poisson of the same mean.
+
+        The loadings carry no gradient.
+        """
+        W = take(self.W.data.detach(), batch.features, dim=0)
+        exposure = self.exposure.of(batch.samples, batch.features)
+        poisson = PoissonFactors(F, W, exposure, validate_args=False)
+        if self.observation is None or not self.has_closed_form:
+            return poisson
+        return cast(PoissonFactors, self.observation(poisson, batch))
+
     @property
     def has_closed_form(self) -> bool:
         """Whether the likelihood has a bound and steps in closed form."""

@@ -9,9 +9,9 @@ makes the variance :math:`\mu + \mu^2 / r_j`. Integrated out it is a negative bi
 
 with x the rate (Jensen: the logarithm is concave). In place of the expected rate of the Poisson
 there is a function of it whose slope is the mean of theta given the counts,
-:math:`(r_j + X_{ij}) / (r_j + E x_{ij})`. So theta acts as an exposure, and every step is that of the
-Poisson with it. It takes a pass over all entries, in blocks that are never stored; features whose
-counts vary no more than a Poisson's stay with their stored entries.
+:math:`(r_j + X_{ij}) / (r_j + E x_{ij})`. So theta acts as an exposure, and every step is that of
+the Poisson with it. It takes a pass over all entries, in blocks that are never stored; features
+whose counts vary no more than a Poisson's stay with their stored entries.
 """
 
 from __future__ import annotations

@@ -392,7 +392,7 @@ class PoissonFactors(TorchDistribution):
         return counts if counts.dtype == self.loadings.dtype else counts.to(self.loadings.dtype)
 
     def _exposed(self, products: Tensor) -> Tensor:
-        """Products of factors and loadings, which have the size factors, with the whole exposure."""
+        """Products of scaled factors and loadings, with the effects and hidden entries as well."""
         if self.exposure.of_samples_alone:
             return products
         return products * self.exposure.without_size_factors.block(slice(0, products.shape[-2]))

@@ -27,7 +27,7 @@ from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import extent, spacing
@@ -82,8 +82,7 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
         q = model.prior.marginal()
     loc = q.loc.detach().requires_grad_()
     variance = q.variance.detach().requires_grad_()
-    W = model.W.data.detach()
-    likelihood = PoissonFactors(loc, W, model.size_factors, validate_args=False)
+    likelihood = model.in_closed_form(loc)
     normal = torch.distributions.Normal(loc, variance.sqrt(), validate_args=False)
     value = likelihood.expected_log_prob(counts, normal, "lower-bound").sum()
     slope, curvature = (
@@ -216,9 +215,8 @@ class HyperparameterSearch:
 
     def _rates(self, loc: Tensor, variance: Tensor) -> PoissonFactors:
         """Counts of the judged samples at the expected factors."""
-        W = self.model.W.data.detach()
-        s = take(self.model.size_factors, self.judged)
-        return PoissonFactors((loc + variance / 2).to(W.dtype), W, s, validate_args=False)
+        expected = (loc + variance / 2).to(self.model.W.dtype)
+        return self.model.in_closed_form(expected, Batch(samples=self.judged))
 
     def _predict(self, values: dict[str, Tensor], mean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of F at the judged samples, each predicted without itself, (L, n)."""

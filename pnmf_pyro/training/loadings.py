@@ -23,8 +23,9 @@ class ClosedFormLoadings(Step):
         W_{jl} \leftarrow \frac{R_{jl}}{\sum_i e_{ij} E \exp F_{il}},
 
     with the exposure e, the second sum taken after q has moved: that before, times the growth of
-    sum_i s_i E exp F_il, to which it is equal where only size factors scale the rates. Both q and W then move up the same lower bound
-    (expectation conditional maximisation), for the price of one pass over the counts.
+    sum_i s_i E exp F_il, to which it is equal where only size factors scale the rates. Both q and W
+    then move up the same lower bound (expectation conditional maximisation), for the price of one
+    pass over the counts.
 
     Parameters
     ----------
