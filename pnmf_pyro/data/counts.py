@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeAlias
 
@@ -68,6 +68,14 @@ class Counts(ABC):
     @abstractmethod
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:
         """Return sum_i entries_ij A_il, shape (d, L)."""
+
+    @abstractmethod
+    def spread(self, of_features: Tensor) -> Tensor:
+        """Return the value of its feature, (d,), at each stored entry."""
+
+    @abstractmethod
+    def with_values(self, values: Tensor) -> Counts:
+        """Return counts with other values at the stored entries."""
 
     @abstractmethod
     def rows(self, index: Tensor | slice) -> Counts:
@@ -183,6 +191,12 @@ class DenseCounts(Counts):
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
         return entries.mT @ A
 
+    def spread(self, of_features: Tensor) -> Tensor:  # noqa: D102
+        return of_features.expand(self.shape)
+
+    def with_values(self, values: Tensor) -> DenseCounts:  # noqa: D102
+        return DenseCounts(values)
+
     def rows(self, index: Tensor | slice) -> DenseCounts:  # noqa: D102
         return DenseCounts(self.values[index])
 
@@ -266,6 +280,12 @@ class SparseCounts(Counts):
         starts, rows, order = self._transpose
         values = entries.index_select(0, order)
         return _csr(starts, rows, values, (self.shape[1], self.shape[0])) @ A
+
+    def spread(self, of_features: Tensor) -> Tensor:  # noqa: D102
+        return of_features.index_select(0, self.columns_of)
+
+    def with_values(self, values: Tensor) -> SparseCounts:  # noqa: D102
+        return replace(self, values=values)
 
     def rows(self, index: Tensor | slice) -> SparseCounts:  # noqa: D102
         if isinstance(index, slice):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.parameters import Settings, learned
+from pnmf_pyro.estimator.parameters import Settings, closed_form, learned
 from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
@@ -36,7 +36,7 @@ def _starts_at_lengthscale(settings: Settings) -> bool:
 
 def _has_plain_prior(settings: Settings) -> bool:
     first = any(isinstance(stage, WarmUp) for stage in settings.stages or ())
-    own = settings.likelihood is not None and settings.stages is None
+    own = not closed_form(settings) and settings.stages is None
     return first or own or (not settings.spatial and settings.prior is None)
 
 

@@ -28,12 +28,15 @@ from pnmf_pyro.gp.inducing import ALLOCATIONS
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
 from pnmf_pyro.initialization import INITS
-from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.models.factorization import Likelihood
+from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
+from pnmf_pyro.models.factorization import Likelihood, has_closed_form
 from pnmf_pyro.models.points import check_draws
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.svgp import CHOLESKY_MODES
 from pnmf_pyro.training.schedules import OPTIMIZERS
+
+# The word for the likelihood that describes hidden entries best.
+AUTO = "auto"
 
 HYPERPARAMETERS = ("lengthscale", "sigma", "nugget", "group_diff_param")
 
@@ -88,7 +91,7 @@ class Settings(Protocol):
     learn: Sequence[str]
     stages: Sequence[object] | None
     prior: Prior | None
-    likelihood: Likelihood | None
+    likelihood: Likelihood | str | None
 
 
 class FittedEstimator(Settings, Protocol):
@@ -101,6 +104,7 @@ class FittedEstimator(Settings, Protocol):
     elbo_: float
     elbo_se_: float
     mean_total_: float | None
+    likelihood_: Likelihood | str
 
 
 def _check_random_state(name: str, value: object) -> None:
@@ -163,23 +167,30 @@ def _check_prior(name: str, value: object) -> None:
 
 
 def _check_likelihood(name: str, value: object) -> None:
-    if not callable(value):
+    if value not in (*LIKELIHOODS, AUTO) and (isinstance(value, str) or not callable(value)):
         raise ValueError(
-            f"{name} must be a function, or a torch module, of (poisson, batch) that returns the "
-            f"distribution of a batch's counts; got {value!r}."
+            f"{name} must be among {', '.join(map(repr, (*LIKELIHOODS, AUTO)))}; or a function, or "
+            "a torch module, of (poisson, batch) that returns the distribution of a batch's "
+            f"counts; got {value!r}."
         )
+
+
+def closed_form(settings: Settings) -> bool:
+    """Whether the likelihood of a fit has a bound and steps in closed form."""
+    return isinstance(settings.likelihood, str) or has_closed_form(settings.likelihood)
 
 
 def check_combinations(settings: Settings) -> None:
     """Raise a ValueError for parameters that cannot go together."""
     natural = settings.training_mode == "natural"
     check_draws("E", settings.E, settings.mode)
-    if settings.likelihood is not None:
+    own = not closed_form(settings)
+    if own:
         check_count("E", settings.E)  # there are no points in the place of its draws
     closed = natural or settings.loadings_mode == "multiplicative"
-    if settings.likelihood is not None and (closed or settings.mode == "lower-bound"):
+    if own and (closed or settings.mode == "lower-bound"):
         raise ValueError(
-            "likelihood: another likelihood than the Poisson has no steps in closed form. Set "
+            "likelihood: another likelihood than the named ones has no steps in closed form. Set "
             "training_mode='standard', loadings_mode='softplus' and mode='expanded', or leave "
             "likelihood out."
         )

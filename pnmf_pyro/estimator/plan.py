@@ -23,7 +23,7 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data
-from pnmf_pyro.estimator.parameters import Settings, learned
+from pnmf_pyro.estimator.parameters import Settings, closed_form, learned
 from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.stages import (
     Correlate,
@@ -39,7 +39,8 @@ from pnmf_pyro.gp.inducing import inducing_points
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
-from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
+from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
 from pnmf_pyro.training.convergence import Convergence, Judge
@@ -79,9 +80,17 @@ def make_model(
         settings.loadings_mode,
         settings.mode,
         size_factors=data.size_factors,
-        likelihood=copy.deepcopy(settings.likelihood),
+        likelihood=likelihood_part(settings, data.counts.shape[1]),
     )
     return model.to(data.counts.device)
+
+
+def likelihood_part(settings: Settings, n_features: int) -> Likelihood | None:
+    """Make the likelihood that a name stands for, or copy that which was passed as an object."""
+    given = getattr(settings, "likelihood_", settings.likelihood)
+    if given is None or isinstance(given, str):
+        return LIKELIHOODS[given or "poisson"](n_features)
+    return copy.deepcopy(given)
 
 
 def _own_prior(given: Prior, L: int, data: Data) -> Prior:
@@ -216,7 +225,7 @@ def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     """
     stages: list[Stage] = [Settle()]
     if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
-        no_bound = settings.likelihood is not None
+        no_bound = not closed_form(settings)
         first = WarmUp() if no_bound else Settle(mode="lower-bound")
         stages = [first, LearnHyperparameters(), Settle()]
     if isinstance(prior, LCGP):

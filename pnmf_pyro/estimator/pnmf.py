@@ -22,6 +22,7 @@ from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import encode_places, read_data
 from pnmf_pyro.estimator.parameters import check_parameters
+from pnmf_pyro.estimator.likelihood import chosen_likelihood
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
@@ -114,8 +115,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         in space learns what is to be learned and settles once more.
     prior : Prior, optional
         Prior made for the samples of X and `n_components`. A copy of it is trained.
-    likelihood : callable, optional
-        Distribution of the counts, see :class:`~pnmf_pyro.models.PoissonFactorization`.
+    likelihood : {'poisson', 'negative-binomial', 'auto'} or callable, optional
+        Distribution of the counts; `auto` for the one of these that describes hidden entries
+        better. A callable as for :class:`~pnmf_pyro.models.PoissonFactorization`.
 
     Attributes
     ----------
@@ -131,6 +133,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ELBO at each step of what was trained then, with its `stages`.
     n_iter_ : int
         Number of these steps.
+    likelihood_ : str or callable
+        The likelihood of the fit, that which was chosen for `auto`.
+    dispersion_ : ndarray of shape (n_features,), or None
+        Dispersions r of a negative binomial, whose variance is mean + mean^2 / r; infinite for
+        features whose counts vary no more than a Poisson's.
     groups_ : list or None
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
@@ -296,6 +303,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self.groups_ = None if data.groups is None else data.groups.names
             self.mean_total_ = data.mean_total
             self.keys_: AnnDataKeys | None = None
+            self.likelihood_ = chosen_likelihood(self, data)
             fitted = fit_by_plan(self, data, report, announced(self, data))
             model, self.history_, (self.elbo_, self.elbo_se_) = fitted
             self._publish(model)
@@ -400,4 +408,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """Make a model readable as this estimator's."""
         self.model_ = model
         self.components_ = np.ascontiguousarray(model.W.numpy().T)
+        r = getattr(model.observation, "dispersion", None)
+        self.dispersion_ = None if r is None else r.cpu().numpy()
         self.n_components_ = self.n_components

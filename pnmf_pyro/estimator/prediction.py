@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array
+from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
 from pnmf_pyro.estimator.inputs import (
     check_new,
@@ -37,7 +38,8 @@ def new_factors(
         counts = check_new(model, X)
         s = size_factors_of(model, size_factors, counts)
         W, max_iter = _loadings(model, counts), max(model.max_iter, 200)
-        found = factors_given_loadings(counts, W, s, max_iter=max_iter).cpu().numpy()
+        likelihood = model.model_.observation if model.model_.has_closed_form else None
+        found = factors_given_loadings(counts, W, s, likelihood, max_iter=max_iter).cpu().numpy()
         return typed_like(X, found)
     if size_factors is not None:
         raise ValueError(
@@ -100,12 +102,12 @@ def mean_log_likelihood(
     size_factors: MaybeArray,
 ) -> float:
     """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
-    if model.likelihood is not None:
+    if not model.model_.has_closed_form:
         raise ValueError(
-            "score is the likelihood of Poisson counts, and this model has another likelihood; "
-            "compare elbo_ or predictive checks instead."
+            "score is a bound in closed form, and the likelihood of this model has none; compare "
+            "elbo_ or predictive checks instead."
         )
-    prior = model.model_.prior
+    prior, likelihood = model.model_.prior, model.model_.observation
     spatial = prior.places is not None
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
     counts = check_new(model, X)
@@ -113,8 +115,10 @@ def mean_log_likelihood(
     if not spatial:
         refuse_places(coordinates, groups)
         scale = prior.scale_pf if isinstance(prior, GaussianPrior) else 1.0
-        return held_out_bound(counts, loadings, s, scale) / counts.shape[0]
+        return held_out_bound(counts, loadings, s, scale, likelihood) / counts.shape[0]
     with torch.no_grad():
         q = prior.at(encode_places(model, coordinates, groups, counts.shape[0])).marginal()
         predicted = PoissonFactors(q.loc, loadings, s, validate_args=False)
+        if likelihood is not None:
+            predicted = likelihood(predicted, Batch(counts))
         return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())

@@ -26,6 +26,7 @@ from pnmf_pyro.estimator.stages import (
     SettleLoadings,
     WarmUp,
 )
+from pnmf_pyro.models.factorization import has_closed_form
 from pnmf_pyro.priors import Prior
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _recommended(
     check_values({"n_components": n_components, **parameters})
     n_samples, n_features = shape
     recipe = RECIPE if coords is None else _spatial(n_samples, groups, parameters)
-    if parameters.get("likelihood") is not None or not _is_natural(parameters.get("prior")):
+    if _without_closed_form(parameters) or not _is_natural(parameters.get("prior")):
         recipe = {**recipe, **ANY_LIKELIHOOD}
     if parameters.get("mode") == "simple":
         recipe = {**recipe, "E": 3}  # which needs draws
@@ -311,7 +312,7 @@ def _reset_without_effect(model: PNMF, chosen_here: Collection[str]) -> None:
 
 def _spatial(n_samples: int, groups: MaybeArray, parameters: dict[str, Any]) -> dict[str, Any]:
     """The recipe in space, by size, groups and what the user wants otherwise."""
-    few = n_samples <= ALL_INDUCING and parameters.get("likelihood") is None
+    few = n_samples <= ALL_INDUCING and not _without_closed_form(parameters)
     chosen = {**SPATIAL, "num_inducing": n_samples if few else INDUCING, "local": not few}
     chosen["K"] = max(1, min(NEIGHBOURS, n_samples - 1))
     wanted = {**chosen, **parameters}
@@ -323,6 +324,12 @@ def _spatial(n_samples: int, groups: MaybeArray, parameters: dict[str, Any]) -> 
     if groups is not None:
         chosen |= {"multigroup": True, "learn": (*SPATIAL["learn"], "group_diff_param")}
     return chosen
+
+
+def _without_closed_form(parameters: dict[str, Any]) -> bool:
+    """Whether the likelihood is an object of the user's that has no steps in closed form."""
+    likelihood = parameters.get("likelihood")
+    return not isinstance(likelihood, str) and not has_closed_form(likelihood)
 
 
 def _is_natural(prior: Prior | None) -> bool:

@@ -87,10 +87,12 @@ def training_of(
     if natural and moves_factors:
         steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
     if settings.loadings_mode == "multiplicative" and loadings is not None:
-        steps.append((loadings(model.W, model.expected_totals), for_W))
+        steps.append((loadings(model.W, model.expected_totals, model.levels), for_W))
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
         steps.append((ClosedFormScale(model.prior, least_scale), for_W))
+    if moves_factors:
+        steps += [(step, for_W) for step in model.own_steps()]
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

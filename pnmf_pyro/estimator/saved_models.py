@@ -19,7 +19,7 @@ from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
 from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
-from pnmf_pyro.estimator.plan import History, spatial_prior
+from pnmf_pyro.estimator.plan import History, likelihood_part, spatial_prior
 from pnmf_pyro.estimator.results import named
 from pnmf_pyro.estimator.stages import plain_stage, stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
@@ -54,7 +54,8 @@ NAMES = {
     "loadings/unit": "W.unit",
     "loadings/errors/blocks": "loading_blocks",
     "loadings/errors/coupling": "loading_coupling",
-    "size_factors": "size_factors",
+    "size_factors": "exposure.size_factors",
+    "dispersion/inverse": "observation.inverse",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",
     "prior/kernel/lengthscale": "prior.kernel.lengthscale",
@@ -102,6 +103,7 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "elbo_se": model.elbo_se_,
         "stages": model.history_.stages,
         "mean_total": model.mean_total_,
+        "likelihood": getattr(model, "likelihood_", None),
         "keys": None if model.keys_ is None else asdict(model.keys_),
     }
     arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
@@ -198,6 +200,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model = kind(**parameters)
     check_parameters(model)
     state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
+    model.likelihood_ = header.get("likelihood") or "poisson"
     groups = header["groups"]
     model.groups_ = None if groups is None else [_label(plain) for plain in groups]
     y = _shape_of(model, header["n_samples"], state)
@@ -207,7 +210,8 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.n_components,
         model.loadings_mode,
         model.mode,
-        size_factors=state.get("size_factors"),
+        size_factors=state.get("exposure.size_factors"),
+        likelihood=likelihood_part(model, len(y)),
     )
     module.load_state_dict(state)
     model.n_features_in_ = module.D

@@ -24,6 +24,7 @@ from pnmf_pyro.data.checks import (
     check_whole,
 )
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
@@ -115,7 +116,7 @@ class Settle:
         """Return the run of the training loop."""
         settings = draft.settings
         mode = settings.mode if self.mode is None else self.mode
-        if draft.model.observation is not None and mode == "lower-bound":
+        if not draft.model.has_closed_form and mode == "lower-bound":
             raise ValueError(
                 "stages: Settle(mode='lower-bound') has no closed form of another likelihood; use "
                 "WarmUp(), which trains by the Poisson, or mode='expanded'."
@@ -154,7 +155,7 @@ class WarmUp:
     def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the runs of the training loop, one for each level."""
         model = draft.model
-        if model.prior.places is None and model.observation is None:
+        if model.prior.places is None and model.has_closed_form:
             draft.kl_weight = self.kl_weight
             draft.trained, draft.warm = model, True
             return [self._run(draft, "warm-up", model)]
@@ -163,8 +164,9 @@ class WarmUp:
                 "stages: WarmUp() of a model in space, or of another likelihood, trains "
                 "another model to start from; put it first."
             )
-        s = model.size_factors
-        draft.trained, draft.warm = _independent(draft, model.N, s), True
+        draft.trained, draft.warm = _independent(draft, model.N, model.exposure), True
+        if model.has_closed_form:
+            draft.trained.observation = model.observation
         runs, last = [], None
         levels = _levels(draft)
         most = len(levels) if self.levels is None else self.levels
@@ -342,14 +344,16 @@ def stage_of(plain: Mapping[str, Any]) -> Stage:
     return kinds[plain["stage"]](**values)
 
 
-def _independent(draft: Draft, N: int, size_factors: torch.Tensor | None) -> PoissonFactorization:
+def _independent(
+    draft: Draft, N: int, exposure: Exposure | torch.Tensor | None
+) -> PoissonFactorization:
     """A Poisson factorisation of N samples, of the same loadings, whose factors know no space."""
     model, settings = draft.model, draft.settings
     y = torch.empty((model.D, N), dtype=model.W.dtype, device="meta")
     scale = 1.0 if isinstance(settings.scale_pf, str) else settings.scale_pf
     prior = GaussianPrior(y, model.L, scale, settings.training_mode == "natural")
     independent = PoissonFactorization(
-        prior, y, model.L, model.loadings_mode, model.mode, size_factors=size_factors
+        prior, y, model.L, model.loadings_mode, model.mode, size_factors=exposure
     )
     independent.W = model.W
     return independent.to(model.W.device)

@@ -17,8 +17,8 @@ LEFT = 0.02
 
 
 def warn_of_doubts(model: PoissonFactorization, counts: Counts, elbo: float) -> None:
-    """Warn of a Poisson fit that is not finite, far below its optimum, or no use."""
-    if model.observation is None:
+    """Warn of a fit in closed form that is not finite, far below its optimum, or no use."""
+    if model.has_closed_form:
         with torch.no_grad():
             doubt = _doubt(model, counts, elbo)
         if doubt:
@@ -38,8 +38,10 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
     s = torch.ones_like(factors[:, :1])
     if model.size_factors is not None:
         s = model.size_factors[:, None].to(W)
-    enough = LEFT * abs(elbo)
-    left = _rise_left(counts, (s * q.loc.exp().mT.to(W)).contiguous(), s * factors, W, enough)
+    enough, left = LEFT * abs(elbo), 0.0
+    if model.observation is None and model.exposure.of_samples_alone:
+        typical = (s * q.loc.exp().mT.to(W)).contiguous()
+        left = _rise_left(counts, typical, s * factors, W, enough)
     if left > enough:
         return (
             f"The fit ended far below its optimum: {STEPS} more steps of the loadings alone would "

@@ -73,7 +73,9 @@ class Correlation(nn.Module):
 
     def at_distance(self, distance: Tensor) -> Tensor:
         """Return the values at distances of any shape."""
-        return FORMULAS[self.name](distance) if self.is_named else at_distance(self.kernel, distance)
+        return (
+            FORMULAS[self.name](distance) if self.is_named else at_distance(self.kernel, distance)
+        )
 
     def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
         """Return the values (..., n, m) between inputs (..., n, p) and (..., m, p), or among X.

@@ -129,7 +129,8 @@ class VecchiaFactor:
         self.graph, self.L, self.N = graph, len(variances), graph.N
         self.triangle = Triangle(graph.predecessors, weights)
         self.order, self.position = (
-            torch.from_numpy(numbers).to(weights.device) for numbers in (graph.order, graph.position)
+            torch.from_numpy(numbers).to(weights.device)
+            for numbers in (graph.order, graph.position)
         )
         self.variances = variances.index_select(1, self.position)
         self._cache = Cache()

@@ -192,7 +192,9 @@ class _Preconditioner:
 
     def __call__(self, r: Tensor) -> Tensor:
         z = r.to(self.fine.dtype, copy=True)
-        shares = [part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)]
+        shares = [
+            part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)
+        ]
         total = z * self.fine
         x = self.triangle.flat(total)
         with in_one_thread():

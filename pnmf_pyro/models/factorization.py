@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,12 @@ from pnmf_pyro.custom_modules import POSITIVE_MODES, PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.checks import MODES, check_choice, check_data, like_data
 from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
+from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.random_state import RandomState, torch_generator
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
+from pnmf_pyro.priors.natural import Step
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -34,6 +37,14 @@ ALL = Batch()
 Likelihood = Callable[[PoissonFactors, Batch], TorchDistributionMixin]
 
 _numbers = count()
+
+
+def has_closed_form(likelihood: object) -> bool:
+    """Whether a likelihood has a bound and steps in closed form, as the Poisson (None) has.
+
+    One that has says so by its `closed_form`, and returns a :class:`PoissonFactors`.
+    """
+    return likelihood is None or bool(getattr(likelihood, "closed_form", False))
 
 
 def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -71,8 +82,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         How W stays non-negative, see :class:`PositiveParameter`.
     mode : {'simple', 'expanded', 'lower-bound'}
         Form of the ELBO.
-    size_factors : Tensor of shape (N,), optional
-        s, positive; 1 unless given.
+    size_factors : Tensor of shape (N,), or Exposure, optional
+        s, positive; or what else scales the rates. 1 unless given.
     random_state : int, RandomState or None
         Seed of the loadings to start from.
     likelihood : callable, optional
@@ -104,7 +115,6 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     (10, 50)
     """
 
-    size_factors: Tensor | None
     loading_blocks: Tensor | None
     loading_coupling: Tensor | None
 
@@ -116,7 +126,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         loadings_mode: str = "softplus",
         mode: str = "expanded",
         *,
-        size_factors: Tensor | None = None,
+        size_factors: Tensor | Exposure | None = None,
         random_state: RandomState = None,
         likelihood: Likelihood | None = None,
     ):
@@ -141,10 +151,15 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         self.W = PositiveParameter((self.D, L), loadings_mode, mode)
         self.W.assign(torch.rand(self.D, L, generator=torch_generator(random_state)) + 0.5)
         like_data(self.W, y)
-        s = None if size_factors is None else size_factors.to(self.W.device, self.W.dtype)
-        self.register_buffer("size_factors", s)
+        exposure = copy.deepcopy(as_exposure(size_factors))
+        self.exposure = exposure.to(self.W.device, self.W.dtype)
         self.register_buffer("loading_blocks", None)
         self.register_buffer("loading_coupling", None)
+
+    @property
+    def size_factors(self) -> Tensor | None:
+        """Size factors s of the samples, (N,), where there are any."""
+        return self.exposure.size_factors
 
     def __init_subclass__(cls, **keywords: object):
         """Register the parameters in programs of a subclass as well."""
@@ -223,8 +238,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         batch : Batch
         """
         W = take(self.W.data, batch.features, dim=0)
-        s = take(self.size_factors, batch.samples)
-        poisson = PoissonFactors(F, W, s, validate_args=False)
+        exposure = self.exposure.of(batch.samples, batch.features)
+        poisson = PoissonFactors(F, W, exposure, validate_args=False)
         return poisson if self.observation is None else self.observation(poisson, batch)
 
     @_registered
@@ -288,14 +303,48 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         self.W.assign(W)
 
     def expected_totals(self, batch: Batch = ALL) -> Tensor:
+        """Return sum_i e_ij E exp F_il over all samples, as the batch estimates it.
+
+        Of shape (d, L), or (1, L) where it is the same for all features.
+        """
+        with torch.no_grad():
+            factors = self._expected_factors(batch)
+            X = cast(PoissonFactors, self.likelihood(factors, batch))
+            return self.N / factors.shape[1] * X.totals(cast(Counts, batch.counts), factors)
+
+    def levels(self, batch: Batch = ALL) -> Tensor:
         """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
         with torch.no_grad():
-            q = self.prior.marginal(batch.samples)
-            factors = (q.loc + q.variance / 2).exp()
-            if self.size_factors is not None:
-                factors = factors * take(self.size_factors, batch.samples)
-            scale = self.N / factors.shape[1]
-            return scale * factors.sum(1, dtype=torch.float64).to(factors.dtype)
+            factors = self._expected_factors(batch)
+            scaled = self.exposure.of(batch.samples, None).scaled(factors)
+            total = scaled.sum(1, dtype=torch.float64).to(factors.dtype)
+            return self.N / factors.shape[1] * total
+
+    def _expected_factors(self, batch: Batch) -> Tensor:
+        q = self.prior.marginal(batch.samples)
+        return (q.loc + q.variance / 2).exp()
+
+    def in_closed_form(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
+        """Return the likelihood where it has a closed form, else the Poisson of the same mean.
+
+        The loadings carry no gradient.
+        """
+        W = take(self.W.data.detach(), batch.features, dim=0)
+        exposure = self.exposure.of(batch.samples, batch.features)
+        poisson = PoissonFactors(F, W, exposure, validate_args=False)
+        if self.observation is None or not self.has_closed_form:
+            return poisson
+        return cast(PoissonFactors, self.observation(poisson, batch))
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the likelihood has a bound and steps in closed form."""
+        return has_closed_form(self.observation)
+
+    def own_steps(self) -> list[Step]:
+        """Return the steps of training that the parts of the model bring."""
+        parts = [self.observation]
+        return [step for part in parts if hasattr(part, "steps") for step in part.steps(self)]
 
     def project_parameters(self) -> None:
         """Clamp the loadings at zero in `projected` mode."""

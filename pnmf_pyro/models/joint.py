@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.log_rate import second_moments
+from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
@@ -22,12 +22,15 @@ class Information(NamedTuple):
 
     Attributes
     ----------
+    counts : Counts of shape (n, d)
+        What of each count tells of its rate.
     shared : Tensor of shape (n, L (L + 1) / 2)
         H, packed: sum_j X_ij phi_ij phi_ij^T for Poisson counts.
     expected : Tensor of shape (L, n)
         h, the expected counts of each component under q.
     """
 
+    counts: Counts
     shared: Tensor
     expected: Tensor
 
@@ -46,9 +49,13 @@ def _of_poisson(likelihood: PoissonFactors, counts: Counts, factors: Tensor) -> 
     L = likelihood.log_factors.shape[-2]
     rows, columns = packed_numbers(L, factors.device)
     A, W = likelihood.log_factors.exp().T.contiguous(), likelihood.loadings
-    return Information(
-        second_moments(counts, A, W, rows, columns), likelihood.component_rates(factors).T
-    )
+    informative = likelihood.informative(counts)
+    expected = factors.T * likelihood.rates(counts, factors)
+    if informative is not counts:  # as many of those expected as of those that were seen
+        told, seen = (A * log_rate_with_gradients(c, A, W)[1] for c in (informative, counts))
+        expected = expected * (told / seen.clamp_min(torch.finfo(seen.dtype).tiny))
+    shared = second_moments(informative, A, W, rows, columns)
+    return Information(informative, shared, expected.T)
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
         return
     counts = counts.to(model.W.dtype)
     found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
-    if found is not None and all(bool(part.isfinite().all()) for part in found):
-        prior.joint_covariance = joint_covariance(prior, *found)
-        errors = loading_errors(model, counts, found.shared)
+    if found is not None and bool(found.shared.isfinite().all() & found.expected.isfinite().all()):
+        prior.joint_covariance = joint_covariance(prior, found.shared, found.expected)
+        errors = loading_errors(model, found.counts, found.shared)
         model.loading_blocks, model.loading_coupling = errors or (None, None)

@@ -86,6 +86,7 @@ def loading_errors(
     ----------
     model : PoissonFactorization
     counts : Counts of shape (N, D)
+        What of each count tells of its rate.
     shared : Tensor of shape (N, L (L + 1) / 2)
         H of each sample, see :mod:`pnmf_pyro.priors.joint`.
     """
@@ -95,7 +96,7 @@ def loading_errors(
         return None
     covariance = inverses(shared, apart)
     given, alone = _blocks(counts, A, W, covariance)
-    spread = torch.maximum(RELATIVE_SPREAD * W, 1 / model.expected_totals()).double()
+    spread = torch.maximum(RELATIVE_SPREAD * W, 1 / model.levels()).double()
     for blocks in (given, alone):
         blocks.diagonal(dim1=-2, dim2=-1).add_(spread.square().reciprocal())
     L, W = W.shape[1], W.double()

@@ -28,6 +28,7 @@ from torch.distributions import Distribution, constraints
 
 from pnmf_pyro.data.checks import MODES, check_choice
 from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
+from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
 from pnmf_pyro.models.events import count_events
 from pnmf_pyro.models.points import FIXED, standard_normals
@@ -50,8 +51,8 @@ class PoissonFactors(TorchDistribution):
         W, non-negative. Leading dimensions broadcast with those of F. Loadings drawn with
         `to_event(2)` by vectorised particles have the shape (..., 1, 1, d, L), with the plates of
         components and samples before (d, L); they are understood as well.
-    size_factors : Tensor of shape (n,) or (..., 1, n), optional
-        s, positive; 1 unless given.
+    size_factors : Tensor of shape (n,) or (..., 1, n), or Exposure, optional
+        s, positive; or what else scales the rates. 1 unless given.
     validate_args : bool, optional
         Whether to refuse loadings that are negative or not finite, size factors that are not
         positive and finite, and values that are no counts. Unless given, as torch and Pyro do by
@@ -87,17 +88,18 @@ class PoissonFactors(TorchDistribution):
         self,
         log_factors: Tensor,
         loadings: Tensor,
-        size_factors: Tensor | None = None,
+        size_factors: Tensor | Exposure | None = None,
         validate_args: bool | None = None,
     ):
+        self.exposure = as_exposure(size_factors)
+        s = self.exposure.size_factors
         if loadings.ndim > max(log_factors.ndim, 3) and tuple(loadings.shape[-4:-2]) == (1, 1):
             loadings = loadings[..., 0, 0, :, :]
-        given = [part for part in (log_factors, loadings, size_factors) if part is not None]
+        given = [part for part in (log_factors, loadings, s) if part is not None]
         leading = _leading(*given)
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in given))
         self.log_factors = log_factors
         self.loadings = loadings.to(dtype)
-        self.size_factors = size_factors
         # F stands at plate dimensions (..., components, samples): keep the place of components.
         n = log_factors.shape[-1]
         self._own_batch = torch.Size((*leading, 1, n) if leading else (n,))
@@ -118,8 +120,13 @@ class PoissonFactors(TorchDistribution):
                 f"{s.max():g}. For a sample without counts use any positive number."
             )
 
+    @property
+    def size_factors(self) -> Tensor | None:
+        """Size factors s of the samples, where there are any."""
+        return self.exposure.size_factors
+
     def __repr__(self) -> str:
-        parts = {name: vars(self)[name] for name in ("log_factors", "loadings", "size_factors")}
+        parts = {name: getattr(self, name) for name in ("log_factors", "loadings", "size_factors")}
         shown = [f"{name}: {tuple(part.shape)}" for name, part in parts.items() if part is not None]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -146,7 +153,7 @@ class PoissonFactors(TorchDistribution):
     def mean(self) -> Tensor:
         """Mean counts, the rates, dense, of shape batch_shape + (d,)."""
         factors, loadings = self.product
-        return (factors @ loadings.mT).expand(*self.batch_shape, *self.event_shape)
+        return self._exposed(factors @ loadings.mT).expand(*self.batch_shape, *self.event_shape)
 
     rate = mean
 
@@ -157,8 +164,11 @@ class PoissonFactors(TorchDistribution):
 
     @property
     def product(self) -> tuple[Tensor, Tensor]:
-        """Factors (..., n, L) and loadings (..., d, L) whose product is the mean."""
-        factors = self._scaled(self.log_factors.exp()).to(self.loadings.dtype).mT
+        """Factors (..., n, L) and loadings (..., d, L) whose product is the mean.
+
+        Effects and hidden entries of an exposure are no part of it.
+        """
+        factors = self.exposure.scaled(self.log_factors.exp()).to(self.loadings.dtype).mT
         if len(self._own_batch) == 1:
             return factors, self.loadings
         loadings = self.loadings if self.loadings.ndim == 2 else self.loadings.unsqueeze(-3)
@@ -174,7 +184,7 @@ class PoissonFactors(TorchDistribution):
         with torch.no_grad():
             factors, loadings = self.product
             L = loadings.shape[-1]
-            if loadings.ndim == 2:
+            if loadings.ndim == 2 and self.exposure.of_samples_alone:
                 totals = factors.reshape(-1, L).sum(0, dtype=torch.float64)
                 entries = factors.numel() // L * len(loadings)
                 if totals @ loadings.sum(0).double() < SPARSE_RATE * entries:
@@ -204,11 +214,17 @@ class PoissonFactors(TorchDistribution):
         factors = factors.expand(*leading, n, factors.shape[-1])
         loadings = loadings.expand(*leading, d, loadings.shape[-1])
         rows = [
-            _row_log_prob(tables[numbers[index]], factors[index].contiguous(), loadings[index])
+            self._row_log_prob(tables[numbers[index]], factors[index].contiguous(), loadings[index])
             for index in np.ndindex(*leading)
         ]
         values = torch.stack(rows).reshape(*leading, n).to(loadings.dtype)
         return values.expand(torch.broadcast_shapes(values.shape, self.batch_shape))
+
+    def _row_log_prob(self, counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
+        """Log density of each row given s exp F of shape (n, L), in float64."""
+        e = self.exposure.without_size_factors
+        fitted = log_rate(counts, factors, loadings) + e.log_at(counts)
+        return fitted - e.total(factors.mT, loadings) - counts.log_factorials
 
     def _tables(self, value: Counts | MatrixLike) -> tuple[torch.Size, list[Counts]]:
         """Leading dimensions of a value, and its tables of shape (n, d) one after another."""
@@ -280,26 +296,23 @@ class PoissonFactors(TorchDistribution):
         fields = [draw.T.to(self.loadings.dtype).contiguous() for draw in draws]
         per_draw = [log_rate_and_moments(counts, field, self.loadings) for field in fields]
         log_rate, *moments = (torch.stack(part).mean(0) for part in zip(*per_draw, strict=True))
-        target = self._variance_gradient(expected.detach(), *moments)
+        h = expected.detach().T * self.rates(counts, expected.detach())
+        target = self._variance_gradient(h, *moments)
         if mode == "expanded":  # -h / 2 comes from the expected rate already
-            target = target + self.component_rates(expected.detach()) / 2
+            target = target + h / 2
         rise = q.variance - q.variance.detach()
         correction = (target * rise.T).sum(1)
-        return log_rate - self._total_rate(expected) + self._constant(counts) + correction
+        total_rate = self.total_rate(counts, expected)
+        return log_rate - total_rate + self.constant(counts) + correction
 
-    def _variance_gradient(self, expected: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def _variance_gradient(self, h: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Half the expected second derivative in F_il, at most -1/4 sum_j X phi^2; (n, L).
 
         With h the expected rate of a component and phi its share in a rate, the derivative is
         sum_j X phi (1 - phi) - h, which can be positive far from the optimum and is
         -sum_j X phi^2 where the expected counts sum_j X phi equal h.
         """
-        curvature = self.component_rates(expected) - first + second
-        return -torch.maximum(curvature, second / 2) / 2
-
-    def component_rates(self, expected: Tensor) -> Tensor:
-        """Expected total rate of each sample from each component, h_il, of shape (n, L)."""
-        return self._scaled(expected).T * self.loadings.detach().sum(0)
+        return -torch.maximum(h - first + second, second / 2) / 2
 
     def _expectation(
         self, value: Counts | MatrixLike, fields: Sequence[Tensor], expected: Tensor
@@ -333,16 +346,30 @@ class PoissonFactors(TorchDistribution):
         counts = self._table(value)
         rows = (field.T.to(self.loadings.dtype).contiguous() for field in fields)
         log_rates = [log_rate(counts, row, self.loadings) for row in rows]
-        return torch.stack(log_rates).mean(0), self._total_rate(expected), self._constant(counts)
+        total_rate, constant = self.total_rate(counts, expected), self.constant(counts)
+        return torch.stack(log_rates).mean(0), total_rate, constant
 
-    def _total_rate(self, expected: Tensor) -> Tensor:
-        component_totals = self.loadings.sum(0, dtype=torch.float64)
-        return component_totals @ self._scaled(expected).double()
+    def total_rate(self, counts: Counts, expected: Tensor) -> Tensor:
+        """Return the expected total of each sample, (n,), float64, for E exp F of shape (L, n)."""
+        return self.exposure.total(expected, self.loadings)
 
-    def _constant(self, counts: Counts) -> Tensor:
-        if self.size_factors is None:
+    def rates(self, counts: Counts, expected: Tensor) -> Tensor:
+        """Return the slope of :meth:`total_rate` in E exp F, of shape (n, L) or (1, L)."""
+        return self.exposure.rates(self.loadings.detach())
+
+    def informative(self, counts: Counts) -> Counts:
+        """Return what of each count tells of its rate, to second order: all of a Poisson's."""
+        return counts
+
+    def totals(self, counts: Counts, expected: Tensor) -> Tensor:
+        """Return the slope of its sum over samples in the loadings, of shape (d, L) or (1, L)."""
+        return self.exposure.totals(expected.mT)
+
+    def constant(self, counts: Counts) -> Tensor:
+        """Return the terms of the log density that no factor or loading changes, (n,), float64."""
+        if self.exposure.is_none:
             return -counts.log_factorials
-        return counts.row_totals * self.size_factors.double().log() - counts.log_factorials
+        return self.exposure.log_at(counts) - counts.log_factorials
 
     def _table(self, value: Counts | MatrixLike) -> Counts:
         """Return the counts whose expected density is asked for."""
@@ -368,8 +395,11 @@ class PoissonFactors(TorchDistribution):
             )
         return counts if counts.dtype == self.loadings.dtype else counts.to(self.loadings.dtype)
 
-    def _scaled(self, factors: Tensor) -> Tensor:
-        return factors if self.size_factors is None else factors * self.size_factors
+    def _exposed(self, products: Tensor) -> Tensor:
+        """Products of scaled factors and loadings, with the effects and hidden entries as well."""
+        if self.exposure.of_samples_alone:
+            return products
+        return products * self.exposure.without_size_factors.block(slice(0, products.shape[-2]))
 
 
 def _leading(F: Tensor, W: Tensor, s: Tensor | None = None) -> tuple[int, ...]:
@@ -390,9 +420,3 @@ def _leading(F: Tensor, W: Tensor, s: Tensor | None = None) -> tuple[int, ...]:
             f"must agree in L, n and what stands before; got {', '.join(map(str, shapes))}."
         )
     return tuple(leading)
-
-
-def _row_log_prob(counts: Counts, factors: Tensor, loadings: Tensor) -> Tensor:
-    """Log density of each row given s exp F of shape (n, L), in float64."""
-    total_rate = factors.double() @ loadings.sum(0, dtype=torch.float64)
-    return log_rate(counts, factors, loadings) - total_rate - counts.log_factorials

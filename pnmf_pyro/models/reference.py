@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Normal
 from pnmf_pyro.data.batches import Batch, Index, take
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import Counts, MatrixLike, transposed_counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.models.poisson import PoissonFactors
 
@@ -33,7 +34,7 @@ class ReferenceModel:
     prior: Prior
     N: int
     mode: str
-    size_factors: Tensor | None
+    exposure: Exposure
 
     def get_rate(self, prior_samples: Tensor, idy: Index | None = None) -> Tensor:
         """Return the Poisson rate of draws of F, without size factors.
@@ -141,12 +142,13 @@ class ReferenceModel:
             `lower-bound` mode and `rate_samples` of shape (E, d, n) in the others.
         """
         terms = self._moments(qF, E)
-        terms["size_factors"] = take(self.size_factors, idx)
+        exposure = self.exposure.of(idx, idy)
+        terms["size_factors"] = exposure.size_factors
         W = take(self.W.data, idy, dim=0)
         if X is not None:
             counts = X if isinstance(X, Counts) else transposed_counts(X)
             terms |= self._likelihood(
-                PoissonFactors(qF.mean, W, terms["size_factors"], validate_args=False),
+                PoissonFactors(qF.mean, W, exposure, validate_args=False),
                 counts,
                 terms,
             )

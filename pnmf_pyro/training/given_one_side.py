@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import check_array, check_count
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.log_rate import log_rate_with_gradients
 from pnmf_pyro.data.random_state import torch_generator
-from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models import PoissonFactorization, PoissonFactors
 from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.convergence import Convergence
@@ -69,7 +71,8 @@ def check_fixed(
 def factors_given_loadings(
     counts: Counts,
     loadings: Tensor,
-    size_factors: Tensor | None = None,
+    size_factors: Tensor | Exposure | None = None,
+    likelihood: Likelihood | None = None,
     *,
     max_iter: int = 200,
     tol: float = 1e-4,
@@ -83,7 +86,9 @@ def factors_given_loadings(
     ----------
     counts : Counts of shape (n, d)
     loadings : Tensor of shape (d, L)
-    size_factors : Tensor of shape (n,), optional
+    size_factors : Tensor of shape (n,) or Exposure, optional
+    likelihood : callable, optional
+        One that has a closed form; Poisson unless given.
     max_iter : int
     tol : float
         Relative change of a sample's factors below which they are left alone.
@@ -93,15 +98,28 @@ def factors_given_loadings(
     Tensor of shape (n, L)
     """
     n, L = counts.shape[0], loadings.shape[1]
-    s = loadings.new_ones(n) if size_factors is None else size_factors
-    totals = _positive(loadings.sum(0))
-    start = counts.row_totals.to(s) / (s * totals.sum())
+    observed = _observed(loadings.new_zeros(L, n), loadings, counts, size_factors, likelihood)
+    rates = _positive(observed.exposure.rates(loadings).sum(1))
+    start = (counts.row_totals.to(loadings) / rates).expand(n)
 
     def ratio(factors: Tensor) -> Tensor:
         gradient = log_rate_with_gradients(counts, factors, loadings)[1]
-        return gradient / (s[:, None] * totals)
+        return gradient / _positive(observed.rates(counts, factors.mT))
 
     return _multiplicative(ratio, start[:, None].repeat(1, L), max_iter, tol)
+
+
+def _observed(
+    log_factors: Tensor,
+    loadings: Tensor,
+    counts: Counts,
+    size_factors: Tensor | Exposure | None,
+    likelihood: Likelihood | None,
+) -> PoissonFactors:
+    """The distribution of counts given log-factors (L, n)."""
+    poisson = PoissonFactors(log_factors, loadings, size_factors, validate_args=False)
+    found = poisson if likelihood is None else likelihood(poisson, Batch(counts))
+    return cast(PoissonFactors, found)
 
 
 def loadings_given_factors(
@@ -203,7 +221,8 @@ def conditional_model(
     counts: Counts,
     loadings: Tensor,
     mode: str,
-    size_factors: Tensor | None = None,
+    size_factors: Tensor | Exposure | None = None,
+    likelihood: Likelihood | None = None,
     **prior_parameters: Any,
 ) -> PoissonFactorization:
     """Make a model with fixed loadings, whose q(F) is still to be set.
@@ -214,7 +233,8 @@ def conditional_model(
     loadings : Tensor of shape (d, L)
     mode : str
         Form of the ELBO.
-    size_factors : Tensor of shape (n,), optional
+    size_factors : Tensor of shape (n,) or Exposure, optional
+    likelihood : callable, optional
     **prior_parameters
         For :class:`GaussianPrior`.
 
@@ -226,7 +246,8 @@ def conditional_model(
     L = loadings.shape[1]
     y = torch.empty(d, n, dtype=counts.dtype, device="meta")
     prior = GaussianPrior(y, L, **prior_parameters)
-    model = PoissonFactorization(prior, y, L, "projected", mode, size_factors=size_factors)
+    given = {"size_factors": size_factors, "likelihood": likelihood}
+    model = PoissonFactorization(prior, y, L, "projected", mode, **given)
     model.to(counts.device)
     model.W.assign(loadings)
     model.W.freeze()
@@ -236,8 +257,9 @@ def conditional_model(
 def posterior_given_loadings(
     counts: Counts,
     loadings: Tensor,
-    size_factors: Tensor | None = None,
+    size_factors: Tensor | Exposure | None = None,
     scale_pf: float | Tensor = 1.0,
+    likelihood: Likelihood | None = None,
     *,
     max_iter: int = 500,
     tol: float = 1e-6,
@@ -252,6 +274,8 @@ def posterior_given_loadings(
     size_factors : Tensor of shape (n,), optional
     scale_pf : float
         Standard deviation of the prior.
+    likelihood : callable, optional
+        One that has a closed form; Poisson unless given.
     max_iter : int
     tol : float
         Relative rise of the bound over five steps below which to stop.
@@ -273,15 +297,15 @@ def posterior_given_loadings(
         loadings,
         "lower-bound",
         size_factors,
+        likelihood,
         scale_pf=float(scale_pf),
         use_natural_gradients=True,
     )
     prior = model.prior
     assert isinstance(prior, GaussianPrior)
-    factors = factors_given_loadings(counts, loadings, size_factors, max_iter=20)
-    rates = factors * loadings.sum(0)
-    if size_factors is not None:
-        rates = rates * size_factors[:, None]
+    factors = factors_given_loadings(counts, loadings, size_factors, likelihood, max_iter=20)
+    observed = _observed(factors.mT, loadings, counts, size_factors, likelihood)
+    rates = factors * observed.rates(counts, factors.mT)
     scale = (1 / prior.scale_pf.square() + rates).rsqrt()
     prior.assign(factors.clamp_min(1e-2).log().T, scale.T)
     objective = FactorizationELBO("lower-bound", newton=True)
@@ -353,13 +377,14 @@ def natural_steps(
 def held_out_bound(
     counts: Counts,
     loadings: Tensor,
-    size_factors: Tensor | None = None,
+    size_factors: Tensor | Exposure | None = None,
     scale_pf: float | Tensor = 1.0,
+    likelihood: Likelihood | None = None,
 ) -> float:
     """Return a lower bound on log p(X | W) for data that were not fitted, in nats.
 
     The bound in `lower-bound` mode at its optimum in q(F); a number without randomness.
     """
-    model = posterior_given_loadings(counts, loadings, size_factors, scale_pf)
+    model = posterior_given_loadings(counts, loadings, size_factors, scale_pf, likelihood)
     objective = FactorizationELBO("lower-bound")
     return evaluate_elbo(model, Batches(counts), objective, torch_generator(0))

@@ -27,7 +27,7 @@ from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_and_moments
@@ -84,17 +84,18 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
     y, noise : Tensor of shape (L, N), float64
     """
     with torch.no_grad():
-        q, W = model.prior.marginal(), model.W.data.detach()
-        factors = q.loc.exp().mT.contiguous().to(W)
-        _, first, second = log_rate_and_moments(counts, factors, W)
-        expected = (q.loc + q.variance / 2).exp().double() * W.double().sum(0)[:, None]
-        if model.size_factors is not None:
-            expected = expected * model.size_factors.double()
+        q, W = model.prior.marginal(), model.W.data
+        factors, expected = q.loc.exp().to(W), (q.loc + q.variance / 2).exp().to(W)
+        A, likelihood = factors.mT.contiguous(), model.in_closed_form(q.loc)
+        _, first, second = log_rate_and_moments(counts, A, W)
+        if (informative := likelihood.informative(counts)) is not counts:
+            _, _, second = log_rate_and_moments(informative, A, W)
+        total = (expected.mT * likelihood.rates(counts, expected)).mT.double()
         first, second = first.mT.double(), second.mT.double()
         # Negative curvature; far from the optimum it can be below 0, and sum_j X phi^2 is what it
         # is there where the expected counts of a component are those seen.
-        h = torch.maximum(expected - first + second, second / 2).clamp_min(1e-6)
-        rise = ((first - expected) / h).clamp(-HIGHEST_SITE, HIGHEST_SITE)
+        h = torch.maximum(total - first + second, second / 2).clamp_min(1e-6)
+        rise = ((first - total) / h).clamp(-HIGHEST_SITE, HIGHEST_SITE)
         return q.loc.double() + rise, 1 / h
 
 
@@ -235,9 +236,8 @@ class HyperparameterSearch:
 
     def _rates(self, loc: Tensor, variance: Tensor) -> PoissonFactors:
         """Counts of the judged samples at the expected factors."""
-        W = self.model.W.data.detach()
-        s = take(self.model.size_factors, self.judged)
-        return PoissonFactors((loc + variance / 2).to(W.dtype), W, s, validate_args=False)
+        expected = (loc + variance / 2).to(self.model.W.dtype)
+        return self.model.in_closed_form(expected, Batch(samples=self.judged))
 
     def _predict(self, values: dict[str, Tensor], mean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of F at the judged samples, each predicted without itself, (L, n)."""

@@ -19,25 +19,33 @@ class ClosedFormLoadings(Step):
     With R_jl the expected counts of feature j that come from component l,
 
     .. math:: R_{jl} = W_{jl} \left(\frac{\partial ELBO}{\partial W_{jl}}
-        + \sum_i s_i E \exp F_{il}\right), \qquad
-        W_{jl} \leftarrow \frac{R_{jl}}{\sum_i s_i E \exp F_{il}},
+        + \sum_i e_{ij} E \exp F_{il}\right), \qquad
+        W_{jl} \leftarrow \frac{R_{jl}}{\sum_i e_{ij} E \exp F_{il}},
 
-    the second sum taken after q has moved. Both q and W then move up the same lower bound
-    (expectation conditional maximisation), for the price of one pass over the counts.
+    with the exposure e, the second sum taken after q has moved: that before, times the growth of
+    sum_i s_i E exp F_il, to which it is equal where only size factors scale the rates. Both q and W
+    then move up the same lower bound (expectation conditional maximisation), for the price of one
+    pass over the counts.
 
     Parameters
     ----------
     W : PositiveParameter of shape (D, L)
-    totals : callable
-        Function from a batch to its estimate of sum_i s_i E exp F_il, shape (L,).
+    totals, levels : callable
+        Functions from a batch to its estimates of sum_i e_ij E exp F_il, of shape (d, L) or (1, L),
+        and of sum_i s_i E exp F_il, of shape (L,).
 
     Notes
     -----
     A step of size `lr` below 1 goes that fraction of the way, which averages over noisy steps.
     """
 
-    def __init__(self, W: PositiveParameter, totals: Callable[[Batch], Tensor]):
-        self.W, self.totals, self.batch = W, totals, Batch()
+    def __init__(
+        self,
+        W: PositiveParameter,
+        totals: Callable[[Batch], Tensor],
+        levels: Callable[[Batch], Tensor],
+    ):
+        self.W, self.totals, self.levels, self.batch = W, totals, levels, Batch()
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:
@@ -46,12 +54,15 @@ class ClosedFormLoadings(Step):
         W, gradient = self.W, self.W.raw.grad
         assert gradient is not None
         slope = -take(gradient / W.unit, batch.features, dim=0) / batch.likelihood_scale
-        self.expected_counts = take(W.data, batch.features, dim=0) * (slope + self.totals(batch))
+        tiny = torch.finfo(slope.dtype).tiny
+        totals, levels = self.totals(batch), self.levels(batch)
+        self.expected_counts = take(W.data, batch.features, dim=0) * (slope + totals)
+        self.relative_totals = totals / levels.clamp_min(tiny)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move W towards the expected counts over the totals."""
-        totals = self.totals(self.batch)
+        totals = self.relative_totals * self.levels(self.batch)
         target = self.expected_counts / totals.clamp_min(torch.finfo(totals.dtype).tiny)
         features = slice(None) if self.batch.features is None else self.batch.features
         value = self.W.detach()
@@ -91,7 +102,7 @@ class ShrunkLoadings(ClosedFormLoadings):
 
     Parameters
     ----------
-    W, totals
+    W, totals, levels
         As for :class:`ClosedFormLoadings`.
 
     Attributes

@@ -153,7 +153,7 @@ def test_weighted_gram():
 def test_elbo_never_falls_in_monotone_training(M):
     prior = assigned(N=20, M=M)
     model, counts = factorization(prior)
-    steps = [SiteSteps(prior), ClosedFormLoadings(model.W, model.expected_totals)]
+    steps = [SiteSteps(prior), ClosedFormLoadings(model.W, model.expected_totals, model.levels)]
     objective = FactorizationELBO("lower-bound", newton=True)
     result = trained(model, counts, objective, steps, 40, monotone=True)
     rises = np.diff(result.history)

@@ -23,7 +23,7 @@ def closed_form(
     model = model_of(problem, "lower-bound", "multiplicative")
     # A unit that differs between features: the step must not depend on it.
     model.W.set_unit(double(np.linspace(0.1, 3, len(problem.W)))[:, None])
-    step = ClosedFormLoadings(model.W, model.expected_totals)
+    step = ClosedFormLoadings(model.W, model.expected_totals, model.levels)
     step.lr = lr
     FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, batch)
     step.prepare(batch)
@@ -72,7 +72,7 @@ def test_closed_form_loadings_of_a_batch(problem, scale_ll_D):
 def test_shrunk_loadings_are_posterior_means(problem):
     counts = Batch(as_counts(sp.csr_matrix(problem.X)))
     model, _ = closed_form(problem, counts)
-    step = ShrunkLoadings(model.W, model.expected_totals)
+    step = ShrunkLoadings(model.W, model.expected_totals, model.levels)
     step.prepare(counts)
     step.step()
     _, fields, expected = update_terms(problem, "lower-bound")
@@ -86,7 +86,7 @@ def test_shrunk_loadings_are_posterior_means(problem):
 def test_the_shape_is_that_before_shrinking_and_finite_without_contrast(problem):
     counts = Batch(as_counts(problem.X))
     model, _ = closed_form(problem, counts)
-    step = ShrunkLoadings(model.W, model.expected_totals)
+    step = ShrunkLoadings(model.W, model.expected_totals, model.levels)
     step.prepare(counts)
     shape = step.shape
     step.step()
@@ -96,7 +96,7 @@ def test_the_shape_is_that_before_shrinking_and_finite_without_contrast(problem)
     model.W.assign(torch.ones_like(model.W.data))
     model.zero_grad()
     FactorizationELBO("lower-bound").loss_and_grads(model.model, model.guide, counts)
-    flat = ShrunkLoadings(model.W, model.expected_totals)
+    flat = ShrunkLoadings(model.W, model.expected_totals, model.levels)
     flat.prepare(counts)
     assert flat.shape == pytest.approx(flat.LARGEST_SHAPE)
 
