@@ -34,8 +34,8 @@ from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
 LEAST_SCALE = 1.0
 
-# Steps on coarse levels cost little, and what they find the rest builds on.
-LEVEL_TOL = 0.1
+# Steps of a warm-up cost little, and what they find the rest builds on.
+WARM_UP_TOL = 0.4
 
 # Steps in which samples depart from the bins they came from, given the loadings. Many would leave
 # each to its own counts alone.
@@ -162,7 +162,7 @@ class WarmUp:
         runs, last = [], None
         for level in _levels(draft):
             coarse = _independent(draft, len(level.centres), level.size_factors)
-            run = self._run(draft, f"{len(level.centres)} bins", coarse, LEVEL_TOL)
+            run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:
                 run.prepare = partial(_hand_down, *last, coarse, level.centres)
@@ -180,14 +180,13 @@ class WarmUp:
         draft: Draft,
         name: str,
         model: PoissonFactorization,
-        tighter: float = 1.0,
         loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
     ) -> Run:
         training = training_of(
             draft.settings,
             model,
             "lower-bound",
-            tighter * draft.settings.tol,
+            WARM_UP_TOL * draft.settings.tol,
             self.kl_weight,
             warm=True,
             loadings=loadings,
