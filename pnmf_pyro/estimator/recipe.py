@@ -45,6 +45,7 @@ RECIPE: dict[str, Any] = {
     "E": "fixed",
     "init": (None, "biwhitened"),
     "max_iter": 600,
+    "tol": 1e-3,
     "random_state": 0,
     "stages": (WarmUp(), Settle()),
 }
@@ -53,7 +54,6 @@ RECIPE: dict[str, Any] = {
 SPATIAL: dict[str, Any] = {
     **RECIPE,
     "mode": "lower-bound",
-    "tol": 1e-3,
     "spatial": True,
     "kernel": ("Matern32", "Matern12", "Matern52"),
     "train_lengthscale": True,

@@ -36,8 +36,8 @@ from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
 LEAST_SCALE = 1.0
 
-# Steps on coarse levels cost little, and what they find the rest builds on.
-LEVEL_TOL = 0.1
+# Steps of a warm-up cost little, and what they find the rest builds on.
+WARM_UP_TOL = 0.4
 
 # Steps in which samples depart from the bins they came from, given the loadings. Many would leave
 # each to its own counts alone.
@@ -172,7 +172,7 @@ class WarmUp:
         most = len(levels) if self.levels is None else self.levels
         for level in levels[max(0, len(levels) - most) :]:
             coarse = _independent(draft, len(level.centres), level.size_factors)
-            run = self._run(draft, f"{len(level.centres)} bins", coarse, LEVEL_TOL)
+            run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:
                 run.prepare = partial(_hand_down, *last, coarse, level.centres)
@@ -190,14 +190,13 @@ class WarmUp:
         draft: Draft,
         name: str,
         model: PoissonFactorization,
-        tighter: float = 1.0,
         loadings: type[ClosedFormLoadings] | None = ClosedFormLoadings,
     ) -> Run:
         training = training_of(
             draft.settings,
             model,
             "lower-bound",
-            tighter * draft.settings.tol,
+            WARM_UP_TOL * draft.settings.tol,
             self.kl_weight,
             warm=True,
             loadings=loadings,

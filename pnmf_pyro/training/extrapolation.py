@@ -69,7 +69,7 @@ class Checkpoint:
     def go_on(self) -> None:
         """Take note that steps were taken from the point that was accepted."""
 
-    def come_to_rest(self) -> None:
+    def finish(self) -> None:
         """Take note that no more steps are taken."""
 
     @torch.no_grad()
@@ -113,7 +113,8 @@ class Extrapolation(Checkpoint):
             return super().accept(loss)
         if self.added is not None:
             self.beta /= SHRINKAGE
-            self.come_to_rest()
+            self._move([tuple(-change for change in part) for part in self.added])
+            self.added = None
         else:
             self.fraction /= 2
             self._shorten(0.5)
@@ -137,12 +138,9 @@ class Extrapolation(Checkpoint):
         ]
         self._move(self.added)
 
-    @torch.no_grad()
-    def come_to_rest(self) -> None:
-        """Go back to where the steps led without the extrapolation, which may go too far."""
-        if self.added is not None:
-            self._move([tuple(-change for change in part) for part in self.added])
-            self.added = None
+    def finish(self) -> None:
+        """Go back to the last point that was accepted, from one that nobody has judged."""
+        self.restore()
 
     def _move(self, changes: list[tuple[Tensor, ...]]) -> None:
         for step, change in zip(self.steps, changes, strict=True):

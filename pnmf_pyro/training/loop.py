@@ -145,7 +145,7 @@ def train(
             if checkpoint.moved and convergence.reached(checkpoint.values):
                 result.converged = True
                 break
-    checkpoint.come_to_rest()
+    checkpoint.finish()
     _report(result, convergence, checkpoint.values, max_iter, warn)
     return result
 
