@@ -6,6 +6,10 @@ points, and in its first `EXACT_PICKS` positions of more. Later positions are fi
 rung adds points at least rho apart from each other and from all before, until none is left, and
 the next rung has a smaller rho. The distance of a point is then within a factor of sqrt(2) of the
 exact one, and the cost is near linear.
+
+Points that are as far as one another stand in random order, always the same. Row after row of a
+lattice would make chains in which each point waits for the one before, see
+:mod:`~pnmf_pyro.gp.fronts`.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ Covariance = Callable[[Places, Places], Tensor]
 def max_min_order(points: np.ndarray) -> np.ndarray:
     """Return the numbers of points (N, p) so ordered that each is far from all before it, (N,)."""
     N = len(points)
+    shuffled = np.random.RandomState(0).permutation(N)
+    points = points[shuffled]
     picks, distance = _farthest_points(points, N if N <= EXACT_UP_TO else EXACT_PICKS)
     order, placed = [picks], np.zeros(N, bool)
     placed[picks] = True
@@ -46,7 +52,7 @@ def max_min_order(points: np.ndarray) -> np.ndarray:
         remaining = remaining[~placed[remaining]]
         found, _ = tree_query(cKDTree(points[picks]), points[remaining], 1)
         distance[remaining] = np.minimum(distance[remaining], found[:, 0])
-    return np.concatenate(order)
+    return shuffled[np.concatenate(order)]
 
 
 def group_embedding(places: Places, covariance: Covariance) -> np.ndarray:
@@ -106,6 +112,8 @@ def _rung(
 ) -> np.ndarray:
     """Choose candidates at least `radius` apart, and so many that no other could be added.
 
+    The numbers of the chosen are in order: their points are shuffled.
+
     A grid cell of diameter `radius` can give one at most. Cells of a class are `radius` apart, so
     that all choose at once, each its farthest candidate.
     """
@@ -130,7 +138,7 @@ def _rung(
         if later.size:
             found, _ = tree_query(cKDTree(points[picks]), points[candidates[later]], 1)
             free[later] = found[:, 0] >= radius
-    return np.concatenate(chosen)
+    return np.sort(np.concatenate(chosen))
 
 
 def tree_query(tree: cKDTree, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

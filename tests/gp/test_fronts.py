@@ -59,3 +59,19 @@ def test_places_that_are_conditioned_on_none_are_one_front():
     numbers, predecessors = in_fronts(np.full((9, 2), -1, np.int32))
     np.testing.assert_array_equal(numbers, np.arange(9))
     assert fronts(predecessors, 0, 9) == [(0, 9)]
+
+
+@pytest.mark.parametrize("N", [900, 6400])
+@pytest.mark.parametrize("lattice", ["plane", "line"])
+def test_fronts_of_a_lattice_are_few(N, lattice):
+    """Some 20 for each grid; in an order of rows they would be hundreds."""
+    n = int(N**0.5)
+    points = np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2) * 1.0
+    if lattice == "line":
+        points = np.arange(N)[:, None] * 1.0
+    graph = build_graph(Places(torch.tensor(points)), 16).in_fronts()
+    sizes = grid_sizes(N)
+    number = sum(
+        len(fronts(graph.predecessors, *ends)) for ends in zip([0, *sizes], sizes, strict=False)
+    )
+    assert number < 30 * len(sizes)
