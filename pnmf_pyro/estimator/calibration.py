@@ -59,7 +59,7 @@ USUAL_STEPS = {"warm-up": 150, "bins": 60, "settle": 20, "loadings": 40}
 
 # Evaluations of the criterion in a search of hyperparameters, each as long as one with values for
 # each component: over the grid of each kernel, and in the descent, gradients included.
-ON_GRID, IN_DESCENT = 12, 54
+ON_GRID, IN_DESCENT = 17, 58
 
 # Names of what comes before the stages, of the search among them, of a warm-up and of its end where
 # it has levels.
