@@ -1,4 +1,4 @@
-"""All commands: pnmf-pyro fit, check, select, plot and demo."""
+"""All commands: pnmf-pyro fit, check, markers, select, plot and demo."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from pnmf_pyro.command_line import check, demo, fit, plot, select
+from pnmf_pyro.command_line import check, demo, fit, markers, plot, select
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.options import epilog, show_warning
 from pnmf_pyro.command_line.outputs import check_clashes
 
-COMMANDS = (fit, check, select, plot, demo)
+COMMANDS = (fit, check, markers, select, plot, demo)
 
 EXAMPLES = (
     "pnmf-pyro select counts.h5ad --range 2:12 --out select.html",
     "pnmf-pyro fit counts.h5ad --components 8 --out factors.h5ad --save-model model.npz",
     "pnmf-pyro plot factors.h5ad --out report.html",
     "pnmf-pyro check model.npz counts.h5ad --out check.html",
+    "pnmf-pyro markers model.npz --out markers.csv",
     "pnmf-pyro fit --help",
 )
 CODES = {

@@ -9,10 +9,22 @@ from itertools import starmap
 import numpy as np
 
 from pnmf_pyro import plotting
+from pnmf_pyro.analysis.differential import differential_features
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
+from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import Fit, results_of
+
+# Columns of a table of marking features, and what they are called in a report.
+MARKER_COLUMNS = {
+    "component": "component",
+    "feature": "feature",
+    "against": "closest other",
+    "mean": "log2 ratio",
+    "sd": "sd",
+    "lfsr": "lfsr",
+}
 
 # Features, samples or pairs that are named for each statistic that a model misses.
 NAMED = 8
@@ -126,3 +138,21 @@ def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
     """Return the table of a choice and what it tells in words."""
     columns = {name.replace("_", " "): list(values) for name, values in selection.columns.items()}
     return Table("Numbers tried", columns), Text("What the curves tell", selection.summary())
+
+
+def markers_report(model: PNMF, lfsr: float, n: int) -> Page:
+    """Return a page on the features that mark each component: volcano plots and their table."""
+    plots = Picture("Log-ratios", partial(plotting.plot_volcano, model, lfsr=lfsr))
+    return Page("Features of components", [plots, markers_table(model, lfsr, n)])
+
+
+def markers_table(model: PNMF, lfsr: float, n: int) -> Table:
+    """Return the first n features that are surely more frequent in a component than elsewhere."""
+    table = differential_features(model)
+    columns = {name: np.asarray(table[name]) for name in MARKER_COLUMNS}
+    sure = np.flatnonzero((columns["lfsr"] < lfsr) & (columns["mean"] > 0))
+    sure = sure[np.lexsort((-columns["mean"][sure], columns["component"][sure]))]
+    starts = np.searchsorted(columns["component"][sure], columns["component"][sure])
+    sure = sure[np.arange(len(sure)) - starts < n]
+    heading = f"More frequent than in any other component, lfsr < {lfsr:g}"
+    return Table(heading, {MARKER_COLUMNS[k]: v[sure] for k, v in columns.items()})

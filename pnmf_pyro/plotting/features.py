@@ -126,19 +126,20 @@ def plot_volcano(
 
 
 def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: np.ndarray) -> None:
-    """Write names to the left of points, as far apart as lines of text are."""
-    low, high = ax.get_ylim()
-    line, last = 0.065 * (high - low), np.inf
-    for i in np.argsort(-y, kind="stable"):
+    """Write the names of points in a column at the right of all, as far apart as lines of text."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    line, last = 0.07 * (high - low), np.inf
+    for i in np.lexsort((-x, -y)):
         last = min(y[i], last - line)
         ax.annotate(
             verbatim(names[i]),
             (x[i], y[i]),
-            (-0.03 * np.ptp(ax.get_xlim()) + x[i], last),
+            (right + 0.04 * (right - left), last),
             fontsize=7,
-            ha="right",
             va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5", "shrinkB": 2},
         )
+    ax.set_xlim(left, right + 0.35 * (right - left))
 
 
 def plot_loadings(

@@ -25,8 +25,8 @@ def fitted(request):
 
 
 def whole_system(X, W, F, c, prior_sd):
-    """Covariance (D, L, L) of each feature's loadings, from the inverse of the matrix of all
-    errors, first those of F and then those of W.
+    """Covariance (D L, D L) of all loadings, from the inverse of the matrix of all errors, first
+    those of F and then those of W.
     """
     (N, D), L = X.shape, W.shape[1]
     A = np.exp(F)
@@ -39,18 +39,30 @@ def whole_system(X, W, F, c, prior_sd):
     J = J.reshape(N * D, -1)
     precision = (J * X.reshape(-1, 1)).T @ J
     precision += np.diag(np.concatenate([np.full(N * L, c), 1 / prior_sd.ravel() ** 2]))
-    V = np.linalg.inv(precision)[N * L :, N * L :]
-    return np.stack([V[j * L : (j + 1) * L, j * L : (j + 1) * L] for j in range(D)])
+    return np.linalg.inv(precision)[N * L :, N * L :]
 
 
-def test_they_are_those_of_the_whole_system(fitted):
+def of_features(V, L):
+    """The block (L, L) of each feature."""
+    return np.stack([V[j : j + L, j : j + L] for j in range(0, len(V), L)])
+
+
+@pytest.mark.parametrize("profiles", [False, True])
+def test_they_are_those_of_the_whole_system(profiles, fitted):
     _, X, model = fitted
     module = model.model_
     F = module.prior.marginal().loc.detach().numpy().T
     W = model.components_.T.astype(np.float64)
     prior_sd = np.maximum(3 * W, 1 / module.expected_totals().numpy())
-    exact = whole_system(X, W, F, 1 / float(module.prior.scale_pf) ** 2, prior_sd)
-    found = errors_of_loadings(module).covariances(module.W.data).numpy()
+    V = whole_system(X, W, F, 1 / float(module.prior.scale_pf) ** 2, prior_sd)
+    if profiles:  # W_jl / sum_j W_jl times its sum, linearised
+        share = (W / W.sum(0)).T[..., None]
+        away = np.eye(W.size).reshape(*W.shape, *W.shape)
+        for l in range(3):
+            away[:, l, :, l] -= share[l]
+        V = away.reshape(W.size, -1) @ V @ away.reshape(W.size, -1).T
+    exact = of_features(V, 3)
+    found = errors_of_loadings(module).covariances(module.W.data, profiles=profiles).numpy()
     sd, exact_sd = (np.sqrt(np.einsum("jll->jl", V)) for V in (found, exact))
     ratio = sd / exact_sd
     assert 0.85 < ratio.min() <= ratio.max() < 1.1
@@ -80,7 +92,8 @@ def test_blocks_alone_are_those_of_a_feature_with_all_factors_uncertain(monkeypa
     for j in (0, 5):
         sd = held.copy()
         sd[j] = 10.0
-        exact = np.linalg.inv(whole_system(X, W, F, c, sd)[j]) - np.eye(L) / 100
+        V = of_features(whole_system(X, W, F, c, sd), L)[j]
+        exact = np.linalg.inv(V) - np.eye(L) / 100
         np.testing.assert_allclose(alone[j], exact, rtol=1e-5, atol=1e-8)
 
 
