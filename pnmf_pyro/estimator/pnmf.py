@@ -20,8 +20,8 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import encode_places, read_data
-from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.likelihood import chosen_likelihood
+from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
@@ -133,6 +133,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Number of these steps.
     likelihood_ : str or callable
         The likelihood of the fit, that which was chosen for `auto`.
+    likelihood_densities_ : dict or None
+        For `auto`, the mean log density of a hidden entry for each likelihood.
     dispersion_ : ndarray of shape (n_features,), or None
         Dispersions r of a negative binomial, whose variance is mean + mean^2 / r; infinite for
         features whose counts vary no more than a Poisson's.
@@ -301,7 +303,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self.groups_ = None if data.groups is None else data.groups.names
             self.mean_total_ = data.mean_total
             self.keys_: AnnDataKeys | None = None
-            self.likelihood_ = chosen_likelihood(self, data)
+            self.likelihood_, self.likelihood_densities_ = chosen_likelihood(self, data)
             model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
             self._publish(model)
             self.n_iter_ = len(self.history_)

@@ -28,7 +28,15 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.log_rate import log_rate
 from pnmf_pyro.gp.cache import Cache
-from pnmf_pyro.models.dispersion import LEAST, DispersionSteps, Moments, constants, moments
+from pnmf_pyro.models.dispersion import (
+    FIRST,
+    LEAST,
+    Clock,
+    DispersionSteps,
+    Moments,
+    constants,
+    moments,
+)
 from pnmf_pyro.models.poisson import PoissonFactors
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ class NegativeBinomial(nn.Module):
                 )
             inverse = inverse + 1 / r
         self.register_buffer("inverse", inverse)
-        self.kept = Kept()
+        self.kept, self.clock = Kept(), Clock()
 
     inverse: Tensor
 
@@ -81,9 +89,11 @@ class NegativeBinomial(nn.Module):
         """Return the distribution of the counts of a batch."""
         return NegativeBinomialFactors(poisson, take(self.inverse, batch.features), self.kept)
 
-    def steps(self, model: PoissonFactorization) -> list[Step]:
-        """Return the steps that learn the dispersions."""
-        return [DispersionSteps(self.inverse, model)] if self.learned else []
+    def steps(self, model: PoissonFactorization, at_once: bool = False) -> list[Step]:
+        """Return the steps that learn the dispersions, from the first on or when all is settled."""
+        if at_once:
+            self.clock.passes = max(self.clock.passes, FIRST)
+        return [DispersionSteps(self.inverse, self.clock, model)] if self.learned else []
 
 
 class Kept:
