@@ -7,6 +7,7 @@ no space, and judged by the log density of the hidden counts at their expected r
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -101,7 +102,7 @@ def hide_entries(
     cells = np.flatnonzero(random.random_sample(n * d) < share)
     entries = (np.ones(len(cells), np.float32), (cells // d, cells % d))
     pattern = sp.csr_matrix(entries, shape=(n, d))
-    matrix = counts.numpy()
+    matrix: Any = counts.numpy()
     values = np.asarray(matrix[cells // d, cells % d]).ravel()
     if sp.issparse(matrix):
         seen = (matrix - matrix.multiply(pattern)).tocsr()
@@ -119,8 +120,8 @@ def _trained(
     (n, d), L = counts.shape, min(settings.n_components, *counts.shape)
     y = torch.empty((d, n), dtype=counts.dtype, device="meta")
     prior = GaussianPrior(y, L, use_natural_gradients=True)
-    given = {"size_factors": exposure, "likelihood": LIKELIHOODS[name](d)}
-    model = PoissonFactorization(prior, y, L, "multiplicative", "lower-bound", **given)
+    form, part = ("multiplicative", "lower-bound"), LIKELIHOODS[name](d)
+    model = PoissonFactorization(prior, y, L, *form, size_factors=exposure, likelihood=part)
     model.to(counts.device)
     model.assign(*start_values(counts, L, None, np.random.RandomState(0), exposure.size_factors))
     loadings = ClosedFormLoadings(model.W, model.expected_totals, model.levels)

@@ -110,12 +110,15 @@ class Kept:
     def __getstate__(self) -> dict[str, object]:
         return Kept().__dict__
 
-    def pass_over(self, counts: Counts, *tensors: Tensor, exposure: Exposure) -> Moments:
+    def pass_over(
+        self, counts: Counts, A: Tensor, W: Tensor, inverse: Tensor, exposure: Exposure
+    ) -> Moments:
         """Return the moments of factors, loadings and dispersions, from the last pass if equal."""
+        tensors = A, W, inverse
         known = len(self.given) and self.given[0] is counts and self.given[1] is exposure
         if known and all(map(torch.equal, self.given[2:], tensors)) and self.moments is not None:
             return self.moments
-        self.moments = moments(counts, *tensors, exposure)
+        self.moments = moments(counts, A, W, inverse, exposure)
         self.given = (counts, exposure, *(tensor.clone() for tensor in tensors))
         return self.moments
 
@@ -212,7 +215,7 @@ class NegativeBinomialFactors(PoissonFactors):
         exposure = exposure if exposure.of_samples_alone else exposure.of(None, self.dispersed)
         seen = self.columns(counts)
         A, W = A.detach().contiguous(), W.detach().contiguous()
-        return self.kept.pass_over(seen, A, W, inverse, exposure=exposure)
+        return self.kept.pass_over(seen, A, W, inverse, exposure)
 
     def columns(self, counts: Counts) -> Counts:
         """Return the counts of the dispersed features."""
