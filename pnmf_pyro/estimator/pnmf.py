@@ -47,8 +47,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     training_mode : {'standard', 'natural'}
         What trains q(F): the optimiser, or natural-gradient steps.
     E : int or 'fixed'
-        Number of Monte Carlo draws at each step; `fixed`, for `expanded` mode, for points in their
-        place, so that the fit has no noise, see :mod:`pnmf_pyro.models.points`.
+        Monte Carlo draws at each step, or points for them, :mod:`pnmf_pyro.models.points`.
     max_iter, tol : int, float
         Number of steps at most, in all stages together; and the relative rise of the smoothed ELBO
         over ten steps below which a stage stops.
@@ -107,8 +106,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Hyperparameters of fields to learn for each component. The nugget is the standard deviation
         of what each place has for itself.
     stages : list of stages, optional
-        What a fit does in turn, see :mod:`pnmf_pyro.estimator.stages`; unless given, what is
-        needed.
+        What a fit does in turn, see :mod:`pnmf_pyro.estimator.stages`.
     prior : Prior, optional
         Prior made for the samples of X and `n_components`. A copy of it is trained.
     likelihood : {'poisson', 'negative-binomial', 'auto'} or callable, optional
@@ -292,8 +290,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         try:
             data = read_data(self, X, coordinates, groups, size_factors)
-            self.groups_ = None if data.groups is None else data.groups.names
-            self.mean_total_ = data.mean_total
+            names = None if data.groups is None else data.groups.names
+            self.groups_, self.mean_total_ = names, data.mean_total
             self.keys_: AnnDataKeys | None = None
             self.likelihood_, self.likelihood_densities_ = chosen_likelihood(self, data)
             model, self.history_, (self.elbo_, self.elbo_se_) = fit_by_plan(self, data, report)
