@@ -8,11 +8,10 @@ that a formula over X is written once.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -23,7 +22,12 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pnmf_pyro.data.sparse_structure import check_torch_structure, checked_csr
+from pnmf_pyro.data.sparse_structure import (
+    check_torch_structure,
+    checked_csr,
+    csr_tensor,
+    has_sampled_addmm,
+)
 
 # Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
 BLOCK_ENTRIES = 1 << 20
@@ -244,7 +248,7 @@ class SparseCounts(Counts):
 
     def _with(self, entries: Tensor) -> Tensor:
         """Return entries as a CSR tensor of the structure of X."""
-        return _csr(self._starts, self.columns_of, entries, self.shape)
+        return csr_tensor(self._starts, self.columns_of, entries, self.shape)
 
     @cached_property
     def _pattern(self) -> Tensor:
@@ -265,7 +269,7 @@ class SparseCounts(Counts):
         return starts, rows, order
 
     def inner(self, A: Tensor, B: Tensor) -> Tensor:  # noqa: D102
-        if _has_sampled_addmm(self.device.type, self.dtype):
+        if has_sampled_addmm(self.device.type, self.dtype):
             return torch.sparse.sampled_addmm(self._pattern, A, B.mT, beta=0.0).values()
         rows = torch.arange(len(A), device=A.device).repeat_interleave(self.row_starts.diff())
         return (A[rows] * B[self.columns_of]).sum(1)
@@ -279,7 +283,7 @@ class SparseCounts(Counts):
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
         starts, rows, order = self._transpose
         values = entries.index_select(0, order)
-        return _csr(starts, rows, values, (self.shape[1], self.shape[0])) @ A
+        return csr_tensor(starts, rows, values, (self.shape[1], self.shape[0])) @ A
 
     def spread(self, of_features: Tensor) -> Tensor:  # noqa: D102
         return of_features.index_select(0, self.columns_of)
@@ -328,31 +332,6 @@ Table: TypeAlias = np.ndarray | sp.csr_matrix | sp.csr_array
 # What a fit takes: as counts tables of pandas and lists of rows as well, and beside them arrays.
 CountsLike: TypeAlias = Counts | MatrixLike | ArrayLike
 MaybeArray: TypeAlias = ArrayLike | None
-
-
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    _spend_csr_warning()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-
-
-@cache
-def _spend_csr_warning() -> None:
-    """Let torch say unheard, as it does once in a process, that CSR is a young feature."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.zeros(1, 1).to_sparse_csr()
-
-
-@cache
-def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
-    """Say whether this build of torch has the sampled product for CSR."""
-    one = torch.ones(1, 1, device=device, dtype=dtype)
-    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    try:
-        torch.sparse.sampled_addmm(_csr(ends, ends[:1], one[0], (1, 1)), one, one, beta=0.0)
-    except RuntimeError:
-        return False
-    return True
 
 
 def as_counts(X: Counts | MatrixLike) -> Counts:

@@ -6,6 +6,9 @@ or of arrays changed by hand point outside of the matrix.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -73,3 +76,29 @@ def check_torch_structure(X: Tensor) -> None:
         )
     except RuntimeError as error:
         raise ValueError(DAMAGED.format(str(error).splitlines()[0])) from error
+
+
+def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a CSR tensor of a checked structure."""
+    _spend_csr_warning()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _spend_csr_warning() -> None:
+    """Let torch say unheard, as it does once in a process, that CSR is a young feature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.zeros(1, 1).to_sparse_csr()
+
+
+@cache
+def has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
+    """Say whether this build of torch has the sampled product for CSR."""
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        torch.sparse.sampled_addmm(csr_tensor(ends, ends[:1], one[0], (1, 1)), one, one, beta=0.0)
+    except RuntimeError:
+        return False
+    return True

@@ -293,7 +293,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
     adata : AnnData of shape (n_samples, n_features)
         Receives obsm["X_{key}"], obsm["X_{key}_sd"], obsm["X_{key}_log_sd"],
         varm["{KEY}_loadings"], uns[key], with settings, ELBO history and stages, and, where the
-        fit had size factors, obs["{key}_size_factors"]. A view becomes an object of its own.
+        fit had size factors, obs["{key}_size_factors"], and var["{key}_dispersion"] of a negative
+        binomial. A view becomes an object of its own.
     fit : PNMF, ModelFit or PoissonFactorization
         Fit of these samples and features.
     key : str
@@ -312,5 +313,7 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         if stages := found.stages:
             columns = zip(STAGE_COLUMNS, zip(*stages, strict=True), strict=True)
             adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
+        if (r := getattr(fitted_module(fit).observation, "dispersion", None)) is not None:
+            adata.var[f"{key}_dispersion"] = r.cpu().numpy()
         if fitted_module(fit).size_factors is not None:
             adata.obs[f"{key}_size_factors"] = found.size_factors

@@ -21,8 +21,8 @@ from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import encode_places, read_data
-from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.likelihood import chosen_likelihood
+from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
@@ -48,12 +48,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     training_mode : {'standard', 'natural'}
         What trains q(F): the optimiser, or natural-gradient steps.
     E : int or 'fixed'
-        Number of Monte Carlo draws at each step; `fixed`, for `expanded` mode, for points in their
-        place, so that the fit has no noise, see :mod:`pnmf_pyro.models.points`.
-    max_iter : int
-        Number of steps at most, in all stages together.
-    tol : float
-        Rise of the smoothed ELBO over ten steps, relative to it, below which a stage stops.
+        Monte Carlo draws at each step, or points for them, :mod:`pnmf_pyro.models.points`.
+    max_iter, tol : int, float
+        Number of steps at most, in all stages together; and the relative rise of the smoothed ELBO
+        over ten steps below which a stage stops.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
     random_state : int, RandomState, Generator or None
@@ -74,10 +72,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     batch_size, y_batch_size, shuffle : int, int, bool
         Number of samples and of features in a minibatch, all unless given; and whether each pass
         has a new random order.
-    spatial : bool
-        Whether log-factors are Gaussian-process fields over coordinates.
-    local : bool
-        Whether each place is conditioned on `K` neighbours, see :class:`~pnmf_pyro.priors.LCGP`.
+    spatial, local : bool
+        Whether log-factors are Gaussian-process fields over coordinates, and whether each place is
+        then conditioned on `K` neighbours, see :class:`~pnmf_pyro.priors.LCGP`.
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
         Correlation of a field; of several, the one that predicts best. A `MultiGroupKernel` brings
         the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
@@ -111,8 +108,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Hyperparameters of fields to learn for each component. The nugget is the standard deviation
         of what each place has for itself.
     stages : list of stages, optional
-        What a fit does in turn, see :mod:`pnmf_pyro.estimator.stages`. Unless given it settles, and
-        in space learns what is to be learned and settles once more.
+        What a fit does in turn, see :mod:`pnmf_pyro.estimator.stages`.
     prior : Prior, optional
         Prior made for the samples of X and `n_components`. A copy of it is trained.
     likelihood : {'poisson', 'negative-binomial', 'auto'} or callable, optional
@@ -129,19 +125,15 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     elbo_, elbo_se_ : float
         ELBO in nats, constants included: a lower bound on log p(X | W); and its standard error over
         20 draws, 0 in `lower-bound` mode.
-    history_ : History
-        ELBO at each step of what was trained then, with its `stages`.
-    n_iter_ : int
-        Number of these steps.
-    likelihood_ : str or callable
-        The likelihood of the fit, that which was chosen for `auto`.
+    history_, n_iter_ : History, int
+        ELBO at each step of what was trained then, with its `stages`; and their number.
+    likelihood_, likelihood_densities_ : str or callable, dict or None
+        The likelihood; for `auto` the chosen one, and the mean log density of a hidden entry under
+        each.
     dispersion_ : ndarray of shape (n_features,), or None
-        Dispersions r of a negative binomial, whose variance is mean + mean^2 / r; infinite for
-        features whose counts vary no more than a Poisson's.
-    groups_ : list or None
-        Sorted names of the groups of a multi-group model.
-    model_ : PoissonFactorization
-        The Pyro model and guide, fitted.
+        Dispersions r of a negative binomial of variance mean + mean^2 / r; infinite for a Poisson.
+    model_, groups_ : PoissonFactorization, list or None
+        The Pyro model and guide, fitted, and the sorted names of its groups.
     mean_total_, keys_ : float or None, AnnDataKeys or None
         Mean total of the samples of a fit with size_factors="total", and what was read of AnnData.
 
@@ -300,10 +292,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         try:
             data = read_data(self, X, coordinates, groups, size_factors)
-            self.groups_ = None if data.groups is None else data.groups.names
-            self.mean_total_ = data.mean_total
+            names = None if data.groups is None else data.groups.names
+            self.groups_, self.mean_total_ = names, data.mean_total
             self.keys_: AnnDataKeys | None = None
-            self.likelihood_ = chosen_likelihood(self, data)
+            self.likelihood_, self.likelihood_densities_ = chosen_likelihood(self, data)
             fitted = fit_by_plan(self, data, report, announced(self, data))
             model, self.history_, (self.elbo_, self.elbo_se_) = fitted
             self._publish(model)
@@ -336,13 +328,12 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> np.ndarray:
         """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
-        Without space they maximise the Poisson likelihood given the loadings, by multiplicative
-        updates; the prior plays no part. For the posterior of a new sample see
-        :func:`~pnmf_pyro.transforms.transform_F`. `size_factors` are for this case: where the fit
-        had "total" these are total counts on its scale unless given, where it had others they must
-        be given. A spatial model predicts E exp F at `coordinates`, which it needs, a multi-group
-        one for `groups`, from the field alone: X plays no part and may be None. An AnnData object
-        has its coordinates and groups where that of the fit had them.
+        Without space they maximise the likelihood given the loadings, by multiplicative updates;
+        the prior plays no part (:func:`~pnmf_pyro.transforms.transform_F` has the posterior).
+        `size_factors` are for this case: where the fit had "total" these are total counts on its
+        scale unless given, where it had others they must be given. A spatial model predicts E exp F
+        at `coordinates`, a multi-group one for `groups`, from the field alone: X may be None. An
+        AnnData object has its coordinates and groups where that of the fit had them.
         """
         check_is_fitted(self)
         return prediction.new_factors(self, X, coordinates, groups, size_factors)
@@ -367,9 +358,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> float:
         """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
-        Without space, the lower bound on log p(X | W) in `lower-bound` mode, which does not rise
-        merely because there are more components. A spatial model predicts the factors from their
-        places. Parameters are those of :meth:`transform`.
+        Without space the lower bound on log p(X | W), which does not rise merely because there are
+        more components; in space with factors predicted from places. Parameters: :meth:`transform`.
         """
         check_is_fitted(self)
         return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors)

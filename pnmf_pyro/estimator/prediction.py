@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
 from pnmf_pyro.estimator.inputs import (
     check_new,

@@ -92,7 +92,7 @@ def training_of(
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
         steps.append((ClosedFormScale(model.prior, least_scale), for_W))
     if moves_factors:
-        steps += [(step, for_W) for step in model.own_steps()]
+        steps += [(step, for_W) for step in model.own_steps(loadings is None)]
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

@@ -14,6 +14,7 @@ the number of samples, the price of a parameter (Schwarz 1978).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 # 1 / r up to which a negative binomial is a Poisson for all that counts can tell, and the largest.
 LEAST, MOST = 1e-4, 1e3
 
-# Passes over the data from one step of the dispersions to the next, and steps after which a feature
-# that has not gained is Poisson.
-EVERY = 5
+# Passes over the data before the first step of the dispersions, while what factors will explain
+# still looks like dispersion; and from one to the next. Steps after which a feature that has not
+# gained is Poisson.
+FIRST, EVERY = 10, 5
 TRIALS = 4
 
 
@@ -115,6 +117,16 @@ def constants(counts: Counts, inverse: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def log_density(X: Tensor, rates: Tensor, r: Tensor) -> Tensor:
+    """Return log densities of counts X given their rates and dispersions, infinite for Poisson."""
+    rates = rates.clamp_min(torch.finfo(rates.dtype).tiny)
+    poisson = torch.distributions.Poisson(rates, validate_args=False).log_prob(X)
+    size = torch.where(r.isfinite(), r, 1.0)
+    other = torch.xlogy(X, rates / size) - (X + size) * (rates / size).log1p()
+    other = other + torch.lgamma(X + size) - torch.lgamma(size) - torch.lgamma(X + 1)
+    return torch.where(r.isfinite(), other, poisson)
+
+
 class Slopes(NamedTuple):
     """Derivatives of Q in r, and Q less that of the Poisson, each (d,), float64."""
 
@@ -172,6 +184,14 @@ def _trigamma(values: Tensor) -> Tensor:
     return torch.polygamma(1, values)
 
 
+@dataclass
+class Clock:
+    """How many passes over the data there were, and entries seen in the present one."""
+
+    passes: int = 0
+    seen: int = 0
+
+
 class DispersionSteps(Step):
     """Newton steps of the dispersions that need one, every few passes over the data.
 
@@ -179,12 +199,14 @@ class DispersionSteps(Step):
     ----------
     inverse : Tensor of shape (D,)
         1 / r, 0 for a Poisson. It is changed in place.
+    clock : Clock
+        Passes over the data that the likelihood has seen, in all stages of a fit.
     model : PoissonFactorization
         Whose likelihood has these dispersions.
     """
 
-    def __init__(self, inverse: Tensor, model: PoissonFactorization):
-        self.inverse, self.model, self.batch, self.seen = inverse, model, Batch(), 0
+    def __init__(self, inverse: Tensor, clock: Clock, model: PoissonFactorization):
+        self.inverse, self.clock, self.model, self.batch = inverse, clock, model, Batch()
         # What is tried for each feature, and how often it was without a gain.
         self.tried, self.trials = inverse.double(), torch.zeros_like(inverse)
         self._clear()
@@ -201,11 +223,14 @@ class DispersionSteps(Step):
         """Add up what the batch says; move the dispersions at the end of a pass that counts."""
         assert self.batch.counts is not None
         part, whole = self.batch.counts.numel(), self.model.N * self.model.D
-        number, self.seen = self.seen // whole, self.seen + part
-        if number % EVERY:
+        number = int(self.clock.passes)
+        self.clock.seen += part
+        if self.clock.seen >= whole:
+            self.clock.passes, self.clock.seen = number + 1, 0
+        if number < FIRST or number % EVERY:
             return
         self._add()
-        if self.seen // whole == number:
+        if self.clock.seen:
             return
         if self._move() and part == whole:  # new ones are judged at once
             self._add()

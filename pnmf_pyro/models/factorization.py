@@ -341,10 +341,10 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         """Whether the likelihood has a bound and steps in closed form."""
         return has_closed_form(self.observation)
 
-    def own_steps(self) -> list[Step]:
-        """Return the steps of training that the parts of the model bring."""
-        parts = [self.observation]
-        return [step for part in parts if hasattr(part, "steps") for step in part.steps(self)]
+    def own_steps(self, at_once: bool = False) -> list[Step]:
+        """Return the steps of training that the likelihood brings, from the first on or later."""
+        steps = getattr(self.observation, "steps", None)
+        return [] if steps is None else steps(self, at_once)
 
     def project_parameters(self) -> None:
         """Clamp the loadings at zero in `projected` mode."""

@@ -28,7 +28,15 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.log_rate import log_rate
 from pnmf_pyro.gp.cache import Cache
-from pnmf_pyro.models.dispersion import LEAST, DispersionSteps, Moments, constants, moments
+from pnmf_pyro.models.dispersion import (
+    FIRST,
+    LEAST,
+    Clock,
+    DispersionSteps,
+    Moments,
+    constants,
+    moments,
+)
 from pnmf_pyro.models.poisson import PoissonFactors
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ class NegativeBinomial(nn.Module):
                 )
             inverse = inverse + 1 / r
         self.register_buffer("inverse", inverse)
-        self.kept = Kept()
+        self.kept, self.clock = Kept(), Clock()
 
     inverse: Tensor
 
@@ -81,9 +89,11 @@ class NegativeBinomial(nn.Module):
         """Return the distribution of the counts of a batch."""
         return NegativeBinomialFactors(poisson, take(self.inverse, batch.features), self.kept)
 
-    def steps(self, model: PoissonFactorization) -> list[Step]:
-        """Return the steps that learn the dispersions."""
-        return [DispersionSteps(self.inverse, model)] if self.learned else []
+    def steps(self, model: PoissonFactorization, at_once: bool = False) -> list[Step]:
+        """Return the steps that learn the dispersions, from the first on or when all is settled."""
+        if at_once:
+            self.clock.passes = max(self.clock.passes, FIRST)
+        return [DispersionSteps(self.inverse, self.clock, model)] if self.learned else []
 
 
 class Kept:
@@ -100,12 +110,15 @@ class Kept:
     def __getstate__(self) -> dict[str, object]:
         return Kept().__dict__
 
-    def pass_over(self, counts: Counts, *tensors: Tensor, exposure: Exposure) -> Moments:
+    def pass_over(
+        self, counts: Counts, A: Tensor, W: Tensor, inverse: Tensor, exposure: Exposure
+    ) -> Moments:
         """Return the moments of factors, loadings and dispersions, from the last pass if equal."""
+        tensors = A, W, inverse
         known = len(self.given) and self.given[0] is counts and self.given[1] is exposure
         if known and all(map(torch.equal, self.given[2:], tensors)) and self.moments is not None:
             return self.moments
-        self.moments = moments(counts, *tensors, exposure)
+        self.moments = moments(counts, A, W, inverse, exposure)
         self.given = (counts, exposure, *(tensor.clone() for tensor in tensors))
         return self.moments
 
@@ -212,7 +225,7 @@ class NegativeBinomialFactors(PoissonFactors):
         exposure = exposure if exposure.of_samples_alone else exposure.of(None, self.dispersed)
         seen = self.columns(counts)
         A, W = A.detach().contiguous(), W.detach().contiguous()
-        return self.kept.pass_over(seen, A, W, inverse, exposure=exposure)
+        return self.kept.pass_over(seen, A, W, inverse, exposure)
 
     def columns(self, counts: Counts) -> Counts:
         """Return the counts of the dispersed features."""

@@ -32,6 +32,7 @@ from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
 from pnmf_pyro.models.events import count_events
 from pnmf_pyro.models.points import FIXED, standard_normals
+from pnmf_pyro.models.shapes import leading_shape
 
 # Mean rate below which events are drawn one by one and not a Poisson number for each entry.
 SPARSE_RATE = 0.2
@@ -96,7 +97,7 @@ class PoissonFactors(TorchDistribution):
         if loadings.ndim > max(log_factors.ndim, 3) and tuple(loadings.shape[-4:-2]) == (1, 1):
             loadings = loadings[..., 0, 0, :, :]
         given = [part for part in (log_factors, loadings, s) if part is not None]
-        leading = _leading(*given)
+        leading = leading_shape(*given)
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in given))
         self.log_factors = log_factors
         self.loadings = loadings.to(dtype)
@@ -144,7 +145,7 @@ class PoissonFactors(TorchDistribution):
         if isinstance(mask, Tensor) and mask.shape[-2:] == row != self.batch_shape[-2:]:
             raise ValueError(
                 f"mask must be over samples, of shape {tuple(self.batch_shape)}, because a row of "
-                "counts is one event and hidden entries are not supported yet; got "
+                "counts is one event; hidden entries are part of an Exposure; got "
                 f"{tuple(mask.shape)}."
             )
         return super().mask(mask)
@@ -397,26 +398,5 @@ class PoissonFactors(TorchDistribution):
 
     def _exposed(self, products: Tensor) -> Tensor:
         """Products of scaled factors and loadings, with the effects and hidden entries as well."""
-        if self.exposure.of_samples_alone:
-            return products
-        return products * self.exposure.without_size_factors.block(slice(0, products.shape[-2]))
-
-
-def _leading(F: Tensor, W: Tensor, s: Tensor | None = None) -> tuple[int, ...]:
-    """What stands before (L, n), (d, L) and (n,) or (1, n), broadcast together."""
-    shapes = [tuple(part.shape) for part in (F, W, s) if part is not None]
-    n = shapes[0][-1]
-    agree = F.ndim >= 2 <= W.ndim and shapes[0][-2] == shapes[1][-1]
-    agree &= s is None or shapes[2][-2:] in ((n,), (1, n))
-    leading: Sequence[int] = ()
-    try:
-        if max(map(len, shapes)) > 2:
-            leading = torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
-    except RuntimeError:
-        agree = False
-    if not agree:
-        raise ValueError(
-            "log_factors (..., L, n), loadings (..., d, L) and size_factors (n,) or (..., 1, n) "
-            f"must agree in L, n and what stands before; got {', '.join(map(str, shapes))}."
-        )
-    return tuple(leading)
+        e = self.exposure.without_size_factors.block(slice(0, products.shape[-2]))
+        return products if e is None else products * e

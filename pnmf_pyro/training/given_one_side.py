@@ -246,8 +246,9 @@ def conditional_model(
     L = loadings.shape[1]
     y = torch.empty(d, n, dtype=counts.dtype, device="meta")
     prior = GaussianPrior(y, L, **prior_parameters)
-    given = {"size_factors": size_factors, "likelihood": likelihood}
-    model = PoissonFactorization(prior, y, L, "projected", mode, **given)
+    model = PoissonFactorization(
+        prior, y, L, "projected", mode, size_factors=size_factors, likelihood=likelihood
+    )
     model.to(counts.device)
     model.W.assign(loadings)
     model.W.freeze()

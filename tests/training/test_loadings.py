@@ -110,7 +110,9 @@ def test_expected_totals(problem, index):
     moments = np.exp(problem.mean + problem.scale**2 / 2)[:, i]
     s = 1.0 if problem.s is None else problem.s[i]
     total = (s * moments).sum(1) * 8 / moments.shape[1]
-    np.testing.assert_allclose(model.expected_totals(Batch(samples=samples)), total, rtol=1e-10)
+    batch = Batch(samples=samples)
+    np.testing.assert_allclose(model.expected_totals(batch), total[None], rtol=1e-10)
+    np.testing.assert_allclose(model.levels(batch), total, rtol=1e-10)
 
 
 @pytest.mark.parametrize("index", [None, [6, 2, 3]])
