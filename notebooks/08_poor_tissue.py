@@ -43,9 +43,9 @@ random = np.random.default_rng(1)
 N, D, L = (1600, 100, 4) if small else (6000, 300, 6)
 x = random.uniform(size=(N, 2)) * np.sqrt(N)
 log_truth = np.empty((N, L))
-for l in range(L):
-    waves = random.standard_t(3, (200, 2)) / (5 * (1 + l / 2))
-    log_truth[:, l] = np.cos(x @ waves.T + random.uniform(0, 2 * np.pi, 200)).sum(1) / 10
+for component in range(L):
+    waves = random.standard_t(3, (200, 2)) / (5 * (1 + component / 2))
+    log_truth[:, component] = np.cos(x @ waves.T + random.uniform(0, 2 * np.pi, 200)).sum(1) / 10
 loadings = random.gamma(0.2, 1.0, (D, L))
 loadings *= 27 / (np.exp(log_truth).mean(0) @ loadings.sum(0))
 X = random.poisson(np.exp(log_truth) @ loadings.T)
