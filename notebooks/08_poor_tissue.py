@@ -14,8 +14,8 @@
 # %% [markdown]
 # # A poor tissue: what coarse levels find
 #
-# Platforms of fine resolution count few molecules at each place: 10 to 300. A single place then says
-# little about which component it belongs to, and a fit that starts from single places loses
+# Platforms of fine resolution count few molecules at each place: 10 to 300. A single place then
+# says little about which component it belongs to, and a fit that starts from single places loses
 # components. `pnmf_pyro.fit` therefore starts where counts are many: it adds up the counts of
 # neighbouring places, settles there, and takes what it found down to the places. Here the same
 # section is fitted with these coarse levels and without them, beside the truth.
@@ -54,8 +54,8 @@ print(f"{X.sum(1).mean():.0f} counts a place, {100 * (X > 0).mean():.0f}% of the
 # %% [markdown]
 # ## Both fits
 #
-# The stages of the recommended fit are a list. The second fit has the same ones, but its warm-up has
-# no coarse levels.
+# The stages of the recommended fit are a list. The second fit has the same ones, but its warm-up
+# has no coarse levels.
 
 # %%
 without = (WarmUp(levels=0), *NEIGHBORS[1:])
@@ -82,7 +82,8 @@ table.round(2)
 # %% [markdown]
 # ## Maps
 #
-# The truth, then both fits. Each panel is a component as log-factors; its colours span its own range.
+# The truth, then both fits. Each panel is a component as log-factors; its colours span its own
+# range.
 
 # %%
 titles = [f"component {l}" for l in range(L)]
@@ -95,5 +96,5 @@ axes = plotting.plot_spatial(x, matches["with levels"][0], titles=titles)
 axes = plotting.plot_spatial(x, matches["without levels"][0], titles=titles)
 
 # %% [markdown]
-# The levels and their steps are in the log. They cost little: a coarse level has a small part of the
-# places. Where a place has 400 counts or more there are no levels, and both fits are the same.
+# The levels and their steps are in the log. They cost little: a coarse level has a small part of
+# the places. Where a place has 400 counts or more there are no levels, and both fits are the same.
