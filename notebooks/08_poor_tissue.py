@@ -40,7 +40,7 @@ small = bool(os.environ.get("PNMF_SMALL"))  # fewer places, for continuous integ
 
 # %%
 random = np.random.default_rng(1)
-N, D, L = (1600, 100, 4) if small else (6000, 300, 6)
+N, D, L = (2000, 100, 3) if small else (6000, 300, 6)
 x = random.uniform(size=(N, 2)) * np.sqrt(N)
 log_truth = np.empty((N, L))
 for component in range(L):

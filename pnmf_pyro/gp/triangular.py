@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.isolation import openmp
+from pnmf_pyro.data.sparse_structure import csr_tensor
 from pnmf_pyro.gp.fronts import fronts, grid_sizes
 
 # Entries of which a product in another precision makes a copy at a time.
@@ -61,13 +62,9 @@ class Rows:
         a, b = self.starts[first], self.starts[stop]
         starts = torch.from_numpy((self.starts[first : stop + 1] - a).astype(np.int32))
         values = self.values[a:b].to(dtype)
-        return torch.sparse_csr_tensor(
-            starts.to(values.device),
-            self.columns[a:b],
-            values.square() if squared else values,
-            size=(stop - first, self.width),
-            check_invariants=False,
-        )
+        values = values.square() if squared else values
+        columns, shape = self.columns[a:b], (stop - first, self.width)
+        return csr_tensor(starts.to(values.device), columns, values, shape)
 
     def transposed(self, first: int, stop: int) -> Rows:
         """Return the transpose of the rows from `first` to before `stop`."""
