@@ -187,3 +187,18 @@ def test_a_part_of_given_dispersions():
     poisson = PoissonFactors(torch.zeros(1, 2), torch.ones(3, 1))
     some = part(poisson, Batch(features=torch.tensor([2])))
     assert some.inverse.shape == (1,)
+
+
+def test_a_count_tells_less_of_its_rate_than_that_of_a_poisson(numbers):
+    """Its expectation is the Fisher information of log x: E[-d^2 log p / d(log x)^2]."""
+    mean, _, W, s, X, _ = numbers
+    x = s[:, None] * (np.exp(mean).T @ W.T)
+    for kind in KINDS:
+        told = made(numbers, hides=False).informative(as_counts(kind(X))).to_dense()
+        share = 1 / (1 + x / R)
+        np.testing.assert_allclose(told, X * share, rtol=1e-9)
+    r, u, h = 3.0, np.log(x[0, 2]), 1e-3
+    counts = np.arange(2000)
+    below, at, above = (nbinom.logpmf(counts, r, r / (r + np.exp(u + d))) for d in (-h, 0, h))
+    information = -(np.exp(at) * (above - 2 * at + below)).sum() / h**2
+    assert (np.exp(at) * counts * r / (r + x[0, 2])).sum() == pytest.approx(information, rel=1e-4)
