@@ -51,7 +51,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     max_iter : int
         Number of steps at most, in all stages together.
     tol : float
-        Rise of the smoothed ELBO over ten steps, relative to it, below which a stage stops.
+        Rise that is left, relative to the ELBO, at which a stage stops; over ten noisy steps.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
     random_state : int, RandomState, Generator or None
