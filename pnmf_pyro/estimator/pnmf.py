@@ -50,8 +50,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     E : int or 'fixed'
         Monte Carlo draws at each step, or points for them, :mod:`pnmf_pyro.models.points`.
     max_iter, tol : int, float
-        Number of steps at most, in all stages together; and the relative rise of the smoothed ELBO
-        over ten steps below which a stage stops.
+        Number of steps at most, in all stages together; and the rise that is left, relative to the
+        ELBO, at which a stage stops; over ten noisy steps.
     learning_rate, optimizer : float, {'Adam', 'AdamW', 'NAdam', 'SGD', 'RMSprop'}
         Optimiser of what has no steps of its own, and its learning rate.
     random_state : int, RandomState, Generator or None
