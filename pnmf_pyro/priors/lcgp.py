@@ -24,7 +24,7 @@ TOLERANCE = 0.01
 MOST_ITERATIONS = 60
 
 # Numbers in the arrays that posterior draws are worked out in.
-BLOCK = 1 << 22
+BLOCK = 1 << 23
 
 
 class _SitePosterior(nn.Module):
