@@ -35,7 +35,8 @@ KERNELS: dict[str, type[Isotropy]] = {
     "RBF": RBF,
 }
 
-# The same, as functions of distance: Pyro's take several times as long, and add 1e-12 to its square.
+# The same, as functions of distance. Pyro's take several times as long, and add 1e-12 to its
+# square.
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "Matern12": lambda r: (-r).exp(),
     "Matern32": lambda r: (3**0.5 * r + 1) * (-(3**0.5) * r).exp(),
@@ -73,7 +74,9 @@ class Correlation(nn.Module):
 
     def at_distance(self, distance: Tensor) -> Tensor:
         """Return the values at distances of any shape."""
-        return FORMULAS[self.name](distance) if self.is_named else at_distance(self.kernel, distance)
+        return (
+            FORMULAS[self.name](distance) if self.is_named else at_distance(self.kernel, distance)
+        )
 
     def between(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
         """Return the values (..., n, m) between inputs (..., n, p) and (..., m, p), or among X.

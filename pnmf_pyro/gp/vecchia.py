@@ -129,7 +129,8 @@ class VecchiaFactor:
         self.graph, self.L, self.N = graph, len(variances), graph.N
         self.triangle = Triangle(graph.predecessors, weights)
         self.order, self.position = (
-            torch.from_numpy(numbers).to(weights.device) for numbers in (graph.order, graph.position)
+            torch.from_numpy(numbers).to(weights.device)
+            for numbers in (graph.order, graph.position)
         )
         self.variances = variances.index_select(1, self.position)
         self._cache = Cache()
@@ -181,7 +182,7 @@ class VecchiaFactor:
         return self.triangle.multiply_transposed(residual / self._ordered_variances.to(x.dtype))
 
     def neighbors(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the numbers (n, K) of the neighbours of n places, and their weights (1 or L, n, K).
+        """Return the numbers, (n, K), of the neighbours of n places, and weights (1 or L, n, K).
 
         Where there is no neighbour the weight is 0.
         """

@@ -21,10 +21,10 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has come
-from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with I - B that
-has come from the start to M takes the grid's share as it is. docs/performance.md says how many steps
-that takes. The solves are in the type of the factor's weights, all else in float64 for a mean.
+Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has
+come from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with
+I - B that has come from the start to M takes the share of the grid as it is. They are in the type of
+the factor's weights. docs/performance.md says how many steps it takes.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ class _Preconditioner:
 
     def __call__(self, r: Tensor) -> Tensor:
         z = r.to(self.fine.dtype, copy=True)
-        shares = [part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)]
+        shares = [
+            part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)
+        ]
         total = z * self.fine
         x = self.triangle.flat(total)
         with in_one_thread():

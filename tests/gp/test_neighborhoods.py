@@ -65,7 +65,9 @@ def test_all_neighbours_give_the_exact_conditionals():
     identity, zeros = (torch.zeros(2, n, 30).double() for n in (30, 6))
     identity += torch.eye(30)
     weights = conditionals.draw(identity, zeros)
-    roots = conditionals.draw(torch.zeros(2, 30, 6).double(), torch.eye(6).double().expand(2, -1, -1))
+    roots = conditionals.draw(
+        torch.zeros(2, 30, 6).double(), torch.eye(6).double().expand(2, -1, -1)
+    )
     for l in range(2):
         cross, among = exact(new, points)[l], exact(points, points)[l]
         expected = np.linalg.solve(among, cross.T).T
@@ -95,7 +97,9 @@ def test_components_that_differ_in_their_size_alone_share_weights():
     for nugget in ((0.0, 0.0), (0.1, 0.2)):
         factor = found((1.0, 2.0), nugget)
         assert factor.triangle.C == 1
-        alone = [found((s, s), (n, n)).variances[0] for s, n in zip((1.0, 2.0), nugget, strict=True)]
+        alone = [
+            found((s, s), (n, n)).variances[0] for s, n in zip((1.0, 2.0), nugget, strict=True)
+        ]
         torch.testing.assert_close(factor.variances, torch.stack(alone))
     x = torch.ones(2, 40, dtype=torch.float64)
     torch.testing.assert_close(
