@@ -230,7 +230,7 @@ class SparseCounts(Counts):
 
     def _with(self, entries: Tensor) -> Tensor:
         """Return entries as a CSR tensor of the structure of X."""
-        return _csr(self._starts, self.columns_of, entries, self.shape)
+        return csr_tensor(self._starts, self.columns_of, entries, self.shape)
 
     @cached_property
     def _pattern(self) -> Tensor:
@@ -265,7 +265,7 @@ class SparseCounts(Counts):
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
         starts, rows, order = self._transpose
         values = entries.index_select(0, order)
-        return _csr(starts, rows, values, (self.shape[1], self.shape[0])) @ A
+        return csr_tensor(starts, rows, values, (self.shape[1], self.shape[0])) @ A
 
     def rows(self, index: Tensor | slice) -> SparseCounts:  # noqa: D102
         if isinstance(index, slice):
@@ -310,7 +310,8 @@ CountsLike: TypeAlias = Counts | MatrixLike | ArrayLike
 MaybeArray: TypeAlias = ArrayLike | None
 
 
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a CSR matrix, without a check of its parts and without a copy."""
     _spend_csr_warning()
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
@@ -329,7 +330,7 @@ def _has_sampled_addmm(device: str, dtype: torch.dtype) -> bool:
     one = torch.ones(1, 1, device=device, dtype=dtype)
     ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
     try:
-        torch.sparse.sampled_addmm(_csr(ends, ends[:1], one[0], (1, 1)), one, one, beta=0.0)
+        torch.sparse.sampled_addmm(csr_tensor(ends, ends[:1], one[0], (1, 1)), one, one, beta=0.0)
     except RuntimeError:
         return False
     return True

@@ -20,6 +20,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.counts import csr_tensor
 from pnmf_pyro.data.isolation import openmp
 from pnmf_pyro.gp.fronts import fronts, grid_sizes
 
@@ -61,13 +62,10 @@ class Rows:
         a, b = self.starts[first], self.starts[stop]
         starts = torch.from_numpy((self.starts[first : stop + 1] - a).astype(np.int32))
         values = self.values[a:b].to(dtype)
-        return torch.sparse_csr_tensor(
-            starts.to(values.device),
-            self.columns[a:b],
-            values.square() if squared else values,
-            size=(stop - first, self.width),
-            check_invariants=False,
-        )
+        if squared:
+            values = values.square()
+        shape = (stop - first, self.width)
+        return csr_tensor(starts.to(values.device), self.columns[a:b], values, shape)
 
     def transposed(self, first: int, stop: int) -> Rows:
         """Return the transpose of the rows from `first` to before `stop`."""

@@ -23,8 +23,8 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
 Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has
 come from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with
-I - B that has come from the start to M takes the share of the grid as it is. They are in the type of
-the factor's weights. docs/performance.md says how many steps it takes.
+I - B that has come from the start to M takes the share of the grid as it is. They are in the type
+of the factor's weights. docs/performance.md says how many steps it takes.
 """
 
 from __future__ import annotations
