@@ -26,6 +26,7 @@ from benchmarks.measure import (
     table,
     timed,
 )
+from benchmarks.solves import solves
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.selection import thin_counts
 from pnmf_pyro.data.counts import as_counts
@@ -47,7 +48,7 @@ SVGP_GROWTH = {
 }
 
 
-BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads)}
+BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 
 

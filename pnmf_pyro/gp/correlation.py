@@ -35,7 +35,8 @@ KERNELS: dict[str, type[Isotropy]] = {
     "RBF": RBF,
 }
 
-# The same, as functions of distance: Pyro's take several times as long, and add 1e-12 to its square.
+# The same, as functions of distance. Pyro's take several times as long, and add 1e-12 to its
+# square.
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "Matern12": lambda r: (-r).exp(),
     "Matern32": lambda r: (3**0.5 * r + 1) * (-(3**0.5) * r).exp(),

@@ -1,9 +1,9 @@
 """Grids and fronts: the parts of an ordering in which triangular solves go.
 
 A *grid* is a first part of a max-min ordering, which covers the whole evenly: all N places, the
-first N / 2, N / 4 and so on. A *front* is a run of positions none of which is conditioned on another
-of the run, so that a solve does all of them at once. Places are renumbered so that between one grid
-and the next they stand front by front. Whatever is conditioned on what stays the same.
+first N / 2, N / 4 and so on. A *front* is a run of positions none of which is conditioned on
+another of the run, so that a solve does all of them at once. Places are renumbered so that between
+one grid and the next they stand front by front. What each is conditioned on stays the same.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Neighborhoods:
         return weights, (scale * variances).expand(self.L, -1)
 
     def _distinct_sets(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Hyperparameters of the sets that differ in weights, and a factor of variances, (1 or C, 1).
+        """Hyperparameters of sets that differ in weights, and a factor of variances, (1 or C, 1).
 
         Weights depend on the lengthscale and on the nugget relative to sigma.
         """

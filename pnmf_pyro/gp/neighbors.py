@@ -68,7 +68,7 @@ class NeighborGraph:
         return position
 
     def in_fronts(self) -> NeighborGraph:
-        """Return the graph in another order, in which solves are fast; predecessors are the same."""
+        """Return the same graph in an order in which solves are fast."""
         numbers, predecessors = in_fronts(self.predecessors)
         return NeighborGraph(self.order[numbers], predecessors)
 

@@ -6,13 +6,13 @@ that what lies together is needed together. Rows of a front do not need one anot
 takes one product with a sparse matrix for each front, from the first to the last, and a solve with
 the transpose goes from the last to the first. Torch has the same products on the CPU and on CUDA.
 
-Between one grid and the next, see :mod:`~pnmf_pyro.gp.fronts`, positions are a *block*: what a block
-takes from positions before it, and gives to them in a solve with the transpose.
+Positions between one grid and the next, see :mod:`~pnmf_pyro.gp.fronts`, are a *block*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import numpy as np
@@ -58,7 +58,7 @@ class Rows:
         return cls(starts, columns.flatten(), weights.flatten(), n_places * C)
 
     def part(self, first: int, stop: int, dtype: torch.dtype, squared: bool = False) -> Tensor:
-        """Return the rows from `first` to before `stop`, or the squares of their entries, as CSR."""
+        """Return the rows from `first` to before `stop` as CSR, perhaps with squared entries."""
         a, b = self.starts[first], self.starts[stop]
         starts = torch.from_numpy((self.starts[first : stop + 1] - a).astype(np.int32))
         values = self.values[a:b].to(dtype)
@@ -204,6 +204,6 @@ class Triangle:
             yield diagonal[: block.stop].clone().view(-1, *D.shape[1:])
 
 
-def in_one_thread() -> object:
+def in_one_thread() -> AbstractContextManager:
     """Work in one thread: a front has too little work for several, which wait for one another."""
     return openmp().limit(limits=1)

@@ -179,10 +179,10 @@ class VecchiaFactor:
     def ordered_precision(self, x: Tensor) -> Tensor:
         """Return Q x for x of shape (N, L, R), places in the ordering."""
         residual = self.triangle.multiply(x)
-        return self.triangle.multiply_transposed(residual / self._ordered_variances)
+        return self.triangle.multiply_transposed(residual / self._ordered_variances.to(x.dtype))
 
     def neighbors(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the numbers (n, K) of the neighbours of n places, and their weights (1 or L, n, K).
+        """Return the numbers, (n, K), of the neighbours of n places, and weights (1 or L, n, K).
 
         Where there is no neighbour the weight is 0.
         """
@@ -191,9 +191,9 @@ class VecchiaFactor:
         weights = self.triangle.weights[positions].movedim(1, 0)
         return self.order[near.clamp_min(0).to(index.device)], weights
 
-    def ordered(self, x: Array) -> Tensor:
-        """Return x, (L, N) or (L, N, R), in the ordering, float64 of shape (N, L, R)."""
-        x = torch.as_tensor(x).detach().to(self.order.device, torch.float64)
+    def ordered(self, x: Array, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return x, (L, N) or (L, N, R), in the ordering, of shape (N, L, R)."""
+        x = torch.as_tensor(x).detach().to(self.order.device, dtype)
         x = x if x.ndim == 3 else x[..., None]
         return x.index_select(1, self.order).movedim(1, 0).contiguous()
 

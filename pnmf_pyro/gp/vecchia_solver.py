@@ -21,10 +21,10 @@ predictions nearly sum to one. So the sum over coarser and coarser grids M = N, 
            + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
 w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
-Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has come
-from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with I - B that
-has come from the start to M takes the grid's share as it is. docs/performance.md says how many steps
-that takes. The solves are in the type of the factor's weights, all else is float64.
+Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has
+come from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with
+I - B that has come from the start to M takes the share of the grid as it is. They are in the type
+of the factor's weights. docs/performance.md says how many steps it takes.
 """
 
 from __future__ import annotations
@@ -70,21 +70,22 @@ class VecchiaPosterior:
         *,
         tolerance: float = 0.01,
         max_iterations: int = 100,
+        dtype: torch.dtype = torch.float64,
     ) -> Solution:
         """Solve (Q_l + diag(h_l)) x_l = b_l by preconditioned conjugate gradients.
 
         Every step lowers x^T A x / 2 - b^T x, so fewer steps than the tolerance asks for are a step
         in the right direction too. The first x is `start`, or 0. The tolerance is the largest error
-        of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). What is not
-        finite, or a negative h, raises a ValueError.
+        of x, in posterior standard deviations. b and x have shape (L, N) or (L, N, R). All but the
+        preconditioner is of `dtype`. What is not finite, or a negative h, raises a ValueError.
         """
         factor = self.factor
-        h = factor.ordered(self._checked_curvature(curvature))
-        r = factor.ordered(self._checked("b", b))
+        h = factor.ordered(self._checked_curvature(curvature), dtype)
+        r = factor.ordered(self._checked("b", b), dtype)
         x = torch.zeros_like(r)
         precondition = _Preconditioner(factor, h)
         if start is not None:
-            x = factor.ordered(self._checked("start", start))
+            x = factor.ordered(self._checked("start", start), dtype)
             r -= factor.ordered_precision(x) + h * x
         direction, power = torch.zeros_like(r), torch.ones_like(r[0])
         for iteration in range(max_iterations + 1):
@@ -116,7 +117,7 @@ class VecchiaPosterior:
         """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
 
         b = (I - B)^T D^1/2 e + h^1/2 e' with independent standard normal e and e' (Papandreou and
-        Yuille 2010).
+        Yuille 2010). The solve is in the type of the factor's weights.
         """
         h = self._checked_curvature(curvature)
         random = check_random_state(random_state)
@@ -124,7 +125,7 @@ class VecchiaPosterior:
         of_prior = torch.from_numpy(random.normal(size=shape)).to(h) / variances.sqrt()[..., None]
         of_data = torch.from_numpy(random.normal(size=shape)).to(h) * h.sqrt()[..., None]
         b = self.factor.multiply_transposed(of_prior) + of_data
-        return self.solve(h, b, tolerance=tolerance).x
+        return self.solve(h, b, tolerance=tolerance, dtype=self.factor.triangle.weights.dtype).x
 
     def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""

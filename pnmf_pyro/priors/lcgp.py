@@ -27,7 +27,7 @@ MOST_ITERATIONS = 60
 APART_DRAWS = 30
 
 # Numbers in the arrays that posterior draws are worked out in.
-BLOCK = 1 << 22
+BLOCK = 1 << 23
 
 
 class _SitePosterior(nn.Module):

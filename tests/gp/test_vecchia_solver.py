@@ -96,6 +96,11 @@ def test_weights_in_float32_take_as_many_steps(kernel):
         assert (e @ A @ e / N).sqrt() < 1e-3
         steps.append(found.iterations)
     assert steps[1] <= steps[0] + 2
+    drawn = VecchiaPosterior(factor).solve(
+        torch.full((1, N), 5.0), b, tolerance=0.01, dtype=torch.float32
+    )
+    e = drawn.x[0].double() - torch.linalg.solve(A, b[0])
+    assert (e @ A @ e / N).sqrt() < 0.02
 
 
 def test_a_component_without_anything_to_solve_stays_where_it_is(sparse):
