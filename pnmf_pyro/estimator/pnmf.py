@@ -58,8 +58,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
     verbose, device : bool or int, {'cpu', 'cuda', 'mps', 'auto'}
-        Whether to show the plan of a fit and a progress bar, and where to compute; `auto` is CUDA
-        where there is one.
+        Whether to show the plan and the progress of a fit; and where to compute, `auto` for CUDA.
     init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None} or tuple
         Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best.
     scheduler : {'one_cycle', 'plateau', None}
@@ -73,10 +72,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     batch_size, y_batch_size, shuffle : int, int, bool
         Number of samples and of features in a minibatch, all unless given; and whether each pass
         has a new random order.
-    spatial : bool
-        Whether log-factors are Gaussian-process fields over coordinates.
-    local : bool
-        Whether each place is conditioned on `K` neighbours, see :class:`~pnmf_pyro.priors.LCGP`.
+    spatial, local : bool
+        Whether log-factors are Gaussian-process fields over coordinates, and whether each place is
+        then conditioned on `K` neighbours, see :class:`~pnmf_pyro.priors.LCGP`.
     kernel : {'Matern12', 'Matern32', 'Matern52', 'RBF'}, Kernel of pyro.contrib.gp, or tuple
         Correlation of a field; of several, the one that predicts best. A `MultiGroupKernel` brings
         the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
@@ -127,10 +125,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     elbo_, elbo_se_ : float
         ELBO in nats, constants included: a lower bound on log p(X | W); and its standard error over
         20 draws, 0 in `lower-bound` mode.
-    history_ : History
-        ELBO at each step of what was trained then, with its `stages`.
-    n_iter_ : int
-        Number of these steps.
+    history_, n_iter_ : History, int
+        ELBO at each step of what was trained then, with its `stages`; and their number.
     groups_ : list or None
         Sorted names of the groups of a multi-group model.
     model_ : PoissonFactorization
