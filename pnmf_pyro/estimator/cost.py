@@ -99,8 +99,11 @@ class Plan:
         return self.memory <= self.available
 
     def __str__(self) -> str:
-        longest = sorted(self.stages, key=lambda stage: -stage.seconds)[:3]
-        shares = ", ".join(f"{one.name} {one.seconds / self.seconds:.0%}" for one in longest)
+        taken: dict[str, float] = {}
+        for stage in self.stages:
+            taken[stage.name] = taken.get(stage.name, 0.0) + stage.seconds / self.seconds
+        longest = sorted(taken, key=lambda name: -taken[name])[:3]
+        shares = ", ".join(f"{name} {taken[name]:.0%}" for name in longest)
         room = "" if self.available == np.inf else f" of {gigabytes(self.available)}"
         refused = "" if self.fits else ": too much, fit will refuse it"
         lines = {
@@ -127,7 +130,8 @@ class Plan:
 
 def plan_of(settings: Settings, data: Data) -> Plan:
     """Time stages of a fit on a sample of its rows, and return what the whole will take."""
-    counts, places = data.counts, data.places
+    counts, places, held = data.counts, data.places, held_memory()
+    room = held + available_memory()
     if settings.prior is not None:
         places = settings.prior.places
     size = Size.of(settings, counts.shape, counts.values.numel(), places)
@@ -135,7 +139,6 @@ def plan_of(settings: Settings, data: Data) -> Plan:
     levels: list[Size] = []
     if places is not None and calibration.warms_up:
         levels = _levels(counts, places, size)
-    held = held_memory()
     stages = calibration.costs(size, levels)
     total = sum(stage.seconds for stage in stages)
     savings = []
@@ -150,7 +153,7 @@ def plan_of(settings: Settings, data: Data) -> Plan:
         tuple(level.samples for level in levels),
         tuple(stages),
         held + size.memory,
-        held + available_memory(),
+        room,
         tuple(sorted(savings, key=lambda saving: saving.seconds)),
     )
 

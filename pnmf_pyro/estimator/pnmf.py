@@ -57,8 +57,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     random_state : int, RandomState, Generator or None
         Seed. None gives a different fit at each call.
     verbose, device : bool or int, {'cpu', 'cuda', 'mps', 'auto'}
-        Whether to show the plan of a fit and a progress bar, and where to compute; `auto` is CUDA
-        where there is one.
+        Whether to show the plan and the progress of a fit; and where to compute, `auto` for CUDA.
     init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None} or tuple
         Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best.
     scheduler : {'one_cycle', 'plateau', None}

@@ -12,7 +12,8 @@ import torch
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.estimator import inputs, size
+from pnmf_pyro.data.tables import number_stored
+from pnmf_pyro.estimator import calibration, inputs, size
 from pnmf_pyro.estimator.inputs import read_data
 from pnmf_pyro.estimator.size import Size
 from pnmf_pyro.estimator.stages import Settle
@@ -44,6 +45,12 @@ def case(request):
     given = dict(KINDS[request.param])
     shape = {name: given.pop(name) for name in ("n", "mean", "groups") if name in given}
     return data(space="n" in shape, **shape), {"n_components": 2, "max_iter": 60, **given}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Time each stage for a moment."""
+    monkeypatch.setattr(calibration, "SECONDS", 0.02)
 
 
 def quietly(call):
@@ -128,8 +135,8 @@ def test_a_fit_says_its_plan_and_shows_one_bar(capsys):
 def test_the_plan_reads_anndata_as_fit_does():
     X, coords, _ = data()
     adata = anndata.AnnData(X, obsm={"spatial": coords})
-    adata.layers["half"] = X[:, :] // 2 if False else X.multiply(X > 3).tocsr()
-    plan = quietly(lambda: pnmf_pyro.plan(adata, n_components=2, layer="half"))
+    adata.layers["large"] = X.multiply(X > 3).tocsr()
+    plan = quietly(lambda: pnmf_pyro.plan(adata, n_components=2, layer="large"))
     assert plan.prior == "SVGP"
     assert plan.n_stored == (X > 3).nnz
     assert pnmf_pyro.plan(adata, n_components=2, spatial_key=None).prior == "GaussianPrior"
@@ -137,7 +144,7 @@ def test_the_plan_reads_anndata_as_fit_does():
     with pytest.raises(ValueError, match="leave coords and groups out"):
         pnmf_pyro.plan(adata, coords)
     with pytest.raises(ValueError, match="layer is for AnnData"):
-        pnmf_pyro.plan(X, layer="half")
+        pnmf_pyro.plan(X, layer="large")
 
 
 def test_a_prior_that_is_an_object_is_planned():
@@ -224,8 +231,6 @@ def test_stored_counts_are_those_of_every_kind_of_table():
     settings = PNMF(2)
     for table in (X, dense, torch.from_numpy(dense), torch.from_numpy(dense).to_sparse()):
         counts = read_data(settings, table, None, None, None).counts
-        from pnmf_pyro.data.tables import number_stored
-
         assert number_stored(table) == counts.values.numel()
 
 
