@@ -146,7 +146,9 @@ def coverage(options: argparse.Namespace) -> None:
                     found = np.array([run(overlap, mean, seed) for seed in seeds])
                     _report(part, found, mean=mean, overlap=overlap)
         for overlap in (0.0, 0.2, 0.5):
-            report(benchmark="coverage", part="loadings", overlap=overlap, **spread(overlap, 1, 200))
+            report(
+                benchmark="coverage", part="loadings", overlap=overlap, **spread(overlap, 1, 200)
+            )
         for mean, log_ratio in ((1.0, 2.0), (5.0, 2.0), (5.0, 1.0)):
             each = [discoveries(mean, log_ratio, seed) for seed in seeds]
             means = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
