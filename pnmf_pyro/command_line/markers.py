@@ -79,5 +79,5 @@ def _write_csv(path: str, table: object) -> None:
     rows = table.to_records(index=False) if hasattr(table, "to_records") else np.asarray(table)
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows.dtype.names)
+        writer.writerow(rows.dtype.names or ())
         writer.writerows(rows.tolist())

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
 from pnmf_pyro.models.factorization import PoissonFactorization
-from pnmf_pyro.models.loading_errors import loading_errors
+from pnmf_pyro.models.loading_errors import covariance_from_loadings, loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors.joint import joint_covariance, packed_numbers
+
+# What a model must have from this package for the package to know its posterior.
+PROGRAMS = ("model", "guide", "likelihood")
 
 
 class Information(NamedTuple):
@@ -62,17 +66,28 @@ def _of_poisson(likelihood: PoissonFactors, counts: Counts, factors: Tensor) -> 
 def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     """Give a trained model the joint posterior of each sample, and the errors of its loadings.
 
-    It has none where the likelihood, or the prior, does not say what is needed, and where the
-    log-factors of the likelihood are not those of the prior.
+    Where loadings are learned, the posterior counts their errors as well.
+
+    It has none where the likelihood, or the prior, does not say what is needed, and where a
+    subclass has another program or likelihood.
     """
     prior, q = model.prior, model.prior.marginal()
     prior.joint_covariance = model.loading_blocks = model.loading_coupling = None
-    likelihood = model.likelihood(q.loc)
-    if getattr(likelihood, "log_factors", None) is not q.loc:
+    if any(getattr(type(model), n) is not getattr(PoissonFactorization, n) for n in PROGRAMS):
         return
+    with model.apart():
+        likelihood = model.likelihood(q.loc, Batch())
     counts = counts.to(model.W.dtype)
     found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
-    if found is not None and bool(found.shared.isfinite().all() & found.expected.isfinite().all()):
-        prior.joint_covariance = joint_covariance(prior, found.shared, found.expected)
-        errors = loading_errors(model, found.counts, found.shared)
-        model.loading_blocks, model.loading_coupling = errors or (None, None)
+    if found is None or not (found.shared.isfinite().all() and found.expected.isfinite().all()):
+        return
+    covariance = joint_covariance(prior, found.shared, found.expected)
+    errors = loading_errors(model, found.counts, found.shared)
+    if covariance is None or errors is None:
+        return
+    if model.W.requires_grad:  # otherwise they are known
+        covariance += covariance_from_loadings(
+            model, found.counts, found.shared, covariance, errors
+        )
+    prior.joint_covariance = covariance
+    model.loading_blocks, model.loading_coupling = errors

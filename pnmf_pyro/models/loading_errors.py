@@ -107,8 +107,8 @@ def loading_errors(
     joint = of_given - _coupling(A, shared, covariance)
     coupling = _inverse(joint) - _inverse(of_alone)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(alone))
-    packed = inverse[(slice(None), *packed_numbers(L, W.device))]
-    return LoadingErrors(packed.float(), coupling.float())
+    rows, columns = packed_numbers(L, W.device)
+    return LoadingErrors(inverse[:, rows, columns].float(), coupling.float())
 
 
 def _inverse(matrix: Tensor) -> Tensor:
@@ -145,3 +145,46 @@ def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
         M = E.mT @ unpacked(covariance[block]) @ E
         total += M.flatten(1).T @ (a[:, :, None] * a[:, None, :]).flatten(1)
     return total.reshape(L, L, L, L).permute(0, 2, 1, 3).reshape(L * L, L * L)
+
+
+def covariance_from_loadings(
+    model: PoissonFactorization,
+    counts: Counts,
+    shared: Tensor,
+    covariance: Tensor,
+    errors: LoadingErrors,
+) -> Tensor:
+    r"""Return what errors of loadings add to the covariance of each sample's log-factors, packed.
+
+    Loadings that are off by dW_j move log-factors by :math:`-P_i^{-1} \sum_j X_{ij} \phi_{ij}
+    \psi_{ij}^T dW_j`. The blocks D_j^{-1} and the directions Z are taken one after the other.
+
+    Parameters
+    ----------
+    model, counts, shared
+        As for :func:`loading_errors`.
+    covariance : Tensor of shape (N, L (L + 1) / 2)
+        P^{-1} of each sample, packed.
+    errors : LoadingErrors
+    """
+    W, A = model.W.data, model.prior.marginal().loc.exp().T.contiguous()
+    L = W.shape[1]
+    rows, columns = packed_numbers(L, W.device)
+    coupling = errors.coupling.double().reshape(L, L, L, L).permute(1, 3, 0, 2).reshape(L * L, -1)
+    twice = 2.0 - (rows == columns).to(W)
+    products = W[:, rows] * W[:, columns]
+    largest = torch.finfo(W.dtype).max ** 0.5
+    found = torch.empty_like(covariance)
+    for index, block in counts.blocks():
+        a, pairs = A[index], A[index][:, rows] * A[index][:, columns]
+        squared = rates(block, a, W).square_()
+        weight = block.inner(pairs * twice, errors.blocks.to(W)).mul_(block.values.square())
+        weight = weight.div_(squared).div_(squared).clamp_max_(largest)
+        moved = unpacked(block.matmul(weight, products) * pairs)
+        a = a.double()
+        E = unpacked(shared[index]) / a[:, None, :]
+        Q = ((a[:, :, None] * a[:, None, :]).flatten(1) @ coupling).reshape(-1, L, L)
+        moved += E @ Q @ E.mT
+        P = unpacked(covariance[index])
+        found[index] = (P @ moved @ P)[:, rows, columns].to(found)
+    return found

@@ -109,7 +109,7 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
     diagonal = diagonal_numbers(prior.L)
     information = _as_expected(shared, expected)
     sites = information[:, diagonal].T.double()
-    last = None
+    apart = last = None
     for _ in range(ROUNDS):
         apart = prior.apart_from_own(sites)
         if apart is None:
@@ -120,6 +120,7 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
         if last is not None and bool(((variance / last).sqrt() - 1).abs().max() < SETTLED):
             break
         last = variance
+    assert apart is not None
     skew = expected.square() / (apart + expected) ** 3 / 2
     return _scaled(packed, (1 + skew).sqrt().T.float())
 

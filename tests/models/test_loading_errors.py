@@ -25,9 +25,7 @@ def fitted(request):
 
 
 def whole_system(X, W, F, c, prior_sd):
-    """Covariance (D L, D L) of all loadings, from the inverse of the matrix of all errors, first
-    those of F and then those of W.
-    """
+    """Covariance of all errors, first those of F and then those of W."""
     (N, D), L = X.shape, W.shape[1]
     A = np.exp(F)
     psi = A[:, None, :] / (A @ W.T)[..., None]
@@ -39,11 +37,11 @@ def whole_system(X, W, F, c, prior_sd):
     J = J.reshape(N * D, -1)
     precision = (J * X.reshape(-1, 1)).T @ J
     precision += np.diag(np.concatenate([np.full(N * L, c), 1 / prior_sd.ravel() ** 2]))
-    return np.linalg.inv(precision)[N * L :, N * L :]
+    return np.linalg.inv(precision)
 
 
-def of_features(V, L):
-    """The block (L, L) of each feature."""
+def blocks_of(V, L):
+    """The block (L, L) of each sample or feature."""
     return np.stack([V[j : j + L, j : j + L] for j in range(0, len(V), L)])
 
 
@@ -55,13 +53,14 @@ def test_they_are_those_of_the_whole_system(profiles, fitted):
     W = model.components_.T.astype(np.float64)
     prior_sd = np.maximum(3 * W, 1 / module.expected_totals().numpy())
     V = whole_system(X, W, F, 1 / float(module.prior.scale_pf) ** 2, prior_sd)
+    V = V[-W.size :, -W.size :]
     if profiles:  # W_jl / sum_j W_jl times its sum, linearised
         share = (W / W.sum(0)).T[..., None]
         away = np.eye(W.size).reshape(*W.shape, *W.shape)
         for l in range(3):
             away[:, l, :, l] -= share[l]
         V = away.reshape(W.size, -1) @ V @ away.reshape(W.size, -1).T
-    exact = of_features(V, 3)
+    exact = blocks_of(V, 3)
     found = errors_of_loadings(module).covariances(module.W.data, profiles=profiles).numpy()
     sd, exact_sd = (np.sqrt(np.einsum("jll->jl", V)) for V in (found, exact))
     ratio = sd / exact_sd
@@ -83,8 +82,7 @@ def test_blocks_alone_are_those_of_a_feature_with_all_factors_uncertain(monkeypa
     held = np.full(W.shape, 1e-9)
     L = W.shape[1]
     A, c = torch.from_numpy(np.exp(F)), 1 / float(module.prior.scale_pf) ** 2
-    phi = np.exp(F)[:, None] * W / (np.exp(F) @ W.T)[..., None]
-    P = np.einsum("ij,ijl,ijm->ilm", X, phi, phi) + c * np.eye(L)
+    P = gauss_newton(X, W, F) + c * np.eye(L)
     rows, columns = np.tril_indices(L)
     C = torch.from_numpy(np.linalg.inv(P)[:, rows, columns])
     counts = as_counts(X)
@@ -92,9 +90,36 @@ def test_blocks_alone_are_those_of_a_feature_with_all_factors_uncertain(monkeypa
     for j in (0, 5):
         sd = held.copy()
         sd[j] = 10.0
-        V = of_features(whole_system(X, W, F, c, sd), L)[j]
-        exact = np.linalg.inv(V) - np.eye(L) / 100
+        V = whole_system(X, W, F, c, sd)[-W.size :, -W.size :]
+        exact = np.linalg.inv(blocks_of(V, L)[j]) - np.eye(L) / 100
         np.testing.assert_allclose(alone[j], exact, rtol=1e-5, atol=1e-8)
+
+
+def test_what_they_add_to_log_factors_is_that_of_the_whole_system(fitted):
+    _, X, model = fitted
+    module, N = model.model_, len(X)
+    F = module.prior.marginal().loc.detach().numpy().T
+    W = model.components_.T.astype(np.float64)
+    prior_sd = np.maximum(3 * W, 1 / module.expected_totals().numpy())
+    c = 1 / float(module.prior.scale_pf) ** 2
+    known = np.linalg.inv(H := gauss_newton(X, W, F) + c * np.eye(3))
+    exact = blocks_of(whole_system(X, W, F, c, prior_sd)[: N * 3, : N * 3], 3) - known
+    rows, columns = np.tril_indices(3)
+    shared = torch.from_numpy((H - c * np.eye(3))[:, rows, columns]).float()
+    covariance = torch.from_numpy(known[:, rows, columns]).float()
+    added = loading_errors.covariance_from_loadings(
+        module, as_counts(X.astype(np.float32)), shared, covariance, errors_of_loadings(module)
+    )
+    ratio = added[:, [0, 2, 5]].detach().numpy() / np.einsum("ill->il", exact)
+    assert np.median(ratio) == pytest.approx(1, abs=0.05)
+    assert np.quantile(ratio, 0.02) > 0.7
+    assert np.quantile(ratio, 0.98) < 1.2
+
+
+def gauss_newton(X, W, F):
+    """sum_j X_ij phi_ij phi_ij^T of each sample."""
+    phi = np.exp(F)[:, None] * W / (np.exp(F) @ W.T)[..., None]
+    return np.einsum("ij,ijl,ijm->ilm", X, phi, phi)
 
 
 def test_a_feature_of_one_component_with_known_factors_has_the_error_of_a_poisson_mean():
