@@ -43,7 +43,7 @@ from pnmf_pyro.priors import LCGP, SVGP
 CRITERIA = ("leave-one-out", "elbo")
 
 # Of L-BFGS-B; more change predictions by less than splits of the data do.
-ITERATIONS = 15
+ITERATIONS = 10
 
 # Samples that are predicted, at most: drawn at random from larger data.
 JUDGED = 1000
@@ -63,21 +63,52 @@ GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 # the values that all components share.
 SPREAD = 0.1
 
+# The same of a factor on all components.
+TOGETHER = 0.5
+
 # The same of what the evidence of the sites says of a component, and how much of that is tried.
 APART = 1.0
 SHARES = (0.0, 0.5, 1.0)
+
+# What components differ in, and what a factor on all of them may change.
+LENGTHS = ("lengthscale", "group_diff_param")
+
+# Values from which on groups share all there is or nothing; and what to say of ends.
+ENDS = {"group_diff_param": (0.01, 1000.0)}
+CHECK = (
+    "Check that coordinates are those of the samples, in their order, and in one unit for all "
+    "sections; or fit without coordinates."
+)
+TOLD_BY = {
+    "lengthscale": (
+        "shorter than the samples are apart: neighbours do not resemble one another. " + CHECK,
+        "longer than the samples extend: factors hardly vary over the places. " + CHECK,
+    ),
+    "group_diff_param": (
+        "groups share all there is: fit them without groups.",
+        "groups share nothing: check that their coordinates are aligned, or fit them apart.",
+    ),
+}
+
+# Nats by which samples must be predicted better for components to differ.
+TOLD = 2.0
 
 # Largest distance, in units of F, of a site from the mean of q.
 HIGHEST_SITE = 5.0
 
 
-def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
+def sites(
+    model: PoissonFactorization, counts: Counts, overlap: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return what each sample tells of its log-factors: observations y and their noise variance.
 
     Parameters
     ----------
     model : PoissonFactorization
     counts : Counts of shape (N, D)
+    overlap : bool
+        Count for less what may be of another component: the curvature is that of the
+        log-likelihood, in place of that of `lower-bound` mode, which knows whose each count is.
 
     Returns
     -------
@@ -87,15 +118,15 @@ def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
         q, W = model.prior.marginal(), model.W.data.detach()
         factors = q.loc.exp().mT.contiguous().to(W)
         _, first, second = log_rate_and_moments(counts, factors, W)
-        expected = (q.loc + q.variance / 2).exp().double() * W.double().sum(0)[:, None]
-        if model.size_factors is not None:
-            expected = expected * model.size_factors.double()
         first, second = first.mT.double(), second.mT.double()
-        # Negative curvature; far from the optimum it can be below 0, and sum_j X phi^2 is what it
-        # is there where the expected counts of a component are those seen.
-        h = torch.maximum(expected - first + second, second / 2).clamp_min(1e-6)
-        rise = ((first - expected) / h).clamp(-HIGHEST_SITE, HIGHEST_SITE)
-        return q.loc.double() + rise, 1 / h
+        h = (q.loc + q.variance / 2).exp().double() * W.double().sum(0)[:, None]
+        if model.size_factors is not None:
+            h = h * model.size_factors.double()
+        slope = first - h
+        if overlap:  # far from the optimum the first can be below 0
+            h = torch.maximum(h - first + second, second / 2)
+        h = h.clamp_min(1e-6)
+        return q.loc.double() + (slope / h).clamp(-HIGHEST_SITE, HIGHEST_SITE), 1 / h
 
 
 def predict_without(
@@ -131,6 +162,14 @@ def predict_without(
     left, solved = torch.linalg.solve_triangular(tril, right, upper=False).unbind(-1)
     variance = prior - solved.square().sum(-1)
     return mean[:, None] + (left * solved).sum(-1), variance.clamp_min(1e-10)
+
+
+def _of_components(name: str, values: Tensor, chosen: Tensor) -> str:
+    """Say which components have a hyperparameter at the end of what was tried."""
+    numbers = chosen.nonzero()[:, 0].tolist()
+    found = ", ".join(f"{values[number]:.3g}" for number in numbers)
+    whose = "" if len(numbers) == len(values) else f" of components {numbers}"
+    return f"The {name}{whose} was learned as {found}, the end of what was tried, "
 
 
 @dataclass
@@ -181,8 +220,8 @@ class HyperparameterSearch:
         """
         self._observe(source)
         values, mean = self._best_of_grid()
-        self._warn_of_ends(values)
         values, mean = self._descend(self._apart(values, mean), mean)
+        self._warn_of_ends(values)
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
@@ -190,22 +229,17 @@ class HyperparameterSearch:
         self.prior.assign(self.y, self.noise.sqrt())
 
     def _warn_of_ends(self, values: dict[str, Tensor]) -> None:
-        """Warn of a lengthscale that the samples do not tell."""
-        if "lengthscale" not in self.names:
-            return
-        found, grid = float(values["lengthscale"][0]), self._grids()["lengthscale"]
-        if found <= 1.01 * grid[0]:
-            told = "shorter than the samples are apart: neighbours do not resemble one another"
-        elif found >= 0.99 * grid[-1]:
-            told = "longer than the samples extend: factors hardly vary over the places"
-        else:
-            return
-        warn(
-            f"The lengthscale was learned as {found:.3g}, the end of what was tried, {told}. Check "
-            "that coordinates are those of the samples, in their order, and in one unit for all "
-            "sections; or fit without coordinates.",
-            ConvergenceWarning,
-        )
+        """Warn of lengthscales and differences between groups that the samples do not tell."""
+        said = []
+        for name in LENGTHS:
+            if name in self.names:
+                low, high = ENDS.get(name) or np.array(self._grids()[name])[[0, -1]]
+                short, long = values[name] <= 1.01 * low, values[name] >= 0.99 * high
+                for at_end, told in zip((short, long), TOLD_BY[name], strict=True):
+                    if at_end.any():
+                        said.append(_of_components(name, values[name], at_end) + told)
+        if said:
+            warn(" ".join(said), ConvergenceWarning)
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
@@ -223,7 +257,7 @@ class HyperparameterSearch:
 
         Each site is judged given those of its neighbours that come before it: the chain rule.
         """
-        y, noise = self.y[components], self.noise[components]
+        y, noise = self.own_y[components], self.dispersion * self.own_noise[components]
         later = self.neighbours > self.judged[:, None]
         before = torch.where(later, self.judged[:, None], self.neighbours)
         loc, variance = predict_without(
@@ -253,15 +287,18 @@ class HyperparameterSearch:
 
     def _observe(self, source: PoissonFactorization) -> None:
         self.y, self.noise = sites(source, self.counts)
+        self.own_y, self.own_noise = sites(source, self.counts, overlap=True)
+        self.dispersion = 1.0
 
     def profile(self, source: PoissonFactorization, lengthscales: np.ndarray) -> np.ndarray:
-        """Return the criterion at lengthscales shared by all components, the rest as it is.
+        """Return the criterion with one factor on all lengthscales, as the search moves them.
 
         Parameters
         ----------
         source : PoissonFactorization
             As for :meth:`learn_from`.
         lengthscales : ndarray of shape (n,)
+            Geometric means of the components' lengthscales; their ratios stay.
 
         Returns
         -------
@@ -273,7 +310,8 @@ class HyperparameterSearch:
         values = dict(self.kernel.hyperparameters)
         found = []
         for lengthscale in lengthscales:
-            values["lengthscale"] = torch.full_like(self.kernel.lengthscale, float(lengthscale))
+            middle = self.kernel.lengthscale.log().mean().exp()
+            values["lengthscale"] = self.kernel.lengthscale * (float(lengthscale) / middle)
             with torch.no_grad():
                 found.append(float(self.loss(values, mean)))
         return np.array(found)
@@ -351,22 +389,26 @@ class HyperparameterSearch:
         return least, values
 
     def _apart(self, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """Tell components apart by the evidence of their sites, as far as that predicts better.
+        """Tell components of many samples apart by evidence, as far as that predicts better.
 
         The evidence is by far the sharper judge of one component; prediction that of how much of
         it to believe, since counts that vary more than a Poisson mislead the evidence.
         """
-        if len(self.kernel.sigma) == 1 or not self.names:
+        if len(self.kernel.sigma) == 1 or not self.names or len(self.judged) < JUDGED:
             return values
+        self.dispersion = self._dispersion(values, mean)
         own = [self._own(slice(l, l + 1), values, mean) for l in range(len(mean))]
-        logs = {name: torch.cat([one[name] for one in own]).log() for name in self.names}
+        apart = [name for name in self.names if name in LENGTHS]
+        logs = {name: torch.cat([one[name] for one in own]).log() for name in apart}
         tried = []
         for share in SHARES:
             away = {name: share * (log - log.median()) for name, log in logs.items()}
-            tried.append(values | {name: values[name] * away[name].exp() for name in away})
+            tried.append(self._within(values | {k: values[k] * away[k].exp() for k in away}))
         with torch.no_grad():
-            losses = [float(self.loss(self._within(one), mean)) for one in tried]
-        return self._within(tried[int(np.nanargmin(losses))])
+            losses = np.array([float(self.loss(one, mean)) for one in tried])
+        gain = len(self.judged) / self.dispersion * (losses[0] - losses)
+        best = int(np.nanargmax(gain))
+        return tried[best] if gain[best] > TOLD else tried[0]
 
     def _own(self, mine: slice, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Hyperparameters of one component by the evidence of its sites, from common values."""
@@ -431,9 +473,11 @@ class HyperparameterSearch:
             return self._within({**values, **learned}), level
 
         weight = len(self.judged) / self._dispersion(values, mean)
+        free = origin.new_tensor([TOGETHER if name in LENGTHS else SPREAD for name in names])
+        spread = torch.cat([free, torch.full_like(origin, SPREAD)])
 
         def judge(x: Tensor) -> Tensor:
-            away = x[len(names) :].square().sum() / (2 * SPREAD**2)
+            away = (x / spread).square().sum() / 2
             return weight * self.loss(*unpack(x)) + away
 
         limits = self._limits()
