@@ -62,8 +62,8 @@ def lengthscale_profile(
     X : array-like or sparse matrix of shape (n_samples, n_features)
         Counts of the fit.
     lengthscales : array-like of shape (n,), optional
-        Geometric means of the components' lengthscales to try, in the unit of the coordinates; from half their spacing to their
-        extent or the longest learned unless given.
+        Geometric means of the components' lengthscales to try, in the unit of the coordinates;
+        from half their spacing to their extent or the longest learned unless given.
 
     Returns
     -------

@@ -99,8 +99,9 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     """Plot how well samples are predicted without themselves, against the lengthscale.
 
     The horizontal axis is the geometric mean of the components' lengthscales, whose ratios stay as
-    learned; the dotted line is that of the fit, and marks below are the components' own. Lower is better: shown is the distance from the best, up to three times that
-    of the median. A flat stretch says that the data do not tell its lengthscales apart.
+    learned; the dotted line is that of the fit, and marks below are the components' own. Lower is
+    better: shown is the distance from the best, up to three times that of the median. A flat
+    stretch says that the data do not tell its lengthscales apart.
 
     Parameters
     ----------
