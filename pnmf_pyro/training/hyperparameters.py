@@ -24,11 +24,9 @@ from typing import cast
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.batches import take
-from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
@@ -38,6 +36,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors import LCGP, SVGP
+from pnmf_pyro.training.ends import warn_of_ends
 from pnmf_pyro.training.site_regression import predict_without, sites
 
 CRITERIA = ("leave-one-out", "elbo")
@@ -73,33 +72,8 @@ SHARES = (0.0, 0.5, 1.0)
 # What components differ in, and what a factor on all of them may change.
 LENGTHS = ("lengthscale", "group_diff_param")
 
-# Values from which on groups share all there is or nothing; and what to say of ends.
-ENDS = {"group_diff_param": (0.01, 1000.0)}
-CHECK = (
-    "Check that coordinates are those of the samples, in their order, and in one unit for all "
-    "sections; or fit without coordinates."
-)
-TOLD_BY = {
-    "lengthscale": (
-        "shorter than the samples are apart: neighbours do not resemble one another. " + CHECK,
-        "longer than the samples extend: factors hardly vary over the places. " + CHECK,
-    ),
-    "group_diff_param": (
-        "groups share all there is: fit them without groups.",
-        "groups share nothing: check that their coordinates are aligned, or fit them apart.",
-    ),
-}
-
 # Nats by which samples must be predicted better for components to differ.
 TOLD = 2.0
-
-
-def _of_components(name: str, values: Tensor, chosen: Tensor) -> str:
-    """Say which components have a hyperparameter at the end of what was tried."""
-    numbers = chosen.nonzero()[:, 0].tolist()
-    found = ", ".join(f"{values[number]:.3g}" for number in numbers)
-    whose = "" if len(numbers) == len(values) else f" of components {numbers}"
-    return f"The {name}{whose} was learned as {found}, the end of what was tried, "
 
 
 @dataclass
@@ -151,25 +125,12 @@ class HyperparameterSearch:
         self.observe(source)
         values, mean = self._best_of_grid()
         values, mean = self._descend(self._apart(values, mean), mean)
-        self._warn_of_ends(values)
+        warn_of_ends({k: values[k] for k in LENGTHS if k in self.names}, self._grids())
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
             self.prior.mean.copy_(mean)
         self.prior.assign(self.y, self.noise.sqrt())
-
-    def _warn_of_ends(self, values: dict[str, Tensor]) -> None:
-        """Warn of lengthscales and differences between groups that the samples do not tell."""
-        said = []
-        for name in LENGTHS:
-            if name in self.names:
-                low, high = ENDS.get(name) or np.array(self._grids()[name])[[0, -1]]
-                short, long = values[name] <= 1.01 * low, values[name] >= 0.99 * high
-                for at_end, told in zip((short, long), TOLD_BY[name], strict=True):
-                    if at_end.any():
-                        said.append(_of_components(name, values[name], at_end) + told)
-        if said:
-            warn(" ".join(said), ConvergenceWarning)
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""

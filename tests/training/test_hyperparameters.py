@@ -17,6 +17,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import SVGP
 from pnmf_pyro.priors.natural import SiteSteps
+from pnmf_pyro.training.ends import warn_of_ends
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch, predict_without, sites
 from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.schedules import Constant
@@ -127,7 +128,7 @@ def test_an_end_that_one_component_reaches_is_said(data, name, value, said):
     )
     values = {name: torch.tensor([0.3, value], dtype=torch.float64)}
     with pytest.warns(ConvergenceWarning, match=said):
-        search._warn_of_ends(values)
+        warn_of_ends(values, search._grids())
 
 
 def refit_given_loadings(X, x, W):
