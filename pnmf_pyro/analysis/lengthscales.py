@@ -25,12 +25,13 @@ PROFILED = 25
 
 @dataclass(frozen=True)
 class LengthscaleProfile:
-    """A criterion at several lengthscales, each taken for all components at once.
+    """A criterion at several lengthscales, those of all components moved by one factor.
 
     Attributes
     ----------
     lengthscales : ndarray of shape (n,)
-        Lengthscales that were tried, in the unit of the coordinates.
+        Geometric means of the components' lengthscales that were tried, in the unit of the
+        coordinates.
     loss : ndarray of shape (n,)
         Criterion of the fit there, in nats per sample; low is good.
     learned : ndarray of shape (n_components,) or (1,)
@@ -50,9 +51,9 @@ class LengthscaleProfile:
 def lengthscale_profile(
     fit: Fitted, X: CountsLike, lengthscales: ArrayLike | None = None
 ) -> LengthscaleProfile:
-    """Predict samples without themselves, with all components at one lengthscale or another.
+    """Predict samples without themselves, with all lengthscales longer or shorter by one factor.
 
-    All else is as in the fit.
+    All else is as in the fit: this is the function that the search of a fit goes down.
 
     Parameters
     ----------
@@ -61,8 +62,8 @@ def lengthscale_profile(
     X : array-like or sparse matrix of shape (n_samples, n_features)
         Counts of the fit.
     lengthscales : array-like of shape (n,), optional
-        Lengthscales to try, in the unit of the coordinates; from half their spacing to their
-        extent or the longest learned unless given.
+        Geometric means of the components' lengthscales to try, in the unit of the coordinates;
+        from half their spacing to their extent or the longest learned unless given.
 
     Returns
     -------

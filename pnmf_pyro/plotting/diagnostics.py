@@ -98,9 +98,10 @@ def _elbo_values(history: Fit | ArrayLike, key: str) -> tuple[np.ndarray, Sequen
 def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None) -> Axes:
     """Plot how well samples are predicted without themselves, against the lengthscale.
 
-    All components have the lengthscale of the horizontal axis; marks below show what the fit has
-    learned for each. Lower is better: shown is the distance from the best, up to three times that
-    of the median. A flat stretch says that the data do not tell its lengthscales apart.
+    The horizontal axis is the geometric mean of the components' lengthscales, whose ratios stay as
+    learned; the dotted line is that of the fit, and marks below are the components' own. Lower is
+    better: shown is the distance from the best, up to three times that of the median. A flat
+    stretch says that the data do not tell its lengthscales apart.
 
     Parameters
     ----------
@@ -123,7 +124,13 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     ax.plot(profile.lengthscales, excess, color=BLUE, lw=1.5, marker="o", ms=3)
     height, from_below = np.full(len(profile.learned), 0.03), ax.get_xaxis_transform()
     ax.plot(profile.learned, height, "k|", ms=12, mew=1.5, transform=from_below, label=LEARNED)
-    ax.set(xscale="log", xlabel="lengthscale", ylabel="loss above the best (nats per sample)")
+    mean = np.exp(np.log(profile.learned).mean())
+    ax.axvline(mean, color="0.4", lw=1, ls=":", label="learned, geometric mean", zorder=0)
+    ax.set(
+        xscale="log",
+        xlabel="lengthscale (geometric mean)",
+        ylabel="loss above the best (nats per sample)",
+    )
     top = 3 * np.median(excess)
     if top > 0:
         ax.set_ylim(-0.08 * top, top)

@@ -24,13 +24,10 @@ from typing import cast
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch
-from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.log_rate import log_rate_and_moments
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import Pairs, fill_symmetric
@@ -39,11 +36,13 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors import LCGP, SVGP
+from pnmf_pyro.training.ends import warn_of_ends
+from pnmf_pyro.training.site_regression import predict_without, sites
 
 CRITERIA = ("leave-one-out", "elbo")
 
 # Of L-BFGS-B; more change predictions by less than splits of the data do.
-ITERATIONS = 15
+ITERATIONS = 10
 
 # Samples that are predicted, at most: drawn at random from larger data.
 JUDGED = 1000
@@ -63,75 +62,18 @@ GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 # the values that all components share.
 SPREAD = 0.1
 
+# The same of a factor on all components.
+TOGETHER = 0.5
+
 # The same of what the evidence of the sites says of a component, and how much of that is tried.
 APART = 1.0
 SHARES = (0.0, 0.5, 1.0)
 
-# Largest distance, in units of F, of a site from the mean of q.
-HIGHEST_SITE = 5.0
+# What components differ in, and what a factor on all of them may change.
+LENGTHS = ("lengthscale", "group_diff_param")
 
-
-def sites(model: PoissonFactorization, counts: Counts) -> tuple[Tensor, Tensor]:
-    """Return what each sample tells of its log-factors: observations y and their noise variance.
-
-    Parameters
-    ----------
-    model : PoissonFactorization
-    counts : Counts of shape (N, D)
-
-    Returns
-    -------
-    y, noise : Tensor of shape (L, N), float64
-    """
-    with torch.no_grad():
-        q, W = model.prior.marginal(), model.W.data
-        factors, expected = q.loc.exp().to(W), (q.loc + q.variance / 2).exp().to(W)
-        A, likelihood = factors.mT.contiguous(), model.in_closed_form(q.loc)
-        _, first, second = log_rate_and_moments(counts, A, W)
-        if (informative := likelihood.informative(counts)) is not counts:
-            _, _, second = log_rate_and_moments(informative, A, W)
-        total = (expected.mT * likelihood.rates(counts, expected)).mT.double()
-        first, second = first.mT.double(), second.mT.double()
-        # Negative curvature; far from the optimum it can be below 0, and sum_j X phi^2 is what it
-        # is there where the expected counts of a component are those seen.
-        h = torch.maximum(total - first + second, second / 2).clamp_min(1e-6)
-        rise = ((first - total) / h).clamp(-HIGHEST_SITE, HIGHEST_SITE)
-        return q.loc.double() + rise, 1 / h
-
-
-def predict_without(
-    covariance: Tensor, mean: Tensor, judged: Tensor, neighbours: Tensor, y: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of F at samples, given the sites of their neighbours.
-
-    Parameters
-    ----------
-    covariance : Tensor of shape (L or 1, n, K + 1, K + 1)
-        Of F at the neighbours of each judged sample, and in the last place at the sample.
-    mean : Tensor of shape (L,)
-    judged : Tensor of shape (n,)
-    neighbours : Tensor of shape (n, K)
-        Entries equal to the judged sample itself are left out.
-    y, noise : Tensor of shape (L, N)
-        Sites.
-
-    Returns
-    -------
-    mean, variance : Tensor of shape (L, n)
-    """
-    among, prior = covariance[..., :-1, :-1], covariance[..., -1, -1]
-    absent = neighbours == judged[:, None]
-    towards = covariance[..., :-1, -1:].masked_fill(absent[..., None], 0.0)
-    spread = noise[:, neighbours].masked_fill(absent, 1e12)
-    diagonal = among.diagonal(dim1=-2, dim2=-1) + spread
-    among = among.expand(*diagonal.shape, -1)
-    # The noise of the sites keeps this well conditioned: no jitter.
-    tril = torch.linalg.cholesky(among.diagonal_scatter(diagonal, dim1=-2, dim2=-1))
-    towards = towards.expand(*diagonal.shape, 1)
-    right = torch.cat([(y[:, neighbours] - mean[:, None, None])[..., None], towards], -1)
-    left, solved = torch.linalg.solve_triangular(tril, right, upper=False).unbind(-1)
-    variance = prior - solved.square().sum(-1)
-    return mean[:, None] + (left * solved).sum(-1), variance.clamp_min(1e-10)
+# Nats by which samples must be predicted better for components to differ.
+TOLD = 2.0
 
 
 @dataclass
@@ -180,33 +122,15 @@ class HyperparameterSearch:
         source : PoissonFactorization
             The model itself, or one of the same samples and loadings.
         """
-        self._observe(source)
+        self.observe(source)
         values, mean = self._best_of_grid()
-        self._warn_of_ends(values)
         values, mean = self._descend(self._apart(values, mean), mean)
+        warn_of_ends({k: values[k] for k in LENGTHS if k in self.names}, self._grids())
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)
             self.prior.mean.copy_(mean)
         self.prior.assign(self.y, self.noise.sqrt())
-
-    def _warn_of_ends(self, values: dict[str, Tensor]) -> None:
-        """Warn of a lengthscale that the samples do not tell."""
-        if "lengthscale" not in self.names:
-            return
-        found, grid = float(values["lengthscale"][0]), self._grids()["lengthscale"]
-        if found <= 1.01 * grid[0]:
-            told = "shorter than the samples are apart: neighbours do not resemble one another"
-        elif found >= 0.99 * grid[-1]:
-            told = "longer than the samples extend: factors hardly vary over the places"
-        else:
-            return
-        warn(
-            f"The lengthscale was learned as {found:.3g}, the end of what was tried, {told}. Check "
-            "that coordinates are those of the samples, in their order, and in one unit for all "
-            "sections; or fit without coordinates.",
-            ConvergenceWarning,
-        )
 
     def loss(self, values: dict[str, Tensor], mean: Tensor) -> Tensor:
         """Return the criterion per sample, to be minimised; differentiable."""
@@ -224,7 +148,7 @@ class HyperparameterSearch:
 
         Each site is judged given those of its neighbours that come before it: the chain rule.
         """
-        y, noise = self.y[components], self.noise[components]
+        y, noise = self.own_y[components], self.dispersion * self.own_noise[components]
         later = self.neighbours > self.judged[:, None]
         before = torch.where(later, self.judged[:, None], self.neighbours)
         loc, variance = predict_without(
@@ -251,29 +175,34 @@ class HyperparameterSearch:
         nugget = self.kernel.nugget_part(self.pairs, values)
         return fill_symmetric(smooth + nugget, self.neighbours.shape[1] + 1)
 
-    def _observe(self, source: PoissonFactorization) -> None:
+    def observe(self, source: PoissonFactorization) -> None:
+        """Take the sites of a fit for what the samples tell."""
         self.y, self.noise = sites(source, self.counts)
+        self.own_y, self.own_noise = sites(source, self.counts, overlap=True)
+        self.dispersion = 1.0
 
     def profile(self, source: PoissonFactorization, lengthscales: np.ndarray) -> np.ndarray:
-        """Return the criterion at lengthscales shared by all components, the rest as it is.
+        """Return the criterion with one factor on all lengthscales, as the search moves them.
 
         Parameters
         ----------
         source : PoissonFactorization
             As for :meth:`learn_from`.
         lengthscales : ndarray of shape (n,)
+            Geometric means of the components' lengthscales; their ratios stay.
 
         Returns
         -------
         ndarray of shape (n,)
             Negative log-likelihood in nats per sample.
         """
-        self._observe(source)
+        self.observe(source)
         mean = self.prior.mean
         values = dict(self.kernel.hyperparameters)
         found = []
         for lengthscale in lengthscales:
-            values["lengthscale"] = torch.full_like(self.kernel.lengthscale, float(lengthscale))
+            middle = self.kernel.lengthscale.log().mean().exp()
+            values["lengthscale"] = self.kernel.lengthscale * (float(lengthscale) / middle)
             with torch.no_grad():
                 found.append(float(self.loss(values, mean)))
         return np.array(found)
@@ -351,22 +280,26 @@ class HyperparameterSearch:
         return least, values
 
     def _apart(self, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """Tell components apart by the evidence of their sites, as far as that predicts better.
+        """Tell components of many samples apart by evidence, as far as that predicts better.
 
         The evidence is by far the sharper judge of one component; prediction that of how much of
         it to believe, since counts that vary more than a Poisson mislead the evidence.
         """
-        if len(self.kernel.sigma) == 1 or not self.names:
+        if len(self.kernel.sigma) == 1 or not self.names or len(self.judged) < JUDGED:
             return values
+        self.dispersion = self._dispersion(values, mean)
         own = [self._own(slice(l, l + 1), values, mean) for l in range(len(mean))]
-        logs = {name: torch.cat([one[name] for one in own]).log() for name in self.names}
+        apart = [name for name in self.names if name in LENGTHS]
+        logs = {name: torch.cat([one[name] for one in own]).log() for name in apart}
         tried = []
         for share in SHARES:
             away = {name: share * (log - log.median()) for name, log in logs.items()}
-            tried.append(values | {name: values[name] * away[name].exp() for name in away})
+            tried.append(self._within(values | {k: values[k] * away[k].exp() for k in away}))
         with torch.no_grad():
-            losses = [float(self.loss(self._within(one), mean)) for one in tried]
-        return self._within(tried[int(np.nanargmin(losses))])
+            losses = np.array([float(self.loss(one, mean)) for one in tried])
+        gain = len(self.judged) / self.dispersion * (losses[0] - losses)
+        best = int(np.nanargmax(gain))
+        return tried[best] if gain[best] > TOLD else tried[0]
 
     def _own(self, mine: slice, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Hyperparameters of one component by the evidence of its sites, from common values."""
@@ -431,9 +364,11 @@ class HyperparameterSearch:
             return self._within({**values, **learned}), level
 
         weight = len(self.judged) / self._dispersion(values, mean)
+        free = origin.new_tensor([TOGETHER if name in LENGTHS else SPREAD for name in names])
+        spread = torch.cat([free, torch.full_like(origin, SPREAD)])
 
         def judge(x: Tensor) -> Tensor:
-            away = x[len(names) :].square().sum() / (2 * SPREAD**2)
+            away = (x / spread).square().sum() / 2
             return weight * self.loss(*unpack(x)) + away
 
         limits = self._limits()

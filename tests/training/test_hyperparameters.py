@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import poisson
+from scipy.stats import multivariate_normal, poisson
+from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batches
@@ -16,6 +17,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import SVGP
 from pnmf_pyro.priors.natural import SiteSteps
+from pnmf_pyro.training.ends import warn_of_ends
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch, predict_without, sites
 from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.schedules import Constant
@@ -78,6 +80,55 @@ def test_leave_one_out_is_near_a_refit_without_the_sample(data):
         again = refit_given_loadings(X[rest], x[rest], module.W.data.detach())
         expected = again.at(Places(torch.from_numpy(x[[i]]))).marginal().loc[:, 0]
         np.testing.assert_allclose(loc[:, i], expected.detach(), atol=0.15)
+
+
+def test_the_evidence_of_a_component_is_the_dense_one():
+    """With all earlier samples as neighbours, the density of the sites under the whole field."""
+    X, x, *_ = tissue(N=16, D=10)
+    module = PNMF(2, **{**STEPS, "max_iter": 30, "tol": 0}).fit(X, coordinates=x).model_
+    search = HyperparameterSearch(
+        module, as_counts(X), ["lengthscale"], "leave-one-out", np.random.RandomState(0)
+    )
+    search.observe(module)
+    y, noise = (one.numpy() for one in sites(module, as_counts(X), overlap=True))
+    K = dense_fields.covariance("Matern32", x, x, STEPS["lengthscale"], 1.0)
+    found = search.evidence(module.prior.kernel.hyperparameters, module.prior.mean.double())
+    for l, level in enumerate(module.prior.mean.tolist()):
+        field = multivariate_normal(np.full(16, level), K + np.diag(noise[l]))
+        np.testing.assert_allclose(float(found[l]) * 16, -field.logpdf(y[l]), rtol=1e-4)
+
+
+def test_sites_have_the_curvature_of_the_log_likelihood():
+    X, x, *_ = tissue(N=16, D=10)
+    module = PNMF(2, **{**STEPS, "max_iter": 30, "tol": 0}).fit(X, coordinates=x).model_
+    q, W = module.prior.marginal(), module.W.data.detach().double()
+    _, noise = sites(module, as_counts(X), overlap=True)
+    rates = q.loc.double().exp().T[:, None, :] * W
+    share = rates / rates.sum(-1, keepdim=True)
+    told = torch.from_numpy(X).double()[:, :, None] * share
+    expected = (q.loc + q.variance / 2).double().exp().T * W.sum(0)
+    second = (told * share).sum(1)
+    h = torch.maximum(expected - told.sum(1) + second, second / 2).T
+    torch.testing.assert_close(1 / noise, h.detach().clamp_min(1e-6), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lengthscale", 1e9, r"lengthscale of components \[1\].*longer than the samples extend"),
+        ("group_diff_param", 9e3, r"group_diff_param of components \[1\].*share nothing"),
+    ],
+)
+def test_an_end_that_one_component_reaches_is_said(data, name, value, said):
+    X, x, labels, *_ = data
+    settings = {**STEPS, "multigroup": True, "max_iter": 5, "tol": 0}
+    module = PNMF(2, **settings).fit(X, coordinates=x, groups=labels).model_
+    search = HyperparameterSearch(
+        module, as_counts(X), [name], "leave-one-out", np.random.RandomState(0)
+    )
+    values = {name: torch.tensor([0.3, value], dtype=torch.float64)}
+    with pytest.warns(ConvergenceWarning, match=said):
+        warn_of_ends(values, search._grids())
 
 
 def refit_given_loadings(X, x, W):

@@ -1,0 +1,59 @@
+"""What is said of hyperparameters that a search has found at the end of what it tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from pnmf_pyro.data.checks import warn
+
+# Values from which on groups share all there is or nothing; and what to say of ends.
+ENDS = {"group_diff_param": (0.01, 1000.0)}
+CHECK = (
+    "Check that coordinates are those of the samples, in their order, and in one unit for all "
+    "sections; or fit without coordinates."
+)
+TOLD_BY = {
+    "lengthscale": (
+        "shorter than the samples are apart: neighbours do not resemble one another. " + CHECK,
+        "longer than the samples extend: factors hardly vary over the places. " + CHECK,
+    ),
+    "group_diff_param": (
+        "groups share all there is: fit them without groups.",
+        "groups share nothing: check that their coordinates are aligned, or fit them apart.",
+    ),
+}
+
+
+def warn_of_ends(
+    learned: Mapping[str, Tensor], grids: Mapping[str, Sequence[float] | np.ndarray]
+) -> None:
+    """Warn of lengthscales and differences between groups that the samples do not tell.
+
+    Parameters
+    ----------
+    learned : dict of Tensor of shape (C,)
+        Values by name, of each component.
+    grids : dict of sequence of float
+        What was tried, by name, rising.
+    """
+    said = []
+    for name, values in learned.items():
+        low, high = ENDS.get(name) or (grids[name][0], grids[name][-1])
+        ends = values <= 1.01 * low, values >= 0.99 * high
+        for at_end, told in zip(ends, TOLD_BY[name], strict=True):
+            if at_end.any():
+                said.append(_of_components(name, values, at_end) + told)
+    if said:
+        warn(" ".join(said), ConvergenceWarning)
+
+
+def _of_components(name: str, values: Tensor, chosen: Tensor) -> str:
+    """Say which components have a hyperparameter at the end of what was tried."""
+    numbers = chosen.nonzero()[:, 0].tolist()
+    found = ", ".join(f"{values[number]:.3g}" for number in numbers)
+    whose = "" if len(numbers) == len(values) else f" of components {numbers}"
+    return f"The {name}{whose} was learned as {found}, the end of what was tried, "
