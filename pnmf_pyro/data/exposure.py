@@ -107,6 +107,11 @@ class Exposure(nn.Module):
             return NONE
         return Exposure(None, self.design, self.codes, self.effects, self.hidden)
 
+    def observed_share(self) -> Tensor | float:
+        """Return the share of its entries that is observed in each sample, (n,); 1 for all."""
+        starts = self.hidden_starts
+        return 1.0 if starts is None else 1 - starts.diff() / self._n_features
+
     def scaled(self, factors: Tensor) -> Tensor:
         """Return s_i times factors of shape (..., L, n)."""
         return factors if self.size_factors is None else factors * self.size_factors

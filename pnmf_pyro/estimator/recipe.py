@@ -10,6 +10,7 @@ import numpy as np
 
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.masks import Mask, unmasked
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.effects import without_effect
@@ -107,6 +108,7 @@ def fit(
     *,
     n_components: int = 10,
     size_factors: MaybeArray = None,
+    mask: Mask = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -130,6 +132,9 @@ def fit(
     n_components : int
     size_factors : array-like of shape (n_samples,) or 'total', optional
         Positive factor on all rates of a sample; `total` for its total count over their mean.
+    mask : array-like or sparse matrix of shape (n_samples, n_features), optional
+        True where an entry is observed; what is hidden plays no part. A masked array of NumPy
+        brings its own.
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
@@ -180,9 +185,9 @@ def fit(
                 "coords and groups of an AnnData object are named by spatial_key and batch_key; "
                 "leave coords and groups out."
             )
-        return _fit_anndata(X, keys, n_components, size_factors, parameters)
+        return _fit_anndata(X, keys, n_components, size_factors, mask, parameters)
     keys.refuse()
-    return _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+    return _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
 
 
 def _fit_anndata(
@@ -190,11 +195,12 @@ def _fit_anndata(
     keys: AnnDataKeys,
     n_components: int,
     size_factors: MaybeArray,
+    mask: Mask,
     parameters: dict[str, Any],
 ) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
-    model = _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+    model = _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -207,9 +213,11 @@ def _fit_arrays(
     groups: MaybeArray,
     n_components: int,
     size_factors: MaybeArray,
+    mask: Mask,
     parameters: dict[str, Any],
 ) -> PNMF:
     check_values({"n_components": n_components, **parameters})
+    X, mask = unmasked(X, mask)
     X = plain_table(X)
     n_samples, n_features = np.shape(X)
     recipe = RECIPE if coords is None else _spatial(n_samples, groups, parameters)
@@ -226,7 +234,7 @@ def _fit_arrays(
     logger.info("fit with n_components=%d, %s", n_components, described)
     if model.spatial:
         logger.info("%d places, %s", n_samples, PRIORS[model.local])
-    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
+    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors, mask=mask)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
     return model
