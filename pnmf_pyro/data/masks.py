@@ -19,7 +19,7 @@ Mask: TypeAlias = ArrayLike | sp.spmatrix | sp.sparray | None
 
 
 def unmasked(X: Any, mask: Mask) -> tuple[Any, Mask]:
-    """Return a table and its mask; a masked array of NumPy brings one, and becomes a plain array."""
+    """Return a table and its mask; a masked array of NumPy brings one, and becomes a plain one."""
     if not np.ma.is_masked(X):
         return X, mask
     seen = ~np.ma.getmaskarray(X)

@@ -123,5 +123,5 @@ def test_bad_masks_are_refused_by_name(data):
         fitted(X, mask[:-1])
     with pytest.raises(ValueError, match="mask must be True where an entry is observed"):
         fitted(X, mask * 0.5)
-    with pytest.raises(ValueError, match="contains NaN. Say with mask="):
+    with pytest.raises(ValueError, match=r"contains NaN\. Say with mask="):
         fitted(np.where(mask, X, np.nan))
