@@ -43,6 +43,7 @@ from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.masks import unmasked, without
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import counts_of_fit, sample_names
@@ -340,7 +341,8 @@ def _check(
     check_count("n_draws", n_draws)
     module = fitted_module(model)
     keys = keys_of(model)
-    counts = counts_of_fit(keys.counts(X), (module.N, module.D)).numpy()
+    X = without(unmasked(keys.counts(X), None)[0], module.exposure.hidden)
+    counts = counts_of_fit(X, (module.N, module.D)).numpy()
     sparse = sp.issparse(counts)
     table = sp.csr_array(counts) if sparse else counts
     places = module.prior.places

@@ -195,7 +195,8 @@ def check_matrix(X: CountsLike) -> Counts:
         n_nan = int(values.isnan().sum())
         raise ValueError(
             f"X must be finite; it contains NaN {n_nan} times and infinity "
-            f"{int(values.isinf().sum())} times. Remove these entries, or impute them, first."
+            f"{int(values.isinf().sum())} times. Remove their samples or features, or tell a fit "
+            "with mask= which entries are observed."
         )
     lowest = float(values.min()) if values.numel() else 0.0
     if lowest < 0:

@@ -74,19 +74,23 @@ class Exposure(nn.Module):
         self.of_samples_alone = effects is None and hidden is None
         self.is_none = self.of_samples_alone and size_factors is None
         self._n_features = 0 if hidden is None else hidden.shape[1]
+        self._hidden: SparseCounts | None = None
 
     @property
     def hidden(self) -> SparseCounts | None:
         """Ones at the hidden entries."""
-        starts, columns = self.hidden_starts, self.hidden_columns
+        starts, columns, known = self.hidden_starts, self.hidden_columns, self._hidden
         if starts is None or columns is None:
             return None
-        ones = torch.ones(len(columns), device=starts.device)
-        return SparseCounts(starts, columns, ones, (len(starts) - 1, self._n_features))
+        if known is None or known.row_starts is not starts:  # moved, or loaded
+            ones = torch.ones(len(columns), device=starts.device)
+            known = SparseCounts(starts, columns, ones, (len(starts) - 1, self._n_features))
+            self._hidden = known
+        return known
 
     def of(self, samples: Index | None, features: Index | None) -> Exposure:
         """Return the exposure of some samples and features; all of them for None."""
-        if samples is None and (features is None or self.of_samples_alone):
+        if self.is_none or (samples is None and (features is None or self.of_samples_alone)):
             return self
         s = take(self.size_factors, samples)
         if self.of_samples_alone:
@@ -107,6 +111,11 @@ class Exposure(nn.Module):
             return NONE
         return Exposure(None, self.design, self.codes, self.effects, self.hidden)
 
+    def observed_share(self) -> Tensor | float:
+        """Return the share of its entries that is observed in each sample, (n,); 1 for all."""
+        starts = self.hidden_starts
+        return 1.0 if starts is None else 1 - starts.diff() / self._n_features
+
     def scaled(self, factors: Tensor) -> Tensor:
         """Return s_i times factors of shape (..., L, n)."""
         return factors if self.size_factors is None else factors * self.size_factors
@@ -125,8 +134,9 @@ class Exposure(nn.Module):
             summed = torch.cat(parts)[self.codes]
         if self.size_factors is not None:
             summed = self.size_factors[:, None].to(loadings) * summed
-        hidden = self._hidden_exposure(loadings)
-        return summed if hidden is None else summed - hidden.matmul(hidden.values, loadings)
+        if (hidden := self.hidden) is None:
+            return summed
+        return summed - hidden.matmul(self._at_hidden(hidden, loadings), loadings)
 
     def totals(self, factors: Tensor) -> Tensor:
         """Return sum_i e_ij A_il for A of shape (n, L): of shape (d, L), or (1, L)."""
@@ -140,8 +150,9 @@ class Exposure(nn.Module):
             found = torch.zeros(len(self.effects), factors.shape[1]).to(factors)
             for rows, b in self._effect_blocks():
                 found += b.mT @ by_design[rows]
-        hidden = self._hidden_exposure(factors)
-        return found if hidden is None else found - hidden.transposed_matmul(hidden.values, factors)
+        if (hidden := self.hidden) is None:
+            return found
+        return found - hidden.transposed_matmul(self._at_hidden(hidden, factors), factors)
 
     def log_at(self, counts: Counts) -> Tensor:
         """Return sum_j X_ij log e_ij, of shape (n,), float64."""
@@ -221,18 +232,15 @@ class Exposure(nn.Module):
         design = self.design[self.codes[rows]].to(counts.dtype).contiguous()
         return counts.inner(design, self.effects.to(counts.dtype).contiguous())
 
-    def _hidden_exposure(self, like: Tensor) -> SparseCounts | None:
+    def _at_hidden(self, hidden: SparseCounts, like: Tensor) -> Tensor:
         """What e would be at the hidden entries."""
-        hidden = self.hidden
-        if hidden is None:
-            return None
-        hidden = hidden.to(like.dtype)
+        values = hidden.values.to(like)
         if self.effects is not None:
-            hidden.values = self._log_effects_at(hidden).exp()
+            values = self._log_effects_at(hidden.to(like.dtype)).exp()
         if self.size_factors is not None:
             lengths = hidden.row_starts.diff()
-            hidden.values = hidden.values * self.size_factors.to(like).repeat_interleave(lengths)
-        return hidden
+            values = values * self.size_factors.to(like).repeat_interleave(lengths)
+        return values
 
 
 class _Total(torch.autograd.Function):

@@ -21,7 +21,9 @@ from pnmf_pyro.data.checks import (
     warn,
     warn_empty,
 )
-from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray, as_counts
+from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray, SparseCounts, as_counts
+from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.places import (
     GroupCodes,
     Places,
@@ -43,11 +45,13 @@ from pnmf_pyro.priors import Prior
 class Data:
     """Data of a fit, checked: counts (N, D), size factors (N,), places (N,) and names of groups.
 
-    Where size factors are total counts, `mean_total` is what these were divided by.
+    `hidden` is stored where an entry is hidden; counts are 0 there. Where size factors are total
+    counts, `mean_total` is what these were divided by.
     """
 
     counts: Counts
     size_factors: torch.Tensor | None
+    hidden: SparseCounts | None = None
     places: Places | None = None
     groups: GroupCodes | None = None
     mean_total: float | None = None
@@ -113,6 +117,8 @@ def read_data(
     coordinates: MaybeArray,
     groups: MaybeArray,
     size_factors: ArrayLike | None,
+    mask: Mask = None,
+    *,
     limited: bool = True,
 ) -> Data:
     """Check what a fit is given; the estimator takes note of the features.
@@ -122,12 +128,17 @@ def read_data(
     """
     names = feature_names(X)
     X, coordinates, groups = AnnDataKeys().take_apart(X, coordinates, groups, settings.spatial)
+    X, hidden = hide(X, mask)
     X = plain_table(X)
     _check_size(settings, X, limited)
     counts = check_table(settings, X, names, reset=True)
+    if hidden is not None:
+        hidden = hidden.to(counts.device)
     s = check_size_factors(size_factors, counts)
     total = None if not isinstance(size_factors, str) else mean_total(counts)
-    return Data(counts, s, *check_places(settings, coordinates, groups, counts.shape[0]), total)
+    return Data(
+        counts, s, hidden, *check_places(settings, coordinates, groups, counts.shape[0]), total
+    )
 
 
 def feature_names(X: object) -> np.ndarray | None:
@@ -154,6 +165,11 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
         try:
             X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
         except ValueError as error:
+            if "contains NaN" in str(error):
+                raise ValueError(
+                    "X must be finite, and contains NaN. Say with mask= which entries are observed "
+                    "(True) and which are hidden (False), or remove their samples or features."
+                ) from error
             if "could not convert" not in str(error):
                 raise
             raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
@@ -192,13 +208,22 @@ def _note_names(settings: Any, names: np.ndarray, reset: bool) -> None:
         )
 
 
-def check_new(model: FittedEstimator, X: CountsLike) -> Counts:
-    """Check new samples of a model; those of an AnnData object are read as the fit read its own."""
+def check_new(
+    model: FittedEstimator, X: CountsLike, size_factors: ArrayLike | None, mask: Mask
+) -> tuple[Counts, Exposure]:
+    """Check new samples of a model, and what scales their rates.
+
+    Those of an AnnData object are read as the fit read its own.
+    """
     names = feature_names(X)
-    return check_table(model, keys_of(model).counts(X), names, reset=False)
+    X, hidden = hide(keys_of(model).counts(X), mask)
+    counts = check_table(model, X, names, reset=False)
+    if hidden is not None:
+        hidden = hidden.to(counts.device)
+    return counts, Exposure(_size_factors_of(model, size_factors, counts), hidden=hidden)
 
 
-def size_factors_of(
+def _size_factors_of(
     model: FittedEstimator, size_factors: ArrayLike | None, counts: Counts
 ) -> torch.Tensor | None:
     """Check size factors of new samples: total counts, unless given, where the fit had these."""

@@ -65,8 +65,9 @@ def chosen_likelihood(
     index = torch.from_numpy(rows).to(data.counts.device)
     counts = data.counts.rows(index)
     s = None if data.size_factors is None else data.size_factors[index]
-    train_counts, hidden, held_out = hide_entries(counts, HIDDEN, random)
-    exposure = Exposure(s, hidden=hidden)
+    unseen = None if data.hidden is None else data.hidden.rows(index)
+    train_counts, hidden, held_out, all_hidden = hide_entries(counts, HIDDEN, random, unseen)
+    exposure = Exposure(s, hidden=all_hidden)
     densities = {}
     for name in LIKELIHOODS:
         model = _trained(settings, name, train_counts, exposure)
@@ -78,8 +79,8 @@ def chosen_likelihood(
 
 
 def hide_entries(
-    counts: Counts, share: float, random: np.random.RandomState
-) -> tuple[Counts, SparseCounts, Tensor]:
+    counts: Counts, share: float, random: np.random.RandomState, unseen: SparseCounts | None = None
+) -> tuple[Counts, SparseCounts, Tensor, SparseCounts]:
     """Hide entries at random.
 
     Parameters
@@ -88,18 +89,25 @@ def hide_entries(
     share : float
         Share of the entries to hide.
     random : RandomState
+    unseen : SparseCounts of shape (n, d), optional
+        Stored where an entry is hidden already.
 
     Returns
     -------
     counts : Counts of shape (n, d)
         0 where hidden.
     hidden : SparseCounts of shape (n, d)
-        Stored where hidden.
+        Stored where hidden now.
     values : Tensor
         The counts there.
+    all_hidden : SparseCounts of shape (n, d)
+        Stored where hidden now or before.
     """
     n, d = counts.shape
-    cells = np.flatnonzero(random.random_sample(n * d) < share)
+    before = sp.csr_matrix((n, d), dtype=np.float32) if unseen is None else unseen.numpy()
+    chosen = random.random_sample((n, d)) < share
+    chosen &= before.toarray() == 0
+    cells = np.flatnonzero(chosen)
     entries = (np.ones(len(cells), np.float32), (cells // d, cells % d))
     pattern = sp.csr_matrix(entries, shape=(n, d))
     matrix: Any = counts.numpy()
@@ -110,7 +118,9 @@ def hide_entries(
         seen = matrix.copy()
         seen[cells // d, cells % d] = 0
     hidden = SparseCounts.from_scipy(pattern).to(counts.device)
-    return as_counts(seen).to(counts.device), hidden, torch.from_numpy(values).to(counts.device)
+    together = SparseCounts.from_scipy(sp.csr_matrix(pattern + before)).to(counts.device)
+    held_out = torch.from_numpy(values).to(counts.device)
+    return as_counts(seen).to(counts.device), hidden, held_out, together
 
 
 def _trained(

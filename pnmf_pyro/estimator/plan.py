@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data
@@ -79,7 +80,7 @@ def make_model(
         settings.n_components,
         settings.loadings_mode,
         settings.mode,
-        size_factors=data.size_factors,
+        size_factors=Exposure(data.size_factors, hidden=data.hidden),
         likelihood=likelihood_part(settings, data.counts.shape[1]),
     )
     return model.to(data.counts.device)

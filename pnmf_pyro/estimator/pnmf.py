@@ -16,6 +16,7 @@ import pnmf_pyro.estimator.prediction as prediction
 from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.masks import Mask
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.cost import announced
@@ -135,15 +136,6 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         The Pyro model and guide, fitted, and the sorted names of its groups.
     mean_total_, keys_ : float or None, AnnDataKeys or None
         Mean total of the samples of a fit with size_factors="total", and what was read of AnnData.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from pnmf_pyro import PNMF
-    >>> X = np.random.default_rng(0).poisson(3, size=(100, 50))
-    >>> model = PNMF(n_components=5, tol=0.1, random_state=42)
-    >>> model.fit_transform(X).shape, model.components_.shape
-    ((100, 5), (5, 50))
     """
 
     def __init__(
@@ -255,6 +247,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         callback_interval: int = 100,
         *,
         size_factors: MaybeArray = None,
+        mask: Mask = None,
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
 
@@ -278,6 +271,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
             `total` for total counts over their mean.
+        mask : array-like or sparse matrix of shape (n_samples, n_features), optional
+            True where an entry is observed; what is hidden plays no part. A masked array of NumPy
+            brings its own.
         """
         check_callback(callback, callback_interval)
         check_parameters(self)
@@ -290,7 +286,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
                 callback(self, iteration, elbo)
 
         try:
-            data = read_data(self, X, coordinates, groups, size_factors)
+            data = read_data(self, X, coordinates, groups, size_factors, mask)
             names = None if data.groups is None else data.groups.names
             self.groups_, self.mean_total_ = names, data.mean_total
             self.keys_: AnnDataKeys | None = None
@@ -324,6 +320,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         groups: MaybeArray = None,
         *,
         size_factors: MaybeArray = None,
+        mask: Mask = None,
     ) -> np.ndarray:
         """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
@@ -335,7 +332,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         AnnData object has its coordinates and groups where that of the fit had them.
         """
         check_is_fitted(self)
-        return prediction.new_factors(self, X, coordinates, groups, size_factors)
+        return prediction.new_factors(self, X, coordinates, groups, size_factors, mask)
 
     def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
         """Return expected counts (N, D): factors exp F (N, L) times `components_`.
@@ -354,6 +351,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         groups: MaybeArray = None,
         *,
         size_factors: MaybeArray = None,
+        mask: Mask = None,
     ) -> float:
         """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
@@ -361,7 +359,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         more components; in space with factors predicted from places. Parameters: :meth:`transform`.
         """
         check_is_fitted(self)
-        return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors)
+        return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors, mask)
 
     def encode_places(self, coordinates: MaybeArray, groups: MaybeArray) -> Places:
         """Check new places, and give their groups the codes that the fit has."""

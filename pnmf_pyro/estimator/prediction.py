@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
+from pnmf_pyro.data.masks import Mask
 from pnmf_pyro.estimator.inputs import (
     check_new,
     encode_places,
     keys_of,
     refuse_places,
-    size_factors_of,
 )
 from pnmf_pyro.estimator.parameters import FittedEstimator
 from pnmf_pyro.models import PoissonFactors
@@ -29,21 +29,21 @@ def new_factors(
     coordinates: MaybeArray,
     groups: MaybeArray,
     size_factors: MaybeArray,
+    mask: Mask,
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
     spatial = model.model_.prior.places is not None
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
     if not spatial:
         refuse_places(coordinates, groups)
-        counts = check_new(model, X)
-        s = size_factors_of(model, size_factors, counts)
+        counts, exposure = check_new(model, X, size_factors, mask)
         W, max_iter = _loadings(model, counts), max(model.max_iter, 200)
         likelihood = model.model_.observation if model.model_.has_closed_form else None
-        found = factors_given_loadings(counts, W, s, likelihood, max_iter=max_iter).cpu().numpy()
-        return typed_like(X, found)
-    if size_factors is not None:
+        found = factors_given_loadings(counts, W, exposure, likelihood, max_iter=max_iter)
+        return typed_like(X, found.cpu().numpy())
+    if size_factors is not None or mask is not None:
         raise ValueError(
-            "size_factors do not change what a spatial model predicts at new places, the "
+            "size_factors and mask do not change what a spatial model predicts at new places, the "
             "factors; multiply the expected counts by them instead."
         )
     if coordinates is None:
@@ -53,7 +53,7 @@ def new_factors(
             "pnmf_pyro.transforms.get_factors(model)."
         )
     factors = np.asarray(get_factors(model, coordinates=coordinates, groups=groups))
-    if X is not None and len(factors) != (n := check_new(model, X).shape[0]):
+    if X is not None and len(factors) != (n := np.shape(X)[0]):
         raise ValueError(
             f"coordinates must have one row for each of the {n} samples of X; got {len(factors)}."
         )
@@ -100,6 +100,7 @@ def mean_log_likelihood(
     coordinates: MaybeArray,
     groups: MaybeArray,
     size_factors: MaybeArray,
+    mask: Mask,
 ) -> float:
     """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
     if not model.model_.has_closed_form:
@@ -110,15 +111,15 @@ def mean_log_likelihood(
     prior, likelihood = model.model_.prior, model.model_.observation
     spatial = prior.places is not None
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
-    counts = check_new(model, X)
-    s, loadings = size_factors_of(model, size_factors, counts), _loadings(model, counts)
+    counts, exposure = check_new(model, X, size_factors, mask)
+    loadings = _loadings(model, counts)
     if not spatial:
         refuse_places(coordinates, groups)
         scale = prior.scale_pf if isinstance(prior, GaussianPrior) else 1.0
-        return held_out_bound(counts, loadings, s, scale, likelihood) / counts.shape[0]
+        return held_out_bound(counts, loadings, exposure, scale, likelihood) / counts.shape[0]
     with torch.no_grad():
         q = prior.at(encode_places(model, coordinates, groups, counts.shape[0])).marginal()
-        predicted = PoissonFactors(q.loc, loadings, s, validate_args=False)
+        predicted = PoissonFactors(q.loc, loadings, exposure, validate_args=False)
         if likelihood is not None:
             predicted = likelihood(predicted, Batch(counts))
         return float(predicted.expected_log_prob(counts, q, "lower-bound").mean())

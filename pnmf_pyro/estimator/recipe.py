@@ -10,6 +10,7 @@ import numpy as np
 
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.masks import Mask, unmasked
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.cost import Plan, plan_of
@@ -109,6 +110,7 @@ def fit(
     *,
     n_components: int = 10,
     size_factors: MaybeArray = None,
+    mask: Mask = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -132,6 +134,9 @@ def fit(
     n_components : int
     size_factors : array-like of shape (n_samples,) or 'total', optional
         Positive factor on all rates of a sample; `total` for its total count over their mean.
+    mask : array-like or sparse matrix of shape (n_samples, n_features), optional
+        True where an entry is observed; what is hidden plays no part. A masked array of NumPy
+        brings its own.
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
@@ -178,9 +183,9 @@ def fit(
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
     if is_anndata(X):
         _refuse_places(coords, groups)
-        return _fit_anndata(X, keys, n_components, size_factors, parameters)
+        return _fit_anndata(X, keys, n_components, size_factors, mask, parameters)
     keys.refuse()
-    return _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+    return _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
 
 
 @isolated
@@ -191,6 +196,7 @@ def plan(
     *,
     n_components: int = 10,
     size_factors: MaybeArray = None,
+    mask: Mask = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -202,7 +208,7 @@ def plan(
 
     Parameters
     ----------
-    X, coords, groups, n_components, size_factors, layer, spatial_key, batch_key, **parameters
+    X, coords, groups, n_components, size_factors, mask, layer, spatial_key, batch_key, **parameters
         What `fit` would be given.
 
     Returns
@@ -230,9 +236,10 @@ def plan(
         X, coords, groups = keys.read(X, parameters.get("spatial"))
     else:
         AnnDataKeys(layer, spatial_key, batch_key).refuse()
+    X, mask = unmasked(X, mask)
     X = plain_table(X)
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
-    return plan_of(model, read_data(model, X, coords, groups, size_factors, limited=False))
+    return plan_of(model, read_data(model, X, coords, groups, size_factors, mask, limited=False))
 
 
 def _fit_anndata(
@@ -240,11 +247,12 @@ def _fit_anndata(
     keys: AnnDataKeys,
     n_components: int,
     size_factors: MaybeArray,
+    mask: Mask,
     parameters: dict[str, Any],
 ) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
-    model = _fit_arrays(X, coords, groups, n_components, size_factors, parameters)
+    model = _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -266,11 +274,13 @@ def _fit_arrays(
     groups: MaybeArray,
     n_components: int,
     size_factors: MaybeArray,
+    mask: Mask,
     parameters: dict[str, Any],
 ) -> PNMF:
+    X, mask = unmasked(X, mask)
     X = plain_table(X)
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
-    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors)
+    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors, mask=mask)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
     return model

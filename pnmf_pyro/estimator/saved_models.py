@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 
+from pnmf_pyro.data.counts import SparseCounts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
@@ -55,6 +57,8 @@ NAMES = {
     "loadings/errors/blocks": "loading_blocks",
     "loadings/errors/coupling": "loading_coupling",
     "size_factors": "exposure.size_factors",
+    "hidden/starts": "exposure.hidden_starts",
+    "hidden/columns": "exposure.hidden_columns",
     "dispersion/inverse": "observation.inverse",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",
@@ -210,7 +214,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.n_components,
         model.loadings_mode,
         model.mode,
-        size_factors=state.get("exposure.size_factors"),
+        size_factors=_exposure(state, len(y)),
         likelihood=likelihood_part(model, len(y)),
     )
     module.load_state_dict(state)
@@ -228,6 +232,18 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.mean_total_ = _mean_total(header.get("mean_total"))
     model.keys_ = _keys(header.get("keys"))
     return model
+
+
+def _exposure(state: dict[str, torch.Tensor], D: int) -> Exposure:
+    """What scales the rates: size factors, and which entries are hidden."""
+    starts, columns = (state.get(f"exposure.hidden_{name}") for name in ("starts", "columns"))
+    hidden = None
+    if starts is not None and columns is not None:
+        fits = bool((starts.diff() >= 0).all()) and int(starts[-1]) == len(columns)
+        if not fits or (len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < D):
+            raise ValueError("hidden entries are not those of a table")
+        hidden = SparseCounts(starts, columns, torch.ones(len(columns)), (len(starts) - 1, D))
+    return Exposure(state.get("exposure.size_factors"), hidden=hidden)
 
 
 def _mean_total(value: object) -> float | None:

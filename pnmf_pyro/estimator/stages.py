@@ -360,10 +360,11 @@ def _independent(
 
 def _levels(draft: Draft) -> list[Level]:
     """Coarse levels of the places of a draft, if it has places."""
-    places, s = draft.model.prior.places, draft.model.size_factors
+    places, exposure = draft.model.prior.places, draft.model.exposure
     if places is None:
         return []
-    s = draft.counts.values.new_ones(len(places)) if s is None else s
+    ones = draft.counts.values.new_ones(len(places))
+    s = exposure.scaled(ones) * exposure.observed_share()
     return coarse_levels(draft.counts, places, s, draft.model.L)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.log_rate import log_rate_with_gradients
 from pnmf_pyro.models import PoissonFactorization
 
@@ -48,7 +49,7 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
             f"raise the ELBO, {elbo:.4g}, by {left:.2g}. Increase max_iter or learning_rate, or "
             "use pnmf_pyro.fit, which needs no tuning."
         )
-    flat = _of_means(counts, s)
+    flat = _of_means(counts, model.exposure)
     if elbo < flat:
         return (
             f"The factors explain nothing: the ELBO, {elbo:.6g}, is below {flat:.6g}, the "
@@ -59,13 +60,13 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
     return None
 
 
-def _of_means(counts: Counts, s: Tensor) -> float:
-    """Log-likelihood of the rates s_i m_j with m the total of each feature over that of s."""
-    totals = counts.transposed_matmul(counts.values, torch.ones_like(s)).double()
-    size = s.double().sum()
+def _of_means(counts: Counts, exposure: Exposure) -> float:
+    """Log-likelihood of the rates e_ij m_j with m the total of each feature over that of e."""
+    ones = counts.values.new_ones(counts.shape[0], 1)
+    totals = counts.transposed_matmul(counts.values, ones).double()
+    size = exposure.totals(ones).double().clamp_min(torch.finfo(torch.float64).tiny)
     fitted = torch.xlogy(totals, totals / size).sum() - totals.sum()
-    of_samples = torch.xlogy(counts.row_totals, s[:, 0].double()) - counts.log_factorials
-    return float(fitted + of_samples.sum())
+    return float(fitted + (exposure.log_at(counts) - counts.log_factorials).sum())
 
 
 def _rise_left(

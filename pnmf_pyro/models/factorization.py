@@ -302,23 +302,31 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         self.W.set_unit(typical.clamp_min(typical[typical > 0].min() if (typical > 0).any() else 1))
         self.W.assign(W)
 
-    def expected_totals(self, batch: Batch = ALL) -> Tensor:
-        """Return sum_i e_ij E exp F_il over all samples, as the batch estimates it.
+    def expected_totals(self, batch: Batch = ALL) -> tuple[Tensor, Tensor]:
+        """Return sums over all samples, as the batch estimates them.
 
-        Of shape (d, L), or (1, L) where it is the same for all features.
+        Returns
+        -------
+        totals : Tensor of shape (d, L), or (1, L) where they are the same for all features
+            sum_i e_ij E exp F_il.
+        levels : Tensor of shape (L,)
+            sum_i s_i E exp F_il.
         """
         with torch.no_grad():
             factors = self._expected_factors(batch)
             X = cast(PoissonFactors, self.likelihood(factors, batch))
-            return self.N / factors.shape[1] * X.totals(cast(Counts, batch.counts), factors)
+            totals = X.totals(cast(Counts, batch.counts), factors)
+            return self.N / factors.shape[1] * totals, self._levels(factors, batch)
 
     def levels(self, batch: Batch = ALL) -> Tensor:
         """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
         with torch.no_grad():
-            factors = self._expected_factors(batch)
-            scaled = self.exposure.of(batch.samples, None).scaled(factors)
-            total = scaled.sum(1, dtype=torch.float64).to(factors.dtype)
-            return self.N / factors.shape[1] * total
+            return self._levels(self._expected_factors(batch), batch)
+
+    def _levels(self, factors: Tensor, batch: Batch) -> Tensor:
+        scaled = self.exposure.of(batch.samples, None).scaled(factors)
+        total = scaled.sum(1, dtype=torch.float64).to(factors.dtype)
+        return self.N / factors.shape[1] * total
 
     def _expected_factors(self, batch: Batch) -> Tensor:
         q = self.prior.marginal(batch.samples)

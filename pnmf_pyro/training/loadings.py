@@ -30,9 +30,11 @@ class ClosedFormLoadings(Step):
     Parameters
     ----------
     W : PositiveParameter of shape (D, L)
-    totals, levels : callable
-        Functions from a batch to its estimates of sum_i e_ij E exp F_il, of shape (d, L) or (1, L),
+    totals : callable
+        Function from a batch to its estimates of sum_i e_ij E exp F_il, of shape (d, L) or (1, L),
         and of sum_i s_i E exp F_il, of shape (L,).
+    levels : callable
+        Function from a batch to the second of these.
 
     Notes
     -----
@@ -42,7 +44,7 @@ class ClosedFormLoadings(Step):
     def __init__(
         self,
         W: PositiveParameter,
-        totals: Callable[[Batch], Tensor],
+        totals: Callable[[Batch], tuple[Tensor, Tensor]],
         levels: Callable[[Batch], Tensor],
     ):
         self.W, self.totals, self.levels, self.batch = W, totals, levels, Batch()
@@ -55,7 +57,7 @@ class ClosedFormLoadings(Step):
         assert gradient is not None
         slope = -take(gradient / W.unit, batch.features, dim=0) / batch.likelihood_scale
         tiny = torch.finfo(slope.dtype).tiny
-        totals, levels = self.totals(batch), self.levels(batch)
+        totals, levels = self.totals(batch)
         self.expected_counts = take(W.data, batch.features, dim=0) * (slope + totals)
         self.relative_totals = totals / levels.clamp_min(tiny)
 

@@ -111,7 +111,9 @@ def test_expected_totals(problem, index):
     s = 1.0 if problem.s is None else problem.s[i]
     total = (s * moments).sum(1) * 8 / moments.shape[1]
     batch = Batch(samples=samples)
-    np.testing.assert_allclose(model.expected_totals(batch), total[None], rtol=1e-10)
+    totals, levels = model.expected_totals(batch)
+    np.testing.assert_allclose(totals, total[None], rtol=1e-10)
+    np.testing.assert_allclose(levels, total, rtol=1e-10)
     np.testing.assert_allclose(model.levels(batch), total, rtol=1e-10)
 
 
