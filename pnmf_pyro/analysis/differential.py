@@ -145,7 +145,7 @@ def log_profiles(fit: Fitted) -> tuple[np.ndarray, np.ndarray]:
     module = fitted_module(fit, "fit")
     W = module.W.data.detach().double()
     covariances = errors_of_loadings(module).covariances(W, profiles=True).cpu().numpy()
-    raised = (W + PSEUDOCOUNT / module.expected_totals().double()).cpu().numpy()
+    raised = (W + PSEUDOCOUNT / module.levels().double()).cpu().numpy()
     logs = np.log(raised) - np.log(raised.sum(0))
     return logs, covariances / raised[:, :, None] / raised[:, None, :]
 

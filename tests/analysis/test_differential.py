@@ -118,16 +118,16 @@ def test_levels_of_components_play_no_part(fitted):
     module = model.model_
     before, covariances = log_profiles(module)
     W = module.W.data.clone()
-    totals = module.expected_totals()
+    totals = module.levels()
     try:
         module.W.assign(W * 3)
-        module.expected_totals = lambda: totals / 3
+        module.levels = lambda: totals / 3
         blocks, coupling = module.loading_blocks, module.loading_coupling
         module.loading_blocks = blocks * 9
         after, scaled = log_profiles(module)
         assert coupling is module.loading_coupling
     finally:
-        del module.expected_totals
+        del module.levels
         module.W.assign(W)
         module.loading_blocks = blocks
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)

@@ -51,7 +51,7 @@ def test_they_are_those_of_the_whole_system(profiles, fitted):
     module = model.model_
     F = module.prior.marginal().loc.detach().numpy().T
     W = model.components_.T.astype(np.float64)
-    prior_sd = np.maximum(3 * W, 1 / module.expected_totals().numpy())
+    prior_sd = np.maximum(3 * W, 1 / module.levels().numpy())
     V = whole_system(X, W, F, 1 / float(module.prior.scale_pf) ** 2, prior_sd)
     V = V[-W.size :, -W.size :]
     if profiles:  # W_jl / sum_j W_jl times its sum, linearised
@@ -100,7 +100,7 @@ def test_what_they_add_to_log_factors_is_that_of_the_whole_system(fitted):
     module, N = model.model_, len(X)
     F = module.prior.marginal().loc.detach().numpy().T
     W = model.components_.T.astype(np.float64)
-    prior_sd = np.maximum(3 * W, 1 / module.expected_totals().numpy())
+    prior_sd = np.maximum(3 * W, 1 / module.levels().numpy())
     c = 1 / float(module.prior.scale_pf) ** 2
     known = np.linalg.inv(H := gauss_newton(X, W, F) + c * np.eye(3))
     exact = blocks_of(whole_system(X, W, F, c, prior_sd)[: N * 3, : N * 3], 3) - known
@@ -142,8 +142,8 @@ def test_errors_of_logs_and_of_features_without_counts(fitted):
     with pytest.warns(UserWarning, match="no counts at all"):
         module = pnmf_pyro.fit(X, n_components=3).model_
     se = loading_uncertainty(module)[4]
-    assert (se < 1.5 / module.expected_totals().numpy()).all()
-    assert (se > 0.5 / module.expected_totals().numpy()).all()
+    assert (se < 1.5 / module.levels().numpy()).all()
+    assert (se > 0.5 / module.levels().numpy()).all()
     module.loading_blocks = None
     with pytest.raises(ValueError, match="Fit it again"):
         loading_uncertainty(module)

@@ -48,7 +48,7 @@ def problem(name, seed=0):
     model = PoissonFactorization(prior, y, L, "multiplicative", "lower-bound", random_state=0)
     start = torch.from_numpy(random.uniform(0.5, 1.5, size=(D, L)))
     model.assign(start, torch.from_numpy(random.gamma(2.0, 0.5, size=(N, L))))
-    steps = [SiteSteps(prior), ClosedFormLoadings(model.W, model.expected_totals)]
+    steps = [SiteSteps(prior), ClosedFormLoadings(model.W, model.expected_totals, model.levels)]
     if name == "independent":
         steps.append(ClosedFormScale(prior))
     return model, as_counts(X), steps
