@@ -9,8 +9,6 @@
 (100, 20)
 >>> tuple(observation.log_prob(X).shape)  # one number for each sample
 (100,)
->>> tuple(observation.log_prob(observation.sample((5,))).shape)
-(5, 100)
 """
 
 from __future__ import annotations
