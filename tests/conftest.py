@@ -104,7 +104,7 @@ def kernel(request, monkeypatch) -> str:
         monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 10)
     if request.param == "portable":
         monkeypatch.setattr(
-            pnmf_pyro.data.counts, "_has_sampled_addmm", lambda device, dtype: False
+            pnmf_pyro.data.counts, "has_sampled_addmm", lambda device, dtype: False
         )
     return request.param
 
