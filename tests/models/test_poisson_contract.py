@@ -320,7 +320,7 @@ def test_mask_over_samples():
 def test_mask_of_entries_is_refused(D, leading):
     """Also where there are as many features as samples, and it would broadcast."""
     observation = PoissonFactors(torch.zeros(*leading, L, n), torch.ones(D, L))
-    with pytest.raises(ValueError, match="hidden entries are not supported yet"):
+    with pytest.raises(ValueError, match="hidden entries are part of an Exposure"):
         observation.mask(torch.ones(n, D) > 0)
 
 
