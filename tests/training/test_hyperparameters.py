@@ -180,7 +180,7 @@ def test_learning_finds_better_hyperparameters(data, criterion):
 def test_of_several_kernels_the_one_that_suits_the_fields_is_chosen(
     kernel, names, criterion, tmp_path
 ):
-    data = tissue(N=150, kernel=kernel)
+    data = tissue(N=300, kernel=kernel)
     settings = learning("lengthscale", "sigma", criterion=criterion)
     fit = fitted_in_space(data, kernel=names, **settings)
     assert fit.kernel_ == kernel
