@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
+
+logger = logging.getLogger("pnmf_pyro")
 
 # Values from which on groups share all there is or nothing; and what to say of ends.
 ENDS = {"group_diff_param": (0.01, 1000.0)}
@@ -33,6 +36,9 @@ def warn_of_ends(
 ) -> None:
     """Warn of lengthscales and differences between groups that the samples do not tell.
 
+    That is where all components are at an end. Some that hardly vary over the places are no fault
+    of a fit, and the log names them.
+
     Parameters
     ----------
     learned : dict of Tensor of shape (C,)
@@ -45,8 +51,10 @@ def warn_of_ends(
         low, high = ENDS.get(name) or (grids[name][0], grids[name][-1])
         ends = values <= 1.01 * low, values >= 0.99 * high
         for at_end, told in zip(ends, TOLD_BY[name], strict=True):
-            if at_end.any():
+            if at_end.all():
                 said.append(_of_components(name, values, at_end) + told)
+            elif at_end.any():
+                logger.info("%s", _of_components(name, values, at_end) + told)
     if said:
         warn(" ".join(said), ConvergenceWarning)
 

@@ -7,6 +7,7 @@ import scipy.sparse as sp
 from pnmf_pyro.analysis.arviz_bridge import to_arviz
 from pnmf_pyro.transforms import factor_uncertainty, get_loadings, log_factors
 from tests.support.data import simulate
+from tests.support.settings import NATURAL, unconverged
 
 arviz = pytest.importorskip("arviz", reason="ArviZ is not installed: pip install arviz")
 
@@ -36,10 +37,10 @@ def test_groups_dimensions_and_values(fitted, counts):
     np.testing.assert_array_equal(seen.values, counts[samples][:, features])
 
 
+@unconverged
 def test_names_and_defaults():
     pandas = pytest.importorskip("pandas")
     from pnmf_pyro import PNMF
-    from tests.support.settings import NATURAL
 
     X = simulate(0, 15, 6, 2)[0]
     frame = pandas.DataFrame(X, columns=list("uvwxyz"))

@@ -165,7 +165,7 @@ def test_a_spatial_model_makes_smooth_tables():
     places = random.uniform(size=(60, 1))
     X = random.poisson(30 * np.exp(np.sin(6 * places)) * np.ones(4))
     model = PNMF(
-        1, spatial=True, mode="lower-bound", lengthscale=0.3, max_iter=30, tol=0, random_state=0,
+        1, spatial=True, mode="lower-bound", lengthscale=0.3, max_iter=60, tol=1e-2, random_state=0,
         training_mode="natural", loadings_mode="multiplicative", scheduler=None,
     ).fit(X, coordinates=places)  # fmt: skip
     order = np.argsort(places[:, 0])
