@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import singledispatch
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import covariance_from_loadings, loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors.joint import joint_covariance, packed_numbers
+
+logger = logging.getLogger("pnmf_pyro")
 
 # What a model must have from this package for the package to know its posterior.
 PROGRAMS = ("model", "guide", "likelihood")
@@ -68,8 +71,9 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
 
     Where loadings are learned, the posterior counts their errors as well.
 
-    It has none where the likelihood, or the prior, does not say what is needed, and where a
-    subclass has another program or likelihood.
+    It has none where the likelihood, or the prior, does not say what is needed, where a subclass
+    has another program or likelihood, and where numbers are too extreme to work it out, which the
+    log then says.
     """
     prior, q = model.prior, model.prior.marginal()
     prior.joint_covariance = model.loading_blocks = model.loading_coupling = None
@@ -79,15 +83,37 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
         likelihood = model.likelihood(q.loc, Batch())
     counts = counts.to(model.W.dtype)
     found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
-    if found is None or not (found.shared.isfinite().all() and found.expected.isfinite().all()):
+    if found is None:
         return
-    covariance = joint_covariance(prior, found.shared, found.expected)
+    try:
+        uncertainty = _uncertainty(model, found)
+    except torch.linalg.LinAlgError:
+        logger.warning("no joint posterior: the numbers of this fit are too extreme for it")
+        return
+    if uncertainty is not None:
+        prior.joint_covariance, model.loading_blocks, model.loading_coupling = uncertainty
+
+
+def _uncertainty(
+    model: PoissonFactorization, found: Information
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Joint covariances of samples, blocks and coupling of the errors of loadings.
+
+    Where they are no finite numbers, that is a LinAlgError.
+    """
+    _check_finite(found.shared, found.expected)
+    covariance = joint_covariance(model.prior, found.shared, found.expected)
     errors = loading_errors(model, found.counts, found.shared)
     if covariance is None or errors is None:
-        return
+        return None
     if model.W.requires_grad:  # otherwise they are known
         covariance += covariance_from_loadings(
             model, found.counts, found.shared, covariance, errors
         )
-    prior.joint_covariance = covariance
-    model.loading_blocks, model.loading_coupling = errors
+    _check_finite(covariance, *errors)
+    return covariance, *errors
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(bool(one.isfinite().all()) for one in tensors):
+        raise torch.linalg.LinAlgError("numbers that are not finite")

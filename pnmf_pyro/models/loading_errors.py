@@ -135,13 +135,18 @@ def _blocks(counts: Counts, A: Tensor, W: Tensor, covariance: Tensor) -> tuple[T
     return unpacked(given), unpacked(alone)
 
 
+def _per_factor(shared: Tensor, a: Tensor) -> Tensor:
+    """H over exp F of its columns, (n, L, L); nothing where a component is absent, exp F = 0."""
+    return unpacked(shared) / a[:, None, :].clamp_min(torch.finfo(a.dtype).tiny)
+
+
 def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
     """What F takes from transformations T of all loadings, (L^2, L^2)."""
     N, L = A.shape
     total = torch.zeros(L * L, L * L, dtype=torch.float64, device=A.device)
     for block in torch.arange(N, device=A.device).split(max(1, BLOCK_ENTRIES // L**2)):
         a = A[block].double()
-        E = unpacked(shared[block]) / a[:, None, :]
+        E = _per_factor(shared[block], a)
         M = E.mT @ unpacked(covariance[block]) @ E
         total += M.flatten(1).T @ (a[:, :, None] * a[:, None, :]).flatten(1)
     return total.reshape(L, L, L, L).permute(0, 2, 1, 3).reshape(L * L, L * L)
@@ -182,7 +187,7 @@ def covariance_from_loadings(
         weight = weight.div_(squared).div_(squared).clamp_max_(largest)
         moved = unpacked(block.matmul(weight, products) * pairs)
         a = a.double()
-        E = unpacked(shared[index]) / a[:, None, :]
+        E = _per_factor(shared[index], a)
         Q = ((a[:, :, None] * a[:, None, :]).flatten(1) @ coupling).reshape(-1, L, L)
         moved += E @ Q @ E.mT
         P = unpacked(covariance[index])

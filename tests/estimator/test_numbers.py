@@ -14,7 +14,7 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import LARGE_TOTAL, as_counts
 from pnmf_pyro.data.random_state import torch_generator
-from pnmf_pyro.models import FactorizationELBO
+from pnmf_pyro.models import FactorizationELBO, joint
 from pnmf_pyro.training.loop import evaluate_elbo
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, log_factors
 from tests.support.settings import unconverged
@@ -44,6 +44,22 @@ def test_large_counts_give_one_fit_whatever_their_type(top, parameters):
         np.testing.assert_allclose(one.score(X[:5]), fits[0].score(X[:5]))
     for kind, one in zip(KINDS, fits, strict=False):
         assert one.transform(X.astype(kind)).dtype == ("float32" if kind == "float32" else float)
+
+
+def not_worked_out(*args):
+    raise torch.linalg.LinAlgError("ill-conditioned")
+
+
+@unconverged
+@pytest.mark.parametrize(
+    "found", [not_worked_out, lambda prior, *_: torch.full((prior.N, 3), torch.nan)]
+)
+def test_a_fit_does_without_an_uncertainty_that_cannot_be_worked_out(found, monkeypatch, caplog):
+    monkeypatch.setattr(joint, "joint_covariance", found)
+    model = pnmf_pyro.fit(structured(), n_components=2, max_iter=5)
+    assert "no joint posterior" in caplog.text
+    of_q = factor_uncertainty(model, posterior="factorised")
+    np.testing.assert_array_equal(factor_uncertainty(model), of_q)
 
 
 def test_small_counts_of_all_types_agree_beyond_what_their_uncertainty_says():
