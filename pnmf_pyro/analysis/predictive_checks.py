@@ -47,6 +47,7 @@ from pnmf_pyro.data.masks import unmasked, without
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import counts_of_fit, sample_names
+from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 from pnmf_pyro.training.loop import progress_bar
 
@@ -341,8 +342,8 @@ def _check(
     check_count("n_draws", n_draws)
     module = fitted_module(model)
     keys = keys_of(model)
-    X = without(unmasked(keys.counts(X), None)[0], module.exposure.hidden)
-    counts = counts_of_fit(X, (module.N, module.D)).numpy()
+    samples = sample_names(X, module.N)
+    counts = counts_of_fit(_as_observed(keys.counts(X), module), (module.N, module.D)).numpy()
     sparse = sp.issparse(counts)
     table = sp.csr_array(counts) if sparse else counts
     places = module.prior.places
@@ -351,7 +352,7 @@ def _check(
     if any(given is not None for given in where):
         places = places_of_samples(*where, module.N)
     names: dict[str, Sequence] = {
-        "sample": sample_names(X, module.N),
+        "sample": samples,
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
     chosen = chosen_statistics(statistics, table, places, names["feature"])
@@ -370,6 +371,16 @@ def _check(
         for one, seen, values in zip(chosen, observed, replicated, strict=True)
     ]
     return PredictiveCheck(results, n_draws, kind)
+
+
+def _as_observed(X: CountsLike, module: PoissonFactorization) -> CountsLike:
+    """Return a table with zeros where the fit had hidden entries; no other may be masked."""
+    hidden = module.exposure.hidden
+    X, seen = unmasked(X, None)
+    known = True if hidden is None else hidden.numpy().toarray() == 0
+    if seen is not None and (known & ~np.asarray(seen)).any():
+        raise ValueError("X has masked entries that the fit observed; pass the X of the fit.")
+    return without(X, hidden)
 
 
 def _finite(statistic: Statistic, values: np.ndarray, table: str) -> np.ndarray:

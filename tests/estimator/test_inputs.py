@@ -83,7 +83,6 @@ def test_numbers_of_components_are_compared_for_every_form(form):
         ("counts.csv", "Read a file first"), (Path("counts.csv"), "Read a file first"),
         (type("SpatialData", (), {})(), r"X\.tables\['table'\]"),
         ([[1], [1, 2]], "rows of one length"), (X + 1j, "X|omplex"), (X.astype("M8[s]"), "X|date"),
-        (np.ma.masked_equal(X, X.max()), "X has masked entries"),
         (torch.ones(3, 2, device="meta"), "meta tensor"),
     ],
 )  # fmt: skip
@@ -91,6 +90,28 @@ def test_numbers_of_components_are_compared_for_every_form(form):
 def test_what_is_no_table_is_refused_by_name(name, thing, said, flat):
     with pytest.raises((ValueError, TypeError), match=said):
         TAKERS[name](flat, thing)
+
+
+MASKED = np.ma.masked_equal(X, X.max())
+
+
+def test_masked_entries_are_hidden_ones():
+    seen = ~np.ma.getmaskarray(MASKED)
+    masked, told = (PNMF(2, max_iter=6, random_state=0) for _ in range(2))
+    masked.fit(MASKED)
+    told.fit(X, mask=seen)
+    np.testing.assert_array_equal(masked.components_, told.components_)
+    np.testing.assert_array_equal(masked.transform(MASKED), told.transform(X, mask=seen))
+    assert masked.score(MASKED) == told.score(X, mask=seen)
+    for table in (MASKED, X):
+        check = pnmf_pyro.posterior_predictive_check(masked, table, n_draws=3, random_state=0)
+        np.testing.assert_array_equal(check["total", "sample"].observed, MASKED.sum(1))
+
+
+@pytest.mark.parametrize("name", ["transform_F", "transform_W", "check", "spatial_scores"])
+def test_masked_entries_are_refused_by_what_hides_none(name, flat):
+    with pytest.raises(ValueError, match="X has masked entries"):
+        TAKERS[name](flat, MASKED)
 
 
 BAD_NUMBERS = {
