@@ -71,7 +71,7 @@ class Size:
         cls, settings: Settings, shape: tuple[int, int], stored: int, places: Places | None = None
     ) -> Size:
         """Return the size of a fit; where places are given, inducing points are distinct ones."""
-        (N, D), L, prior = shape, settings.n_components, settings.prior
+        (N, D), L, prior = shape, int(settings.n_components), settings.prior
         size = cls(N, D, stored, L, draws=_draws(settings))
         if prior is not None:
             size = replace(size, prior=type(prior).__name__)
@@ -79,10 +79,10 @@ class Size:
             size = replace(size, prior="LCGP" if settings.local else "SVGP")
         sets = L if learned(settings) else 1
         if size.prior == "LCGP":
-            K = prior.neighborhoods.K if isinstance(prior, LCGP) else settings.K
+            K = prior.neighborhoods.K if isinstance(prior, LCGP) else int(settings.K)
             return replace(size, neighbours=min(K, N - 1), sets=sets)
         if size.prior == "SVGP":
-            M = prior.M if isinstance(prior, SVGP) else settings.num_inducing
+            M = prior.M if isinstance(prior, SVGP) else int(settings.num_inducing)
             distinct = N if places is None else len(places.distinct())
             return replace(size, inducing=min(M, distinct), sets=sets)
         return size
@@ -144,7 +144,7 @@ def _draws(settings: Settings) -> int:
     """Draws at each step, of which fixed points take the next power of two above L."""
     if settings.mode == "lower-bound":
         return 0
-    return 1 << settings.n_components.bit_length() if settings.E == FIXED else int(settings.E)
+    return 1 << int(settings.n_components).bit_length() if settings.E == FIXED else int(settings.E)
 
 
 def check_memory(size: Size) -> None:
