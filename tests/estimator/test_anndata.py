@@ -160,7 +160,9 @@ def test_the_settings_are_plain(spatial):
         pnmf_pyro.fit(with_objects, batch_key=groups, kernel=kernel, stages=stages, **QUICK)
         parameters = with_objects.uns["pnmf"]["parameters"]
         assert parameters["kernel"] == name
-        assert parameters["stages"] == ["WarmUp(kl_weight=1.0)", "Settle(mode=None, kl_weight=0.5)"]
+        assert parameters["stages"] == [
+            *("WarmUp(kl_weight=1.0, levels=None)", "Settle(mode=None, kl_weight=0.5)"),
+        ]
 
 
 @pytest.mark.parametrize("matrix", [sp.csr_matrix, sp.csc_matrix, np.asarray])

@@ -140,7 +140,8 @@ def test_a_prior_of_ones_own_has_its_divergence(counts):
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         terms = objective.terms(model.model, model.guide, Batch(as_counts(counts)))
-    mean, sd = transforms.log_factors(model), transforms.factor_uncertainty(model)
+    of_q = {"posterior": "factorised"}
+    mean, sd = (f(model, **of_q) for f in (transforms.log_factors, transforms.factor_uncertainty))
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     F = mean[..., None] + sd[..., None] * nodes
     integrand = stats.norm(mean[..., None], sd[..., None]).logpdf(F) - stats.t(4).logpdf(F)
