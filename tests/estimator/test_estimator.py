@@ -129,8 +129,11 @@ def test_no_global_state_is_read_or_moved(random_state, counts):
 def test_callback_sees_the_fit_as_it_stands(counts):
     seen = []
 
+    def means(model):
+        return log_factors(model, posterior="factorised")
+
     def callback(model, iteration, elbo):
-        seen.append((iteration, elbo, model.components_.copy(), log_factors(model).copy()))
+        seen.append((iteration, elbo, model.components_.copy(), means(model)))
 
     model = PNMF(3, max_iter=50, tol=0.0, random_state=0)
     with pytest.warns(ConvergenceWarning):
@@ -138,7 +141,7 @@ def test_callback_sees_the_fit_as_it_stands(counts):
     assert [entry[0] for entry in seen] == [20, 40]
     assert [entry[1] for entry in seen] == [model.history_[19], model.history_[39]]
     assert not np.array_equal(seen[0][2], seen[1][2])
-    assert not np.array_equal(seen[1][3], log_factors(model))
+    assert not np.array_equal(seen[1][3], means(model))
 
 
 @pytest.mark.parametrize("loadings_mode", ["softplus", "exp", "projected", "multiplicative"])
@@ -177,7 +180,8 @@ def test_shrunk_loadings_come_last_and_leave_the_factors(settings, counts):
     plain = quick(**settings, max_iter=100).fit(counts)
     stages = [Settle(), SettleLoadings(shrink=True)]
     shrunk = quick(**settings, max_iter=200, stages=stages).fit(counts)
-    np.testing.assert_array_equal(log_factors(shrunk), log_factors(plain))
+    means = (log_factors(one, posterior="factorised") for one in (shrunk, plain))
+    np.testing.assert_array_equal(*means)
     assert shrunk.history_[: plain.n_iter_] == plain.history_
     assert shrunk.n_iter_ > plain.n_iter_
     margins = counts.sum(0) / counts.sum()
