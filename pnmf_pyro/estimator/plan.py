@@ -349,9 +349,8 @@ def _best_start(
         if len(starts) == 1 or steps < 1:
             return []
         each = progress.telling(lambda elbo: None)
-        history = train_run(
-            training, settings, counts, generator, steps, on_step=each, warn=False, settles=False
-        )
+        given = (training, settings, counts, generator, steps)
+        history = train_run(*given, on_step=each, warn=False, settles=False)
         tried.append((history, {k: v.clone() for k, v in model.state_dict().items()}))
     history, state = max(tried, key=lambda one: one[0][-1])
     model.load_state_dict(state)
@@ -382,6 +381,7 @@ def train_run(
         generator,
         max_iter=max_iter,
         monotone=training.monotone,
+        extrapolates=training.extrapolates,
         convergence=judge,
         **keywords,
     ).history

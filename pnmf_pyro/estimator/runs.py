@@ -32,7 +32,8 @@ from pnmf_pyro.training.schedules import (
 class Training:
     """One run of the training loop: a model, what is raised by which steps, and until when.
 
-    A `monotone` objective has no noise, so that steps that lower it are halved. `warns` says
+    A `monotone` objective has no noise, so that steps that lower it are halved, and those that it
+    `extrapolates` go further. `warns` says
     whether to warn where it has not settled.
     """
 
@@ -41,6 +42,7 @@ class Training:
     steps: Steps
     convergence: Judge
     monotone: bool
+    extrapolates: bool = True
     warns: bool = True
 
 

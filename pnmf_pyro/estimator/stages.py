@@ -29,6 +29,7 @@ from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
+from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
 from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
@@ -179,11 +180,20 @@ class WarmUp:
             runs.append(run)
             last = coarse, level
         if last is None:
-            return [self._run(draft, "warm-up", draft.trained)]
+            return [self._early(draft, draft.trained)]
         samples = self._run(draft, "samples", draft.trained, loadings=None)
         samples.prepare = partial(_hand_down, *last, draft.trained, np.arange(model.N))
         samples.most_steps = SAMPLE_STEPS
         return [*runs, samples]
+
+    def _early(self, draft: Draft, model: PoissonFactorization) -> Run:
+        """A run that ends early: settled, factors of single samples fit their noise."""
+        run = self._run(draft, "warm-up", model)
+        assert run.training is not None
+        if run.training.monotone:
+            run.training.extrapolates = False
+            run.training.convergence = Convergence(draft.settings.tol, window=5, patience=1)
+        return run
 
     def _run(
         self,

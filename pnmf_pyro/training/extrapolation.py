@@ -91,12 +91,14 @@ class Extrapolation(Checkpoint):
         The model that is trained.
     steps : sequence of Step
         The steps that move it.
+    most : float
+        Largest beta; 0 for steps that are not extrapolated.
     """
 
-    def __init__(self, model: PoissonFactorization, steps: Sequence[Step]):
+    def __init__(self, model: PoissonFactorization, steps: Sequence[Step], most: float = MOST):
         super().__init__(model)
-        self.steps = steps
-        self.beta = FIRST
+        self.steps, self.most = steps, most
+        self.beta = min(FIRST, most)
         self.fraction = 1.0
         self.last: list[tuple[Tensor, ...]] | None = None
         self.added: list[tuple[Tensor, ...]] | None = None
@@ -109,7 +111,7 @@ class Extrapolation(Checkpoint):
         if self.moved:
             self.fraction = min(1.0, self.fraction * 1.5)
             if self.added is not None:
-                self.beta = min(MOST, self.beta * GROWTH)
+                self.beta = min(self.most, self.beta * GROWTH)
             return super().accept(loss)
         if self.added is not None:
             self.beta /= SHRINKAGE
@@ -128,6 +130,8 @@ class Extrapolation(Checkpoint):
         if self.fraction < 1:
             self._shorten(self.fraction)
             self.last = None
+            return
+        if not self.most:
             return
         before, self.last = self.last, [step.point() for step in self.steps]
         if before is None:

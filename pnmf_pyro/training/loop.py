@@ -22,7 +22,7 @@ from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence, Judge
-from pnmf_pyro.training.extrapolation import Checkpoint, Extrapolation
+from pnmf_pyro.training.extrapolation import MOST, Checkpoint, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
 
 logger = logging.getLogger("pnmf_pyro")
@@ -70,6 +70,7 @@ def train(
     on_step: OnStep = lambda elbo: None,
     warn: bool = True,
     monotone: bool = False,
+    extrapolates: bool = True,
 ) -> TrainingResult:
     """Train a model and its guide.
 
@@ -97,6 +98,8 @@ def train(
         Warn of a fit that has not converged; a failure is always warned of.
     monotone : bool
         Halve a step for as long as the ELBO falls; for objectives without noise.
+    extrapolates : bool
+        Take steps further where they are monotone, see :mod:`~pnmf_pyro.training.extrapolation`.
 
     Returns
     -------
@@ -119,7 +122,8 @@ def train(
     convergence = convergence or Convergence(tol=0.0)
     result = TrainingResult([])
     moved = [step for step, _ in steps]
-    checkpoint = Extrapolation(model, moved) if monotone else Checkpoint(model)
+    most = MOST if extrapolates else 0.0
+    checkpoint = Extrapolation(model, moved, most) if monotone else Checkpoint(model)
     stream = iter(batches)
     with _under_way(model, steps), progress_bar(max_iter, verbose, "ELBO") as progress:
         after = [schedule.attach(step, max_iter) for step, schedule in steps]

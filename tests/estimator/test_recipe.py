@@ -11,7 +11,7 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
-from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE, SPATIAL
+from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE
 from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import evaluate_elbo
@@ -105,13 +105,16 @@ def test_the_warm_up_comes_before_the_tighter_bound(counts):
     assert model.elbo_ > lower.elbo_
 
 
-def test_a_spatial_fit_begins_with_all_of_one_without_space(counts):
-    """Settled to the tolerance of the fields, which it comes before."""
+def test_a_spatial_fit_begins_with_steps_of_one_without_space(counts, monkeypatch):
+    """They are not extrapolated, and end before they settle."""
     places = np.random.default_rng(0).uniform(size=(80, 2))
-    shared = {"n_components": 2, "init": "nndsvda", "tol": SPATIAL["tol"]}
-    alone = {"mode": "lower-bound", "stages": [WarmUp(kl_weight=CLOSER[0].kl_weight)]}
-    alone = PNMF(**{**RECIPE, **shared, **alone}).fit(counts)
     spatial = pnmf_pyro.fit(counts, places, n_components=2, init="nndsvda")
+    _, _, last = spatial.history_.stages[0]
+    shared = {"n_components": 2, "init": "nndsvda", "tol": 0.0, "max_iter": last}
+    alone = {"mode": "lower-bound", "stages": [WarmUp(kl_weight=CLOSER[0].kl_weight)]}
+    with monkeypatch.context() as patch:
+        patch.setattr("pnmf_pyro.training.loop.MOST", 0.0)
+        alone = PNMF(**{**RECIPE, **shared, **alone}).fit(counts)
     np.testing.assert_allclose(spatial.history_[: alone.n_iter_], alone.history_, rtol=1e-6)
     assert spatial.n_iter_ > alone.n_iter_
     assert abs(spatial.history_[alone.n_iter_] / alone.history_[-1] - 1) > 1e-4
