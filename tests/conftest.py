@@ -103,9 +103,7 @@ def kernel(request, monkeypatch) -> str:
     if request.param != "one block":
         monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 10)
     if request.param == "portable":
-        monkeypatch.setattr(
-            pnmf_pyro.data.counts, "has_sampled_addmm", lambda device, dtype: False
-        )
+        monkeypatch.setattr(pnmf_pyro.data.counts, "has_sampled_addmm", lambda device, dtype: False)
     return request.param
 
 
