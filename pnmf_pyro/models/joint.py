@@ -16,7 +16,7 @@ from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import covariance_from_loadings, loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
-from pnmf_pyro.priors.joint import joint_covariance, packed_numbers
+from pnmf_pyro.priors.joint import diagonal_numbers, joint_covariance, packed_numbers
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -107,9 +107,10 @@ def _uncertainty(
     if covariance is None or errors is None:
         return None
     if model.W.requires_grad:  # otherwise they are known
-        covariance += covariance_from_loadings(
-            model, found.counts, found.shared, covariance, errors
-        )
+        more = covariance_from_loadings(model, found.counts, found.shared, covariance, errors)
+        # Errors never take from a variance, as numbers of a fit far from its optimum may say.
+        adds = (more[:, diagonal_numbers(model.L)] >= 0).all(1, keepdim=True)
+        covariance += torch.where(adds, more, 0)
     _check_finite(covariance, *errors)
     return covariance, *errors
 

@@ -68,13 +68,18 @@ class ClosedFormLoadings(Step):
         target = self.expected_counts / totals.clamp_min(torch.finfo(totals.dtype).tiny)
         features = slice(None) if self.batch.features is None else self.batch.features
         value = self.W.detach()
-        value[features] = value[features].lerp(target.clamp_min(0), self.lr)
+        target = torch.where(target > self._nothing, target, 0)
+        value[features] = value[features].lerp(target, self.lr)
         self.W.assign(value)
+
+    @property
+    def _nothing(self) -> float:
+        """Loadings up to which a rate has nothing of them; products of smaller ones are slow."""
+        return torch.finfo(self.W.raw.dtype).tiny ** 0.5
 
     def point(self) -> tuple[Tensor, ...]:
         """Return log W."""
-        W = self.W.detach()
-        return (W.clamp_min_(torch.finfo(W.dtype).tiny).log_(),)
+        return (self.W.detach().clamp_min_(self._nothing).log_(),)
 
     def move(self, *changes: Tensor) -> None:
         """Add a change to log W."""

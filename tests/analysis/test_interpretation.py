@@ -218,3 +218,9 @@ def test_a_section_is_no_neighbour_of_another(scaled, places):
 def test_bad_input(call, message, scaled):
     with pytest.raises(ValueError, match=message):
         call(scaled[0], scaled[1])
+
+
+def test_places_that_are_all_the_same_have_no_score(scaled):
+    model, X = scaled[0], scaled[1]
+    with pytest.raises(ValueError, match="coordinates must differ between samples"):
+        spatial_scores(model, X, coordinates=np.ones((len(X), 2)))

@@ -212,3 +212,15 @@ def test_lengthscales_are_learned_from_many_samples_at_a_place(each):
     here, there = (m.model_.prior.kernel.hyperparameters["lengthscale"].numpy() for m in found)
     np.testing.assert_allclose(here, there / 1000, rtol=0.01)
     assert ((here > 1.5) & (here < 10)).all()
+
+
+@unconverged
+def test_a_fit_far_from_its_optimum_has_variances_and_factors():
+    """Rows over eight orders of magnitude, in six steps."""
+    random = np.random.default_rng(0)
+    X = random.poisson(3.0, (40, 14)) * 10.0 ** np.linspace(0, 8, 40)[:, None].round()
+    for n_components in (1, 2):
+        model = pnmf_pyro.fit(X, n_components=n_components, max_iter=6)
+        for found in (get_factors(model), factor_uncertainty(model)):
+            assert np.isfinite(found).all()
+            assert (found > 0).all()
