@@ -267,7 +267,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             Whether to return (history, self), where history is the list of ELBO values.
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
-            `components_` and the factors are those of that step.
+            `components_` and factors are where that step led; `elbo` is of where it began.
         size_factors : array-like of shape (n_samples,) or 'total', optional
             Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
             `total` for total counts over their mean.
