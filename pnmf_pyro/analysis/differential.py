@@ -77,7 +77,7 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
     --------
     >>> import numpy as np
     >>> import pnmf_pyro
-    >>> rng = np.random.default_rng(0)
+    >>> rng = np.random.default_rng(1)
     >>> W = np.kron(np.eye(2), np.full((5, 1), 4.0)) + 0.5
     >>> X = rng.poisson(rng.gamma(1.0, 1.0, size=(200, 2)) @ W.T)
     >>> table = pnmf_pyro.differential_features(pnmf_pyro.fit(X, n_components=2))
