@@ -32,6 +32,8 @@ exclude_patterns = ["_build", "jupyter_execute"]
 templates_path = ["_templates"]
 
 autosummary_generate = True
+# A class is on the page of its room and on that of its module: both are it.
+suppress_warnings = ["ref.python"]
 autosummary_ignore_module_all = False  # __all__ says what is public
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # only what this package wrote
