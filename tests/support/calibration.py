@@ -62,7 +62,7 @@ def coverage_at_new_places(seed: int, criterion: str, N: int = 300, held_out: in
         LearnHyperparameters(criterion) if isinstance(stage, LearnHyperparameters) else stage
         for stage in CLOSER
     ]
-    fit = pnmf_pyro.fit(X[:N], x[:N], n_components=3, stages=stages, tol=1e-6, max_iter=1500)
+    fit = pnmf_pyro.fit(X[:N], x[:N], n_components=3, stages=stages, tol=1e-5, max_iter=3000)
     owner = np.abs(np.corrcoef(fit.components_, W.T)[:3, 3:]).argmax(1)
     truth = F[:, owner].T
     level = np.log(fit.components_.sum(1) / W.sum(0)[owner])
