@@ -203,11 +203,6 @@ def spatial_scores(
     counts = counts_of_fit(found.counts(keys_of(fit).counts(X)), (N, len(found.loadings)))
     coordinates = found.coordinates if coordinates is None else coordinates
     places = places_of_samples(coordinates, found.groups if groups is None else groups, N)
-    if N > 1 and not places.coordinates.std(0).any():
-        raise ValueError(
-            "coordinates must differ between samples for a score in space; all are the same. Pass "
-            "where each sample is."
-        )
     codes = np.zeros(N, dtype=np.int64) if places.groups is None else places.groups.numpy()
     means = neighbor_weights(places, check_count("n_neighbors", n_neighbors))
     rates = sp.diags(1 / found.size_factors) @ sp.csr_matrix(counts.numpy(), dtype=np.float64)

@@ -96,9 +96,14 @@ def neighbor_weights(places: Places, k: int = NEIGHBORS) -> sp.csr_array:
     """Return weights (N, N) of the k nearest other samples of each sample's own group.
 
     Each row sums to one, or is empty for a sample that is alone in its group. A group with fewer
-    than k others gives all of them.
+    than k others gives all of them. Places that are all the same are a ValueError.
     """
     points = places.coordinates.cpu().numpy()
+    if len(points) > 1 and (points == points[0]).all():
+        raise ValueError(
+            "coordinates must differ between samples, or none has neighbours; all are the same. "
+            "Pass where each sample is."
+        )
     groups = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     blocks = []
