@@ -216,10 +216,6 @@ def coordinates_elsewhere(adata: AnnData) -> str:
     return ""
 
 
-def _only_raw_is_whole(adata: AnnData, X: Any) -> bool:
-    return adata.raw is not None and not _is_whole(X) and _is_whole(adata.raw.X[:1000])
-
-
 def _is_whole(X: Any) -> bool:
     entries = X.data if sp.issparse(X) else X
     if not isinstance(entries, np.ndarray):

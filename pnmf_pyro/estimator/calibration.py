@@ -37,6 +37,7 @@ from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.size import Size
 from pnmf_pyro.estimator.stages import SAMPLE_STEPS
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, SVGP
 from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 from pnmf_pyro.training.loop import final_elbo
@@ -215,6 +216,7 @@ def _time_stages(settings: Settings, data: Data, seconds: float) -> Iterator[Tim
     started = clock()
     batches = Batches(counts, settings.batch_size)
     final_elbo(model, batches, settings.mode, FINAL_DRAWS, generator)
+    find_uncertainty(model, counts)
     yield Timed(LAST, size, clock() - started)
 
 
