@@ -28,7 +28,7 @@ from benchmarks.measure import (
 )
 from benchmarks.solves import solves
 from pnmf_pyro import PNMF
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.estimator.stages import Settle
 

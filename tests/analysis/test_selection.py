@@ -10,7 +10,8 @@ from sklearn.metrics import mean_poisson_deviance
 
 import pnmf_pyro
 from pnmf_pyro import PNMF, match_factors, select_n_components
-from pnmf_pyro.analysis.selection import ComponentSelection, thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
+from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors, get_loadings
 from tests.support.data import simulate
@@ -220,6 +221,8 @@ def test_what_is_beyond_the_range(numbers, best, beyond):
         ({"n_seeds": "x"}, "n_seeds must be a whole number"),
         ({"train_fraction": 1.0}, "train_fraction must be between 0 and 1"),
         ({"train_fraction": "half"}, "train_fraction must be between 0 and 1"),
+        ({"hold_out": "rows"}, "hold_out must be one of"),
+        ({"mask": np.ones((2, 2))}, "mask must have the shape of X"),
         ({"random_state": -1}, "random_state must be None"),
         ({"size_factors": [1.0]}, "size_factors must have one entry for each of the 80"),
         ({"coordinates": np.zeros((3, 2))}, "coordinates must have one row for each sample"),
