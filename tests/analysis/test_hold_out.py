@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:.*have no counts at all:UserWarning"),
 ]
-FEW = {"max_iter": 40, "tol": 0, "scale_pf": 1.0, "stages": [Settle()]}
+FEW = {"max_iter": 12, "tol": 0, "scale_pf": 1.0, "stages": [Settle()], "init": None}
 FAST = {"mode": "lower-bound", **FEW}
 
 
