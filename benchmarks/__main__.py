@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import pnmf_pyro
-from benchmarks import coverage, forecast, ours, peers, tables, trust
+from benchmarks import coverage, forecast, hidden, ours, peers, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
 from benchmarks.measure import (
@@ -50,6 +50,7 @@ SVGP_GROWTH = {
 
 BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
+BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage
 
 
