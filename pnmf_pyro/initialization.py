@@ -102,19 +102,39 @@ def initialize_factors(
 def start_values(
     counts: Counts,
     n_components: int,
-    init: str | None,
+    init: str | np.ndarray | None,
     random_state: RandomState,
     size_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make W, (D, L), and exp F, (N, L), for a model to start from, on the device of the counts.
 
     The counts of a sample are divided by its size factor; the rest is :func:`initialize_factors`.
+    Where `init` is an array of loadings (D, L), each sample has the same share of all components.
     """
+    if isinstance(init, np.ndarray):
+        return _from_loadings(counts, n_components, init, size_factors)
     matrix = counts.numpy()
     if size_factors is not None:
         matrix = _divide_rows(matrix, size_factors.cpu().numpy())
     W, exp_F = initialize_factors(matrix, n_components, init, random_state)
     return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
+
+
+def _from_loadings(
+    counts: Counts, L: int, loadings: np.ndarray, size_factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Start from loadings (D, L), with factors that are the same for all components of a sample."""
+    if loadings.shape != (counts.shape[1], L):
+        raise ValueError(
+            f"init must be loadings of shape ({counts.shape[1]}, {L}), features by components, or "
+            f"name a start; got an array of shape {loadings.shape}."
+        )
+    W = torch.from_numpy(loadings).to(counts.values)
+    levels = counts.row_totals.to(W) / W.sum()
+    if size_factors is not None:
+        levels = levels / size_factors.to(W)
+    levels = levels.clamp_min(LEAST_TOTAL * levels.mean())
+    return W, levels[:, None].repeat(1, L)
 
 
 def _divide_rows(matrix: Table, divisors: np.ndarray) -> Table:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.data.counts import CountsLike, as_counts
@@ -41,7 +40,7 @@ class Split:
         seen, judged = (m if m is None else m[:, features] for m in (self.seen, self.judged))
         return Split(self.train[:, features], self.test[:, features], seen, judged, self.growth)
 
-    def deviance(self, factors: torch.Tensor, loadings: torch.Tensor) -> float:
+    def deviance(self, factors: np.ndarray, loadings: np.ndarray) -> float:
         """Return the mean deviance of what is predicted, for factors of a fit, with loadings."""
         return deviance(self.test, (self.growth * factors, loadings), mask=self.judged)
 
