@@ -11,7 +11,7 @@ from sklearn.decomposition._nmf import _initialize_nmf
 
 import pnmf_pyro
 from pnmf_pyro.data.counts import as_counts
-from pnmf_pyro.initialization import initialize_factors, start_values
+from pnmf_pyro.initialization import FLOOR, UPDATES, initialize_factors, start_values
 
 NAMES = ("random", "nndsvd", "nndsvda", "nndsvdar", "biwhitened", "k-means")
 INITS = (*NAMES, None)
@@ -294,14 +294,20 @@ def test_more_components_than_samples_and_features(X):
 
 
 def test_loadings_to_start_from(X):
-    """Rates of a sample add up to its total, with equal parts of all components."""
+    """Factors by the rule of Lee and Seung, one sample after another."""
     random = np.random.default_rng(0)
     given = random.gamma(1.0, size=(15, 3))
     s = torch.from_numpy(random.uniform(0.5, 2, 40))
     W, exp_F = start_values(as_counts(X), 3, given, 0, s)
     np.testing.assert_array_equal(W, given)
-    np.testing.assert_allclose((s[:, None] * exp_F @ W.T).sum(1), X.sum(1))
-    assert (exp_F == exp_F[:, :1]).all()
+    expected = np.empty((40, 3))
+    for i in range(40):
+        a = np.full(3, X[i].sum() / (s[i].item() * given.sum()))
+        for _ in range(UPDATES):
+            a = a * ((X[i] / (given @ a)) @ given) / (s[i].item() * given.sum(0))
+        expected[i] = a
+    expected = np.maximum(expected, FLOOR * expected.mean(0))
+    np.testing.assert_allclose(exp_F, expected, rtol=1e-10)
     with pytest.raises(ValueError, match=r"init must be loadings of shape \(15, 4\), features by"):
         start_values(as_counts(X), 4, given, 0)
 
