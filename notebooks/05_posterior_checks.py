@@ -63,7 +63,7 @@ checks["negative binomial"].table().round(3)
 # %% [markdown]
 # ## One argument
 #
-# The first lines of the verdict name it: `likelihood="negative-binomial"`. All else stays as it was.
+# The verdict names it: `likelihood="negative-binomial"`. All else stays as it was.
 
 # %%
 mended = pnmf_pyro.fit(tables["negative binomial"], n_components=L, likelihood="negative-binomial")

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.data.counts import CountsLike, as_counts
+from pnmf_pyro.data.exposure import NONE, Exposure
 from pnmf_pyro.data.tables import numeric_matrix
 from pnmf_pyro.models.deviance import deviance
 
@@ -40,9 +41,25 @@ class Split:
         seen, judged = (m if m is None else m[:, features] for m in (self.seen, self.judged))
         return Split(self.train[:, features], self.test[:, features], seen, judged, self.growth)
 
-    def deviance(self, factors: np.ndarray, loadings: np.ndarray) -> float:
-        """Return the mean deviance of what is predicted, for factors of a fit, with loadings."""
-        return deviance(self.test, (self.growth * factors, loadings), mask=self.judged)
+    def deviance(
+        self, factors: np.ndarray, loadings: np.ndarray, exposure: Exposure = NONE
+    ) -> float:
+        """Return the mean deviance of what is predicted.
+
+        Parameters
+        ----------
+        factors, loadings : ndarray of shape (n, L) and (d, L)
+            Of the fit; factors are times size factors, where it has any.
+        exposure : Exposure
+            That of the fit, whose effects, such as those of batches, scale the rates.
+        """
+        factors = self.growth * factors
+        if exposure.effects is None:
+            return deviance(self.test, (factors, loadings), mask=self.judged)
+        effects = Exposure(None, exposure.design, exposure.codes, exposure.effects)
+        scale = effects.block(slice(None))
+        assert scale is not None
+        return deviance(self.test, factors @ loadings.T * scale.cpu().numpy(), mask=self.judged)
 
 
 def thinned(

@@ -273,7 +273,7 @@ def _trials(
             factors = factors * size_factors[:, None].astype(factors.dtype)
         loadings = np.zeros((n_features, number))
         loadings[seen] = W
-        found[number] = parts.deviance(factors, W), loadings
+        found[number] = parts.deviance(factors, W, model.model_.exposure), loadings
         smaller = [other for other in numbers if other < number]
         if smaller:
             given["init"] = merged(W, factors, max(smaller))

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from sklearn.metrics import mean_poisson_deviance
 
 import pnmf_pyro
 from pnmf_pyro import select_n_components
 from pnmf_pyro.analysis.hold_out import HOLD_OUT, thin_counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors
 from tests.support.data import simulate
@@ -105,6 +107,23 @@ def test_each_entry_is_fitted_or_judged(X, form):
     few = parts.of_features(np.array([2, 5]))
     np.testing.assert_array_equal(few.judged, parts.judged[:, [2, 5]])
     assert few.test.shape == (30, 2)
+
+
+def test_effects_scale_what_is_predicted(X):
+    random = np.random.default_rng(0)
+    A, W, beta = (
+        random.gamma(1.0, size=(30, 2)),
+        random.gamma(1.0, size=(12, 2)),
+        random.normal(size=(12, 3)),
+    )
+    codes = random.integers(0, 3, 30)
+    exposure = Exposure(
+        torch.ones(30), torch.eye(3).double(), torch.from_numpy(codes), torch.from_numpy(beta)
+    )
+    parts = HOLD_OUT["entries"].split(X, None, 0.8, np.random.RandomState(0))
+    mean = (A @ W.T) * np.exp(beta[:, codes].T)
+    expected = mean_poisson_deviance(X[parts.judged], mean[parts.judged])
+    assert parts.deviance(A, W, exposure) == pytest.approx(expected)
 
 
 def test_words_say_what_was_held_out(X):
