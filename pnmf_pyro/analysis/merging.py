@@ -17,14 +17,14 @@ from __future__ import annotations
 import numpy as np
 
 # Share of the mean profile of features in loadings from which a fit may still leave its optimum.
-SOFTENING = 0.4
+SOFTENING = 0.5
 
 
 def merged(loadings: np.ndarray, factors: np.ndarray, n_components: int) -> np.ndarray:
     """Return loadings of fewer components, from which a fit of so many may start.
 
     The two components that lose least are made one, which keeps their sums over samples and over
-    features, until there are `n_components`. Then the loadings come nearer to the mean profile:
+    features, until there are `n_components`. Then the loadings come half way to the mean profile:
     a start that has settled with other components would not leave them.
 
     Parameters
