@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import pnmf_pyro
-from benchmarks import coverage, forecast, ours, peers, tables, trust
+from benchmarks import coverage, forecast, hidden, ours, peers, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
 from benchmarks.measure import (
@@ -26,9 +26,10 @@ from benchmarks.measure import (
     table,
     timed,
 )
+from benchmarks.selection import select
 from benchmarks.solves import solves
 from pnmf_pyro import PNMF
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.estimator.stages import Settle
 
@@ -50,6 +51,8 @@ SVGP_GROWTH = {
 
 BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
+BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
+BENCHMARKS["select"] = select
 BENCHMARKS["coverage"] = coverage.coverage
 
 

@@ -32,7 +32,7 @@ from pyro.infer import SVI
 from torch import nn
 
 from pnmf_pyro import deviance, fit_model, match_factors, transforms
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data import take
 from pnmf_pyro.models import ALL, FactorizationELBO, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior

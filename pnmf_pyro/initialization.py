@@ -20,6 +20,9 @@ LEAST_TOTAL = 0.05
 
 Factors = tuple[np.ndarray, np.ndarray]
 
+# Multiplicative updates of factors from loadings that are given; the fit goes on from there.
+UPDATES = 5
+
 # Smallest factor kept before taking logs, relative to the component's mean.
 FLOOR = 1e-2
 
@@ -102,19 +105,42 @@ def initialize_factors(
 def start_values(
     counts: Counts,
     n_components: int,
-    init: str | None,
+    init: str | np.ndarray | None,
     random_state: RandomState,
     size_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make W, (D, L), and exp F, (N, L), for a model to start from, on the device of the counts.
 
     The counts of a sample are divided by its size factor; the rest is :func:`initialize_factors`.
+    Where `init` is an array of loadings (D, L), factors are those that these make likely.
     """
+    if isinstance(init, np.ndarray):
+        return _from_loadings(counts, n_components, init, size_factors)
     matrix = counts.numpy()
     if size_factors is not None:
         matrix = _divide_rows(matrix, size_factors.cpu().numpy())
     W, exp_F = initialize_factors(matrix, n_components, init, random_state)
     return torch.from_numpy(W).to(counts.device), torch.from_numpy(exp_F).to(counts.device)
+
+
+def _from_loadings(
+    counts: Counts, L: int, loadings: np.ndarray, size_factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Start from loadings (D, L), and the factors that multiplicative updates find for them."""
+    if loadings.shape != (counts.shape[1], L):
+        raise ValueError(
+            f"init must be loadings of shape ({counts.shape[1]}, {L}), features by components, or "
+            f"name a start; got an array of shape {loadings.shape}."
+        )
+    W = torch.from_numpy(loadings).to(counts.values)
+    s = W.new_ones(1, 1) if size_factors is None else size_factors.to(W)[:, None]
+    tiny = torch.finfo(W.dtype).tiny
+    rates = (s * W.sum(0)).clamp_min(tiny)
+    exp_F = (counts.row_totals.to(W)[:, None] / rates.sum(1, keepdim=True)).repeat(1, L)
+    for _ in range(UPDATES):
+        ratio = counts.values / counts.inner(exp_F, W).clamp_min(tiny)
+        exp_F = exp_F * counts.matmul(ratio, W) / rates
+    return W, exp_F.maximum(FLOOR * exp_F.mean(0)).clamp_min(tiny)
 
 
 def _divide_rows(matrix: Table, divisors: np.ndarray) -> Table:

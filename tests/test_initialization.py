@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn.base import clone
 from sklearn.decomposition._nmf import _initialize_nmf
 
+import pnmf_pyro
 from pnmf_pyro.data.counts import as_counts
-from pnmf_pyro.initialization import initialize_factors
+from pnmf_pyro.initialization import FLOOR, UPDATES, initialize_factors, start_values
 
 NAMES = ("random", "nndsvd", "nndsvda", "nndsvdar", "biwhitened", "k-means")
 INITS = (*NAMES, None)
@@ -289,3 +291,43 @@ def test_more_components_than_samples_and_features(X):
     assert W.shape == (15, 50)
     assert exp_F.shape == (40, 50)
     assert initialize_factors(X, 40, "k-means", 0)[1].shape == (40, 40)
+
+
+def test_loadings_to_start_from(X):
+    """Factors by the rule of Lee and Seung, one sample after another."""
+    random = np.random.default_rng(0)
+    given = random.gamma(1.0, size=(15, 3))
+    s = torch.from_numpy(random.uniform(0.5, 2, 40))
+    W, exp_F = start_values(as_counts(X), 3, given, 0, s)
+    np.testing.assert_array_equal(W, given)
+    expected = np.empty((40, 3))
+    for i in range(40):
+        a = np.full(3, X[i].sum() / (s[i].item() * given.sum()))
+        for _ in range(UPDATES):
+            a = a * ((X[i] / (given @ a)) @ given) / (s[i].item() * given.sum(0))
+        expected[i] = a
+    expected = np.maximum(expected, FLOOR * expected.mean(0))
+    np.testing.assert_allclose(exp_F, expected, rtol=1e-10)
+    with pytest.raises(ValueError, match=r"init must be loadings of shape \(15, 4\), features by"):
+        start_values(as_counts(X), 4, given, 0)
+
+
+@pytest.mark.parametrize("init", [np.ones(3), -np.ones((4, 2)), np.full((4, 2), np.nan)])
+def test_loadings_to_start_from_that_are_none(X, init):
+    with pytest.raises(ValueError, match="init must be loadings, features by components"):
+        pnmf_pyro.fit(X, n_components=2, init=init)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_fit_from_its_own_loadings_stays_there(X, tmp_path):
+    model = pnmf_pyro.fit(X, n_components=2)
+    again = pnmf_pyro.fit(X, n_components=2, init=model.components_.T)
+    assert again.elbo_ == pytest.approx(model.elbo_, rel=2e-3)
+    assert pnmf_pyro.match_factors(model, again).similarity > 0.99
+    several = clone(again).set_params(init=(None, model.components_.T)).fit(X)
+    assert several.elbo_ >= model.elbo_ - 2e-3 * abs(model.elbo_)
+    for fit, kept in ((again, None), (several, (None,))):
+        fit.save(tmp_path / "model.npz")
+        back = pnmf_pyro.PNMF.load(tmp_path / "model.npz")
+        assert back.init == kept
+        np.testing.assert_array_equal(back.components_, fit.components_)

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
+from pnmf_pyro.analysis.remedies import FitFacts, meanings
 from pnmf_pyro.analysis.replicates import replicated_counts
 from pnmf_pyro.analysis.statistics import (
     Statistic,
@@ -141,7 +142,7 @@ class StatisticCheck:
         one_sided = abs(row["mean_z"]) >= ONE_SIDED * np.sqrt(np.mean(self.z**2))
         if not one_sided or away * row["mean_z"] <= 0:
             found = "too high in the data for some and too low for others"
-            meaning = f"the model does not follow it from one {s.of} to another"
+            meaning = s.mixed or f"the model does not follow it from one {s.of} to another"
         else:
             found = (
                 f"{'higher' if higher else 'lower'} in the data, on average "
@@ -236,6 +237,8 @@ class PredictiveCheck:
             )
         common = "; one cause can move several" if len(flagged) > 1 else ""
         lines = [f"- {one.sentence}" for one in flagged]
+        if flagged[0].p_value <= smallest:
+            lines.append(f"p = {smallest:.3g} is the smallest that {self.n_draws} tables can show.")
         return (
             f"The model does not reproduce {len(flagged)} of {len(self.results)} statistics "
             f"(p < {FLAGGED}, {self.n_draws} tables of the {self.kind} predictive "
@@ -355,7 +358,8 @@ def _check(
         "sample": samples,
         "feature": list(getattr(model, "feature_names_in_", range(module.D))),
     }
-    chosen = chosen_statistics(statistics, table, places, names["feature"])
+    told = partial(meanings, fit=FitFacts.of(module))
+    chosen = chosen_statistics(statistics, table, places, names["feature"], told)
     observed = [_finite(one, one(table), "the data") for one in chosen]
     replicated = [np.empty((n_draws, len(values)), np.float32) for values in observed]
     tables = replicated_counts(

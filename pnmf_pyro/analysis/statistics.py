@@ -38,8 +38,9 @@ class Statistic:
     function : callable
         Function of a table of shape (N, D), an ndarray or a scipy csr_array like the data, to a
         number or an array of shape (m,).
-    above, below : str
-        Meaning of numbers that are higher, or lower, in the data than in the model's tables.
+    above, below, mixed : str
+        Meaning of numbers that are higher in the data than in the model's tables, lower, or too
+        high for some and too low for others.
     labels : sequence, optional
         Names of the m numbers.
     """
@@ -49,6 +50,7 @@ class Statistic:
     function: Callable[[Table], ArrayLike]
     above: str = ""
     below: str = ""
+    mixed: str = ""
     labels: Sequence | None = None
 
     def __call__(self, table: Table) -> np.ndarray:
@@ -138,38 +140,14 @@ def _vector(values: Table) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values).ravel()
 
 
-# What it means that a statistic is higher, or lower, in the data than in the model's tables.
-MEANINGS = {
-    "total": ("the model expects too few counts", "the model expects too many counts"),
-    "variance_to_mean": (
-        "counts vary more than the Poisson model allows (overdispersion): more components, size "
-        "factors, or a likelihood such as the negative binomial may be needed",
-        "counts vary less than the model says: it may have fitted noise, try fewer components",
-    ),
-    "zero_fraction": (
-        "there are more zeros than the model makes, as overdispersion or dropout would leave",
-        "there are fewer zeros than the model makes",
-    ),
-    "maximum": (
-        "the largest counts are beyond the model's: outliers, or overdispersion",
-        "the model makes larger counts than there are: its factors may vary too much",
-    ),
-    "correlation": (
-        "features go together more than the components explain: try more components",
-        "features go together less than the model says, as noise beyond a Poisson makes them",
-    ),
-    "moran": (
-        "neighbouring samples are more alike than the model makes them: try a spatial model, more "
-        "components or a shorter lengthscale",
-        "neighbouring samples are less alike than the model makes them: the counts have noise that "
-        "a Poisson does not, or the lengthscale is too long",
-    ),
-}
-NAMES = tuple(MEANINGS)
+NAMES = ("total", "variance_to_mean", "zero_fraction", "maximum", "correlation", "moran")
 _ON_AXES = {f.__name__: f for f in (total, variance_to_mean, zero_fraction, maximum)}
 
 # What a user may ask for; None for all the names that apply.
 Wanted = str | Statistic | Callable[[Table], ArrayLike] | Sequence | None
+
+# What it means that a statistic, by name and what it is of, is higher, lower, or both in the data.
+Meanings = Callable[[str, str], tuple[str, str, str]]
 
 
 def places_of_samples(
@@ -183,12 +161,17 @@ def places_of_samples(
 
 
 def chosen_statistics(
-    wanted: Wanted, table: Table, places: Places | None, feature_names: Sequence
+    wanted: Wanted,
+    table: Table,
+    places: Places | None,
+    feature_names: Sequence,
+    meanings: Meanings,
 ) -> list[Statistic]:
     """Return the statistics that a user asks for; all the names that apply if None.
 
     `places` are those of the samples, which "moran" needs, and `feature_names` label the pairs of
     "correlation", which are taken among the most abundant features of `table`, (N, D).
+    `meanings` tells what the named ones mean for the fit.
     """
     if not (wanted is None or callable(wanted) or isinstance(wanted, str | Collection)):
         raise ValueError(
@@ -202,7 +185,7 @@ def chosen_statistics(
     chosen: list[Statistic] = []
     for one in wanted:
         if one in NAMES:
-            chosen += named_statistics(one, table, places, feature_names)
+            chosen += named_statistics(one, table, places, feature_names, meanings)
         elif callable(one):
             chosen.append(one if isinstance(one, Statistic) else _of_function(one, table))
         else:
@@ -224,10 +207,13 @@ def _of_function(function: Callable[[Table], ArrayLike], table: Table) -> Statis
 
 
 def named_statistics(
-    name: str, table: Table, places: Places | None, feature_names: Sequence
+    name: str,
+    table: Table,
+    places: Places | None,
+    feature_names: Sequence,
+    meanings: Meanings,
 ) -> list[Statistic]:
     """Return the statistics of one of `NAMES`, see :func:`chosen_statistics`."""
-    meaning = MEANINGS[name]
     if name == "moran":
         if places is None:
             raise ValueError(
@@ -240,13 +226,14 @@ def named_statistics(
                 "groups must have several samples, or the statistic 'moran' has no neighbours; "
                 "each sample is alone in its group."
             )
-        return [Statistic(name, "feature", partial(moran, weights=weights), *meaning)]
+        told = meanings(name, "feature")
+        return [Statistic(name, "feature", partial(moran, weights=weights), *told)]
     if name == "correlation":
         chosen = np.sort(np.argsort(-total(table, 0), kind="stable")[:CORRELATED])
         labels = list(combinations([feature_names[number] for number in chosen], 2))
-        function = partial(correlations, features=chosen)
-        return [Statistic(name, "pair of features", function, *meaning, labels)] if labels else []
+        function, of = partial(correlations, features=chosen), "pair of features"
+        return [Statistic(name, of, function, *meanings(name, of), labels)] if labels else []
     return [
-        Statistic(name, of, partial(_ON_AXES[name], axis=axis), *meaning)
+        Statistic(name, of, partial(_ON_AXES[name], axis=axis), *meanings(name, of))
         for of, axis in (("feature", 0), ("sample", 1))
     ]

@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
         check_report_path("--out", options.out)
     model, table = read_model(options.model), shared.read_table(options)
     _check_features(model, table)
+    _check_mask(model, table)
     coords, groups = (None, None) if model.spatial else shared.places(options, table)
     check = posterior_predictive_check(
         model,
@@ -86,6 +87,20 @@ def _with_sample_names(check: PredictiveCheck, table: CountTable) -> PredictiveC
         for one in check.results
     ]
     return replace(check, results=named)
+
+
+def _check_mask(model: PNMF, table: CountTable) -> None:
+    """Raise a ValueError where a mask hides what the fit observed."""
+    if table.mask is None:
+        return  # what the fit did not observe, the model knows
+    if (hidden := model.model_.exposure.hidden) is None:
+        more = np.size(table.mask) - np.count_nonzero(table.mask)
+    else:
+        more = int((~table.mask & (hidden.numpy().toarray() == 0)).sum())
+    if more:
+        raise ValueError(
+            f"--mask must be that of the fit; it hides {more} entries that the fit observed."
+        )
 
 
 def _check_features(model: PNMF, table: CountTable) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data.checks import some_of, warn
+from pnmf_pyro.data.masks import hide
 from pnmf_pyro.data.sparse_structure import checked_csr
 from pnmf_pyro.estimator.anndata_bridge import found_places
 from pnmf_pyro.estimator.results import SPATIAL_KEY
@@ -48,6 +49,8 @@ class CountTable:
         What an AnnData file holds of samples and features, without the counts.
     coordinates : ndarray of shape (n_samples, p), or None
         Places of the samples, where --coords names them.
+    mask : ndarray of bool, shape (n_samples, n_features), or None
+        True where an entry is observed. The counts are 0 where it is hidden.
     corner : str
         Heading of the names of samples.
     notes : list of str
@@ -61,6 +64,7 @@ class CountTable:
     feature_names: list[str] | None = None
     annotation: AnnData | None = None
     coordinates: np.ndarray | None = None
+    mask: np.ndarray | None = None
     corner: str = ""
     notes: list[str] = field(default_factory=list)
     is_10x: bool = False
@@ -72,8 +76,8 @@ class CountTable:
         names = self.feature_names, self.sample_names
         return CountTable(self.X.T, *names, annotation, notes=self.notes)
 
-    def checked(self) -> CountTable:
-        """Return the table; raise a ValueError for what are no counts, or for a wrong shape.
+    def structured(self) -> CountTable:
+        """Return the table; raise a ValueError for what is no table of numbers.
 
         Sparse counts become CSR, of a structure that fits their shape.
         """
@@ -85,18 +89,24 @@ class CountTable:
             X = checked_csr(X)
         if X.dtype.kind not in "biuf":
             raise ValueError(f"counts must be real numbers; it holds {X.dtype}")
+        return replace(self, X=X)
+
+    def checked(self) -> CountTable:
+        """Return the table, structured; raise a ValueError for what are no counts."""
+        table = self.structured()
+        X = table.X
         if found := _wrong_count(X):
             row, column, value = found
             raise ValueError(
                 f"counts must not be negative or missing; row {_label(row, self.sample_names)}, "
                 f"column {_label(column, self.feature_names)} holds {value:g}. Give raw counts, "
                 "not centred or log-transformed data, and leave out rows or columns with missing "
-                "cells"
+                "cells, or name what is observed by --mask"
             )
         for names, size in zip((self.sample_names, self.feature_names), X.shape, strict=True):
             if names is not None and len(names) != size:
                 raise ValueError(f"it has {len(names)} names for {size} rows or columns")
-        return replace(self, X=X)
+        return table
 
     def with_coordinates(self, names: Sequence[str]) -> CountTable:
         """Return the table with these columns as coordinates of the samples.
@@ -124,6 +134,18 @@ class CountTable:
             feature_names=[known[j] for j in kept],
             coordinates=np.asarray(values, dtype=np.float64),
         )
+
+    def hiding(self, mask: CountTable) -> CountTable:
+        """Return the table with what `mask` hides, 1 where an entry is observed and 0 elsewhere."""
+        ours, theirs = self.feature_names, mask.feature_names
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                "--mask must have the features of COUNTS, in their order; its columns have other "
+                f"names, {some_of(theirs)} where those of COUNTS are {some_of(ours)}."
+            )
+        X, hidden = hide(self.X, mask.X, told=False)
+        seen = None if hidden is None else hidden.numpy().toarray() == 0
+        return replace(self, X=X, mask=seen)
 
     def warn_turned(self) -> None:
         """Warn where names say that the samples are features, and of coordinates among counts."""

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import NMF
 
 from pnmf_pyro import plotting
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
 from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.estimator.recipe import fit

@@ -20,7 +20,7 @@ from pnmf_pyro.command_line.outputs import check_results_path, files_of, write_r
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
-from pnmf_pyro.data.counts import CountsLike, as_counts
+from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit, plan
 from pnmf_pyro.models.deviance import deviance
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
     written, complete = _keep(options, model, table)
-    explained = _deviance_explained(model, table.X)
+    explained = _deviance_explained(model, table)
     shared.say(
         options,
         f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components, "
@@ -167,13 +167,16 @@ def _fit(
     return model, not any(issubclass(one.category, ConvergenceWarning) for one in heard)
 
 
-def _deviance_explained(model: PNMF, X: CountsLike) -> float:
-    counts = as_counts(X)
+def _deviance_explained(model: PNMF, table: CountTable) -> float:
+    counts, mask = as_counts(table.X), table.mask
     s = counts.values.new_ones(counts.shape[0], 1)
     if model.model_.size_factors is not None:
         s *= model.model_.size_factors.cpu()[:, None]
-    feature_means = counts.transposed_matmul(counts.values, torch.ones_like(s)) / s.sum()
+    observed = s.sum() if mask is None else torch.from_numpy(mask.T.astype(s.numpy().dtype)) @ s
+    totals = counts.transposed_matmul(counts.values, torch.ones_like(s))
+    feature_means = totals / observed.clamp_min(torch.finfo(s.dtype).tiny)
     factors = torch.as_tensor(get_factors(model)).to(s) * s
     loadings = torch.as_tensor(get_loadings(model)).to(s)
-    by_means = deviance(counts, (s, feature_means))
-    return 1 - deviance(counts, (factors, loadings)) / by_means if by_means else 0.0
+    by_means = deviance(counts, (s, feature_means), mask=mask)
+    left = deviance(counts, (factors, loadings), mask=mask)
+    return 1 - left / by_means if by_means else 0.0

@@ -1,4 +1,4 @@
-"""Sparse tables of counts from .npz and .mtx files, and from what 10x Genomics' programs write.
+"""Tables of counts from .npz, .npy and .mtx files, and from what 10x Genomics' programs write.
 
 What a file claims to hold is compared with what it holds before memory is taken for it.
 """
@@ -72,6 +72,11 @@ def read_npz(path: Path) -> CountTable:
         return CountTable(sp.coo_matrix((data, (first, second)), shape=(rows, columns)))
     kind = sp.csr_matrix if form == "csr" else sp.csc_matrix
     return CountTable(kind((data, first, second), shape=(rows, columns)))
+
+
+def read_npy(path: Path) -> CountTable:
+    """Read an array that numpy has saved."""
+    return CountTable(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
 
 
 def _shape(archive: zipfile.ZipFile, name: str) -> int:

@@ -69,11 +69,17 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "counts",
         metavar="COUNTS",
-        help=".h5ad, .h5 (10x), .npz (scipy sparse), .mtx, .csv, .tsv or .txt, the last four also "
-        "with .gz; a folder of 10x or .zarr",
+        help=".h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt, the last four "
+        "also with .gz; a folder of 10x or .zarr",
     )
     parser.add_argument("--layer", help="layer of an AnnData file to take in place of X")
     parser.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
+    parser.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="a file of the kinds and the shape of COUNTS: 1 where an entry is observed, and 0 "
+        "where it is hidden and plays no part, or is missing",
+    )
     text = parser.add_argument_group("tables of text", "found by looking, where they are not given")
     text.add_argument(
         "--names", choices=[*NAMES], help="whether the first row and the first column hold names"
@@ -165,7 +171,9 @@ def read_table(options: argparse.Namespace) -> CountTable:
     """Read the counts that the options name, and say what was taken for what."""
     form = TextForm(options.names, options.separator, options.decimal)
     coords = options.coords or ()
-    table = read_counts(options.counts, options.layer, options.transpose, form, coords)
+    table = read_counts(
+        options.counts, options.layer, options.transpose, form, coords, options.mask
+    )
     if not options.quiet:
         for note in table.notes:
             sys.stderr.write(f"pnmf-pyro: {note}\n")
@@ -203,8 +211,9 @@ def _warn_unused_places(adata: AnnData) -> None:
 
 
 def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
-    """Size factors, seed, verbosity and parameters of PNMF, by the names that fits take."""
+    """Size factors, seed, mask, verbosity and parameters of PNMF, by the names that fits take."""
     return {
+        "mask": table.mask,
         "size_factors": "total" if options.size_factors == "total" else None,
         "random_state": options.seed,
         "verbose": not options.quiet,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # Options that name files to read, and files to write.
-READ = {"counts": "COUNTS", "model": "MODEL", "fit": "FIT"}
+READ = {"counts": "COUNTS", "model": "MODEL", "fit": "FIT", "mask": "--mask"}
 WRITTEN = {"out": "--out", "save_model": "--save-model", "report": "--report"}
 
 # Tables of CSV results, and what their rows are.

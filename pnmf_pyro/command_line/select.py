@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from pnmf_pyro.analysis.hold_out import HOLD_OUT
 from pnmf_pyro.analysis.selection import select_n_components
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.pages import check_report_path
@@ -20,8 +21,9 @@ def add(commands: shared.Commands) -> None:
         run,
         help="compare numbers of components",
         description="Fit each number of components to one half of the events of a table of counts "
-        "and predict the other half, for several random halves; compare how well they predict, "
-        "and whether they find the same components each time. Takes the options of fit, and by "
+        "and predict the other half, for several random halves, or, with --hold-out entries, to "
+        "nine tenths of the entries and predict the others; compare how well they predict, and "
+        "whether they find the same components each time. Takes the options of fit, and by "
         "default the same model: in space where there are coordinates, which takes longer; "
         "--no-space gives a first answer soon.",
         examples=(
@@ -40,7 +42,17 @@ def add(commands: shared.Commands) -> None:
         "(default: 2:12)",
     )
     parser.add_argument(
-        "--thinnings", type=int, default=5, help="random halves, at least 2 (default: 5)"
+        "--hold-out",
+        choices=[*HOLD_OUT],
+        default="thinning",
+        help="what the fits do not see: a part of each count, or some of the entries (default: "
+        "thinning)",
+    )
+    parser.add_argument(
+        "--thinnings",
+        type=int,
+        default=5,
+        help="random halves, or random sets of entries, at least 2 (default: 5)",
     )
     parser.add_argument("--jobs", type=int, default=1, help="fits at the same time (default: 1)")
     parser.add_argument("--out", "-o", help="write a report, .html")
@@ -58,6 +70,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
         table.X,
         coordinates=coordinates,
         groups=groups,
+        hold_out=options.hold_out,
         n_seeds=options.thinnings,
         n_jobs=options.jobs,
         **chosen,

@@ -23,6 +23,7 @@ from pnmf_pyro.command_line.matrix_files import (
     read_10x_folder,
     read_10x_h5,
     read_mtx,
+    read_npy,
     read_npz,
 )
 from pnmf_pyro.command_line.text_form import TextForm
@@ -41,12 +42,14 @@ DAMAGE = (
 
 READERS: dict[str, Callable[[Path], CountTable]] = {
     ".npz": read_npz,
+    ".npy": read_npy,
     ".mtx": read_mtx,
     ".h5": read_10x_h5,
     "a folder": read_10x_folder,
 }
 TEXT = (".csv", ".tsv", ".txt")
 ANNDATA = (".h5ad", ".zarr")
+KINDS = (*ANNDATA, *READERS, *TEXT)
 
 
 def read_counts(
@@ -55,14 +58,15 @@ def read_counts(
     transpose: bool = False,
     form: TextForm | None = None,
     coords: Sequence[str] = (),
+    mask: str | Path | None = None,
 ) -> CountTable:
     """Read a table of counts.
 
     Parameters
     ----------
     path : str or Path
-        An .h5ad, .h5 (10x), .npz (scipy sparse), .mtx, .csv, .tsv or .txt file, of which the last
-        four may be compressed (.gz); a .zarr folder of AnnData, or a folder of 10x.
+        An .h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt file, of which the
+        last four may be compressed (.gz); a .zarr folder of AnnData, or a folder of 10x.
     layer : str, optional
         Layer of an AnnData file to take in place of X.
     transpose : bool
@@ -71,6 +75,9 @@ def read_counts(
         Form of a table of text, as far as it is not to be found by looking.
     coords : sequence of str
         Columns with coordinates: of obs in an AnnData file, of the table otherwise.
+    mask : str or Path, optional
+        A file of the same kinds that holds 1 where an entry is observed and 0 where it is hidden,
+        for all samples and features, turned as the counts are.
 
     Raises
     ------
@@ -79,7 +86,29 @@ def read_counts(
     ValueError
         For a file that is damaged, foreign or ambiguous; its one line names the file.
     """
-    path, kind = check_file(path, "COUNTS", (*ANNDATA, *READERS, *TEXT), folders=True)
+    table = _read(path, "COUNTS", layer, transpose, form, missing=mask is not None)
+    if coords:
+        table = table.with_coordinates(coords)
+    if mask is not None:
+        is_text = check_file(mask, "--mask", KINDS, folders=True)[1] in TEXT
+        observed = _read(mask, "--mask", None, transpose, form if is_text else None)
+        table = table.hiding(observed)
+    with readable(Path(path)):
+        table = table.checked()
+    table.warn_turned()
+    return table
+
+
+def _read(
+    path: str | Path,
+    argument: str,
+    layer: str | None,
+    transpose: bool,
+    form: TextForm | None,
+    missing: bool = False,
+) -> CountTable:
+    """Read what a file holds, with NaN for missing cells of text if these are allowed."""
+    path, kind = check_file(path, argument, KINDS, folders=True)
     if layer is not None and kind not in ANNDATA:
         raise ValueError(f"--layer {layer!r} is for AnnData files; {path.name} has no layers.")
     if form is not None and form != TextForm() and kind not in TEXT:
@@ -91,18 +120,12 @@ def read_counts(
         if kind in ANNDATA:
             table = _anndata_table(path, layer)
         elif kind in TEXT:
-            table = read_text(path, form or TextForm())
+            table = read_text(path, form or TextForm(), missing)
         else:
             table = READERS[kind](path)
         if transpose and table.is_10x:
             raise ValueError("it says itself which way round it is: leave out --transpose")
-        table = table.T if transpose else table
-    if coords:
-        table = table.with_coordinates(coords)
-    with readable(path):
-        table = table.checked()
-    table.warn_turned()
-    return table
+        return (table.T if transpose else table).structured()
 
 
 def _anndata_table(path: Path, layer: str | None) -> CountTable:

@@ -40,8 +40,8 @@ def import_pandas() -> ModuleType:
     return import_optional("pandas", "Reading tables of text needs pandas", "tables")
 
 
-def read_text(path: Path, form: TextForm) -> CountTable:
-    """Read a table of text."""
+def read_text(path: Path, form: TextForm, missing: bool = False) -> CountTable:
+    """Read a table of text; cells without a number are NaN, if that is allowed by `missing`."""
     pandas = import_pandas()
     look = look_at(path, form)
     words: list[list[str]] = [[] for _ in range(max(look.n_names, 1))]
@@ -64,13 +64,13 @@ def read_text(path: Path, form: TextForm) -> CountTable:
             ):
                 for j, column in enumerate(words):
                     column.extend(frame[j].str.strip())
-                pieces.append(_compact(_numbers(frame, look, words[0])))
+                pieces.append(_compact(_numbers(frame, look, words[0], missing)))
         except pandas.errors.ParserError as error:
             raise ValueError(_parser_words(str(error), look.body_starts)) from error
     return _table(_joined(pieces), look, words)
 
 
-def _numbers(frame: DataFrame, look: Look, rows: Sequence[str]) -> np.ndarray:
+def _numbers(frame: DataFrame, look: Look, rows: Sequence[str], missing: bool) -> np.ndarray:
     """Numbers of a piece of the body; `rows` are the names of all rows up to its last."""
     frame = frame.iloc[:, look.n_names : look.end]
     found = np.empty(frame.shape)
@@ -79,6 +79,9 @@ def _numbers(frame: DataFrame, look: Look, rows: Sequence[str]) -> np.ndarray:
     for j in np.flatnonzero(is_text):
         found[:, j] = _parsed(frame.iloc[:, j], look.decimal)
     wrong = ~np.isfinite(found)
+    if missing:
+        for j in np.flatnonzero(wrong.any(0)):
+            wrong[wrong[:, j], j] = ~frame.iloc[wrong[:, j], j].map(is_missing).to_numpy(bool)
     if wrong.any():
         i, j = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
         row = len(rows) - len(frame) + int(i)
@@ -99,8 +102,8 @@ def _wrong_cell(cell: str, where: str, share: float) -> str:
     """What to do about a cell that is no number; `share` of those of its column are none."""
     if is_missing(cell):
         return (
-            f"{where} is missing{f' ({cell})' if cell.strip() else ''}. Give it a number, or leave "
-            "out its row or its column"
+            f"{where} is missing{f' ({cell})' if cell.strip() else ''}. Give it a number, leave "
+            "out its row or its column, or say by --mask what is observed"
         )
     if share > 0.5:
         return f"{where} holds {cell[:40]!r}, and most of this column is no number: leave it out"
@@ -180,7 +183,9 @@ def _first_column_is_names(X: Matrix, look: Look, cells: Sequence[str]) -> bool:
     heading = look.heading[0] if look.heading else None
     if X.shape[1] == 1:
         return False
-    found = like_names(cells, float(X[:, 1:].max()))
+    rest = X[:, 1:]
+    rest = rest if isinstance(rest, np.ndarray) else rest.data
+    found = like_names(cells, float(np.nanmax(rest, initial=0)))
     if found is None or (not found and heading is not None and is_identifier(heading)):
         row, column = ("both", "first-row") if look.heading else ("first-column", "none")
         raise ValueError(

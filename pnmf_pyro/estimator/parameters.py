@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from pyro.contrib.gp.kernels import Kernel
@@ -43,6 +43,10 @@ HYPERPARAMETERS = ("lengthscale", "sigma", "nugget", "group_diff_param")
 Check = Callable[[str, Any], object]
 
 
+# Where a fit starts: by name, or from loadings.
+Start: TypeAlias = str | np.ndarray | None
+
+
 class Settings(Protocol):
     """Parameters of :class:`~pnmf_pyro.PNMF`, which documents them."""
 
@@ -58,7 +62,7 @@ class Settings(Protocol):
     random_state: RandomState
     verbose: bool | int
     device: str
-    init: str | list[str | None] | tuple[str | None, ...] | None
+    init: Start | list[Start] | tuple[Start, ...]
     scheduler: str | None
     scheduler_patience: int
     scheduler_factor: float
@@ -129,7 +133,13 @@ def _check_init(name: str, value: object) -> None:
     if not named:
         raise ValueError(f"{name} must name at least one start; got none.")
     for one in named:
-        check_choice(name, one, (*INITS, None))
+        if not isinstance(one, np.ndarray):
+            check_choice(name, one, (*INITS, None))
+        elif one.ndim != 2 or not ((one >= 0) & np.isfinite(one)).all() or not one.any():
+            raise ValueError(
+                f"{name} must be loadings, features by components, finite and not negative nor all "
+                f"zero, or name a start; got an array of shape {one.shape}."
+            )
 
 
 def _check_kernel(name: str, value: Any) -> None:

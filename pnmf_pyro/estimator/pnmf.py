@@ -59,8 +59,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Seed. None gives a different fit at each call.
     verbose, device : bool or int, {'cpu', 'cuda', 'mps', 'auto'}
         Whether to show the plan and the progress of a fit; and where to compute, `auto` for CUDA.
-    init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None} or tuple
-        Start, see :func:`~pnmf_pyro.initialization.initialize_factors`; of several, the best.
+    init : {'random', 'nndsvd', 'nndsvda', 'nndsvdar', 'biwhitened', 'k-means', None}, array, tuple
+        See :func:`~pnmf_pyro.initialization.initialize_factors`; or loadings (D, L). The best.
     scheduler : {'one_cycle', 'plateau', None}
         Schedule of the learning rate.
     scheduler_patience, scheduler_factor, min_lr : int, float, float

@@ -242,7 +242,7 @@ def named(value: object) -> Any:
     A list with None in it becomes text.
     """
     if isinstance(value, (list, tuple)):
-        return str(value) if None in value else [named(one) for one in value]
+        return str(value) if any(one is None for one in value) else [named(one) for one in value]
     if is_dataclass(value):  # a stage
         return repr(value)
     return getattr(value, "__name__", type(value).__name__) if callable(value) else plain(value)

@@ -134,6 +134,8 @@ def plain_parameters(model: Saved) -> dict[str, Any]:
     for name, value in model.get_params(deep=False).items():
         if name == "random_state" and not isinstance(value, int | np.integer):
             value = None  # it is only where a seed came from
+        if name == "init":
+            value = _named_starts(value)
         try:
             if name == "stages" and value is not None:
                 value = [plain_stage(one) for one in value]
@@ -144,6 +146,13 @@ def plain_parameters(model: Saved) -> dict[str, Any]:
                 "and numbers. Keep model_.state_dict() and the program that made the object."
             ) from error
     return plain
+
+
+def _named_starts(init: Any) -> Any:
+    """Return the starts of a fit that have names; loadings that it has left are not kept."""
+    if isinstance(init, list | tuple):
+        return [one for one in init if not isinstance(one, np.ndarray)] or None
+    return None if isinstance(init, np.ndarray) else init
 
 
 def _plain_value(value: object) -> Any:

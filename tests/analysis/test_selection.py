@@ -10,13 +10,15 @@ from sklearn.metrics import mean_poisson_deviance
 
 import pnmf_pyro
 from pnmf_pyro import PNMF, match_factors, select_n_components
-from pnmf_pyro.analysis.selection import ComponentSelection, thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
+from pnmf_pyro.analysis.merging import merged
+from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors, get_loadings
 from tests.support.data import simulate
 from tests.support.settings import NATURAL
 
-FEW = {"max_iter": 40, "tol": 0, "scale_pf": 1.0, "stages": [Settle()]}
+FEW = {"max_iter": 40, "tol": 0, "scale_pf": 1.0, "stages": [Settle()], "init": None}
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -120,6 +122,25 @@ def test_deviances(sized):
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_each_fit_starts_from_the_next_larger():
+    """The largest as it comes, the others from its loadings with components made one."""
+    X = simulate(0, 30, 12, 2)[0]
+    s = np.random.default_rng(0).uniform(0.5, 2, 30)
+    given = {"mode": "lower-bound", "max_iter": 30, "size_factors": s}
+    found = select_n_components(X, [1, 2, 4], n_seeds=2, random_state=0, **given)
+    seed = int(np.random.RandomState(0).randint(2**31 - 1, size=2)[1])
+    train, test = thin_counts(X, 0.5, np.random.RandomState(seed))
+    init = {}
+    for row, number in ((2, 4), (1, 2), (0, 1)):
+        model = pnmf_pyro.fit(train, n_components=number, random_state=seed, **given, **init)
+        factors = s[:, None] * get_factors(model)
+        rate = factors @ model.components_
+        expected = mean_poisson_deviance(test.ravel(), rate.ravel())
+        assert found.deviance[row, 1] == pytest.approx(expected, rel=1e-3)
+        init = {"init": merged(get_loadings(model), factors, max(number // 2, 1))}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_give_the_same_numbers():
     X = simulate(0, 30, 12, 2)[0]
     given = {"n_seeds": 2, "random_state": 0} | FEW
@@ -220,6 +241,8 @@ def test_what_is_beyond_the_range(numbers, best, beyond):
         ({"n_seeds": "x"}, "n_seeds must be a whole number"),
         ({"train_fraction": 1.0}, "train_fraction must be between 0 and 1"),
         ({"train_fraction": "half"}, "train_fraction must be between 0 and 1"),
+        ({"hold_out": "rows"}, "hold_out must be one of"),
+        ({"mask": np.ones((2, 2))}, "mask must have the shape of X"),
         ({"random_state": -1}, "random_state must be None"),
         ({"size_factors": [1.0]}, "size_factors must have one entry for each of the 80"),
         ({"coordinates": np.zeros((3, 2))}, "coordinates must have one row for each sample"),

@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from tests.support.data import as_dense, table_with_empty_parts
 
 

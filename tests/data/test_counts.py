@@ -10,7 +10,7 @@ import torch
 from scipy import special
 
 import pnmf_pyro.data.counts
-from pnmf_pyro.analysis.selection import thin_counts
+from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import check_counts
 from pnmf_pyro.data.counts import DenseCounts, SparseCounts, as_counts

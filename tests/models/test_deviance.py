@@ -120,3 +120,27 @@ def test_what_is_refused(rate, message, layout):
 def test_counts_that_are_refused():
     with pytest.raises(ValueError, match="Negative values"):
         deviance(-np.ones((3, 2)), np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, pd.DataFrame])
+def test_some_entries(case, share, form):
+    """By scikit-learn at these entries alone, whatever stands at the others."""
+    X, factors, W, rate = case
+    seen = np.random.default_rng(0).random(X.shape) < share
+    given = form(np.where(seen, X, np.nan if form is np.asarray else 50))
+    expected = mean_poisson_deviance(X[seen], rate[seen])
+    assert deviance(given, rate, mask=seen) == pytest.approx(expected)
+    product = (double(factors), double(W))
+    assert deviance(given, product, mask=sp.csr_matrix(seen)) == pytest.approx(expected)
+    parts = [deviance(X, rate, mask=m) * m.mean() for m in (seen, ~seen)]
+    assert sum(parts) == pytest.approx(deviance(X, rate))
+    assert deviance(X, rate, mask=np.ones_like(seen)) == deviance(X, rate)
+
+
+def test_no_entries_have_no_deviance(case):
+    X, _, _, rate = case
+    with pytest.raises(ValueError, match="mask must be True for at least one entry"):
+        deviance(X, rate, mask=np.zeros(X.shape, bool))
+    with pytest.raises(ValueError, match="mask must have the shape of X"):
+        deviance(X, rate, mask=np.ones(3, bool))
