@@ -24,6 +24,7 @@ from pnmf_pyro.estimator.results import (
     named,
     plain,
     results_of,
+    tables_of_effects,
 )
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 
@@ -290,7 +291,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         Receives obsm["X_{key}"], obsm["X_{key}_sd"], obsm["X_{key}_log_sd"],
         varm["{KEY}_loadings"], uns[key], with settings, ELBO history and stages, and, where the
         fit had size factors, obs["{key}_size_factors"], and var["{key}_dispersion"] of a negative
-        binomial. A view becomes an object of its own.
+        binomial, and of effects tables varm["{KEY}_batch_effects"] and "..._se", for covariates
+        "..._covariate_effects" alike. A view becomes an object of its own.
     fit : PNMF, ModelFit or PoissonFactorization
         Fit of these samples and features.
     key : str
@@ -311,5 +313,7 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
             adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
         if (r := getattr(fitted_module(fit).observation, "dispersion", None)) is not None:
             adata.var[f"{key}_dispersion"] = r.cpu().numpy()
+        for name, table in tables_of_effects(fit, adata.var_names).items():
+            adata.varm[f"{key.upper()}_{name}"] = table
         if fitted_module(fit).size_factors is not None:
             adata.obs[f"{key}_size_factors"] = found.size_factors

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import (
     MODES,
     check_choice,
@@ -25,6 +26,7 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
@@ -39,6 +41,9 @@ LEAST_SCALE = 1.0
 
 # Steps of a warm-up cost little, and what they find the rest builds on.
 WARM_UP_TOL = 0.4
+
+# Samples that a design has at least on average where bins are of samples of one design.
+ENOUGH = 100
 
 # Steps in which samples depart from the bins they came from, given the loadings. Many would leave
 # each to its own counts alone.
@@ -172,7 +177,7 @@ class WarmUp:
         levels = _levels(draft)
         most = len(levels) if self.levels is None else self.levels
         for level in levels[max(0, len(levels) - most) :]:
-            coarse = _independent(draft, len(level.centres), level.size_factors)
+            coarse = _independent(draft, len(level.centres), _of_bins(model.exposure, level))
             run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:
@@ -365,7 +370,8 @@ def _independent(
         prior, y, model.L, model.loadings_mode, model.mode, size_factors=exposure
     )
     independent.W = model.W
-    return independent.to(model.W.device)
+    independent.to(model.W.device).exposure.effects = model.exposure.effects
+    return independent
 
 
 def _levels(draft: Draft) -> list[Level]:
@@ -375,7 +381,20 @@ def _levels(draft: Draft) -> list[Level]:
         return []
     ones = draft.counts.values.new_ones(len(places))
     s = exposure.scaled(ones) * exposure.observed_share()
+    if exposure.design is not None and exposure.codes is not None:  # bins of one design each
+        if len(exposure.design) * ENOUGH > len(places):
+            return []
+        groups = places.groups if places.groups is not None else torch.zeros_like(exposure.codes)
+        groups = groups.to(exposure.codes) * len(exposure.design) + exposure.codes
+        places = Places(places.coordinates, groups.to(places.coordinates.device))
     return coarse_levels(draft.counts, places, s, draft.model.L)
+
+
+def _of_bins(exposure: Exposure, level: Level) -> Exposure:
+    """What scales the rates of the bins of a level."""
+    codes = take(exposure.codes, torch.from_numpy(level.centres).to(level.size_factors.device))
+    of_design = exposure.design, codes, exposure.effects
+    return Exposure(level.size_factors, *of_design, None, exposure.n_batches, exposure.learned)
 
 
 @torch.no_grad()
