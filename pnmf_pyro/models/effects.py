@@ -267,7 +267,8 @@ def effect_errors(model: PoissonFactorization, counts: Counts, shared: Tensor) -
         w_{ij} = X_{ij} (1 - X_{ij} \phi_{ij}^\top P_i^{-1} \phi_{ij}),
 
     with a weak normal prior of both. Loadings are taken out by a Schur complement, and effects of
-    batches move in the directions in which their mean over samples stays 0.
+    batches move in the directions in which their mean over samples stays 0. To this comes that
+    levels of factors may differ between batches, which the prior of a sample tells from effects.
 
     Parameters
     ----------
@@ -287,7 +288,29 @@ def effect_errors(model: PoissonFactorization, counts: Counts, shared: Tensor) -
     told = told - crossed @ torch.linalg.solve(given, crossed.mT)
     free = _free_directions(model.exposure)
     covariance = free @ torch.linalg.pinv(free.mT @ told @ free, hermitian=True) @ free.mT
-    return covariance.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().to(W)
+    variance = covariance.diagonal(dim1=1, dim2=2).clamp_min(0)
+    if apart is not None:
+        variance = variance + _from_levels(model.exposure, given, W.double(), apart)
+    return variance.sqrt().to(W)
+
+
+def _from_levels(exposure: Exposure, given: Tensor, W: Tensor, apart: Tensor) -> Tensor:
+    """Variances (d, P) that come from levels of factors that differ along columns of the design.
+
+    The prior alone tells them from effects, by the precision sum_i z_ip^2 c_il. A feature has its
+    share of the counts in each component; sum_l W_jl psi_ijl = 1 gives it from the information on
+    loadings.
+    """
+    assert exposure.design is not None
+    z = exposure.design[exposure.codes].double()
+    precision = z.square().mT @ apart.mT.double()
+    of_loadings = (given @ W[:, :, None])[:, :, 0] * W
+    share = of_loadings / of_loadings.sum(1, keepdim=True).clamp_min(1e-300)
+    moved = share.square() @ (1 / precision.clamp_min(1e-300)).mT
+    B = exposure.n_batches
+    centred = torch.eye(z.shape[1], dtype=torch.float64, device=z.device)
+    centred[:B, :B] -= shares(exposure)
+    return moved @ centred.square().mT
 
 
 def _information(
