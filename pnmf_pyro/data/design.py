@@ -7,7 +7,7 @@ word has such a column for each of its categories but the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -270,7 +270,9 @@ def _sources(covariates: Any, n: int) -> dict[str, Any]:
     """Return the covariates by name: arrays of numbers, or lists of words."""
     if hasattr(covariates, "to_frame"):  # a Series
         covariates = covariates.to_frame(covariates.name or "covariate")
-    if hasattr(covariates, "iloc"):
+    if isinstance(covariates, Mapping):
+        columns = {str(name): column for name, column in covariates.items()}
+    elif hasattr(covariates, "iloc"):
         columns = {str(name): covariates[name] for name in covariates.columns}
         if len(columns) < covariates.shape[1]:
             raise ValueError("covariates has columns of one name. Name each covariate once.")

@@ -183,8 +183,8 @@ def _sample(data: Data, n: int) -> Data:
     places = None if data.places is None else data.places[index]
     hidden = None if data.hidden is None else data.hidden.rows(index.to(device))
     rows = None if data.rows is None else data.rows[index.numpy()]
-    part = {"hidden": hidden, "places": places, "rows": rows}
-    return replace(data, counts=counts, size_factors=s, **part)
+    of_samples = replace(data, counts=counts, size_factors=s, hidden=hidden)
+    return replace(of_samples, places=places, rows=rows)
 
 
 @contextmanager

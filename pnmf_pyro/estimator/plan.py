@@ -282,9 +282,8 @@ def make_starts(
     """Return the values W (D, L) and exp F (N, L) from which the first run may start."""
     inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
     counts = counts if first.counts is None else first.counts
-    training = cast(Training, first.training)
-    s, exposure = training.model.size_factors, training.model.exposure
-    counts = start_effects(exposure, counts)
+    model = cast(Training, first.training).model
+    s, counts = model.size_factors, start_effects(model.exposure, counts)
     return [start_values(counts, settings.n_components, init, random, s) for init in inits]
 
 

@@ -13,20 +13,13 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 import pnmf_pyro.estimator.prediction as prediction
-from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.design import Covariates, Labels
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
-from pnmf_pyro.estimator.cost import announced
-from pnmf_pyro.estimator.effects import warn_without_effect
-from pnmf_pyro.estimator.inputs import Scales, encode_places, read_data
-from pnmf_pyro.estimator.likelihood import chosen_likelihood
-from pnmf_pyro.estimator.parameters import check_parameters
-from pnmf_pyro.estimator.plan import fit_by_plan
-from pnmf_pyro.estimator.results import effects_of
+from pnmf_pyro.estimator.inputs import Scales, encode_places
+from pnmf_pyro.estimator.published import fit_and_publish, publish
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
@@ -134,6 +127,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         each.
     dispersion_ : ndarray of shape (n_features,), or None
         Dispersions r of a negative binomial of variance mean + mean^2 / r; infinite for a Poisson.
+    batch_effects_, batch_effects_se_ : ndarray of shape (n_features, n_batches), or None
+        Effects of the `batches_` on the logarithm of rates, of which the mean over samples is 0,
+        and their standard errors.
+    covariate_effects_, covariate_effects_se_ : ndarray of shape (n_features, P), or None
+        The same for one unit of each of the `covariates_`.
+    batches_, covariates_, design_ : list or None, list of str or None, Design or None
+        Labels of the batches, names of covariates or of their categories, and how these become
+        columns of a design.
     model_, groups_ : PoissonFactorization, list or None
         The Pyro model and guide, fitted, and the sorted names of its groups.
     mean_total_, keys_ : float or None, AnnDataKeys or None
@@ -275,30 +276,9 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         size_factors, mask, batches, covariates
             What scales the rates, see :func:`pnmf_pyro.fit`.
         """
-        check_callback(callback, callback_interval)
-        check_parameters(self)
-        warn_without_effect(self)
-        before = vars(self).copy()
-
-        def report(model: PoissonFactorization, iteration: int, elbo: float) -> None:
-            if callback is not None and iteration % callback_interval == 0:
-                self._publish(model)
-                callback(self, iteration, elbo)
-
-        try:
-            scales = Scales(size_factors, mask, batches, covariates)
-            data = read_data(self, X, coordinates, groups, scales)
-            names = None if data.groups is None else data.groups.names
-            self.groups_, self.mean_total_, self.design_ = names, data.mean_total, data.design
-            self.keys_: AnnDataKeys | None = None
-            self.likelihood_, self.likelihood_densities_ = chosen_likelihood(self, data)
-            fitted = fit_by_plan(self, data, report, announced(self, data))
-            model, self.history_, (self.elbo_, self.elbo_se_) = fitted
-            self._publish(model)
-            self.n_iter_ = len(self.history_)
-        except BaseException:
-            self.__dict__ = before  # all of it at once, or an interrupt might leave half
-            raise
+        scales = Scales(size_factors, mask, batches, covariates)
+        told = callback, callback_interval
+        fit_and_publish(self, X, coordinates, groups, scales, *told)
         return (self.history_, self) if return_history else self
 
     def fit_transform(
@@ -407,10 +387,4 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return tags
 
     def _publish(self, model: PoissonFactorization) -> None:
-        """Make a model readable as this estimator's."""
-        self.model_ = model
-        self.components_ = np.ascontiguousarray(model.W.numpy().T)
-        r = getattr(model.observation, "dispersion", None)
-        self.dispersion_ = None if r is None else r.cpu().numpy()
-        self.n_components_ = self.n_components
-        vars(self).update(effects_of(model.exposure, self.design_))
+        publish(self, model)

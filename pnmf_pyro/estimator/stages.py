@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import (
     MODES,
     check_choice,
@@ -26,14 +25,13 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
-from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator.coarse import hand_down, levels_of, of_bins
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
-from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
@@ -41,9 +39,6 @@ LEAST_SCALE = 1.0
 
 # Steps of a warm-up cost little, and what they find the rest builds on.
 WARM_UP_TOL = 0.4
-
-# Samples that a design has at least on average where bins are of samples of one design.
-ENOUGH = 100
 
 # Steps in which samples depart from the bins they came from, given the loadings. Many would leave
 # each to its own counts alone.
@@ -174,20 +169,20 @@ class WarmUp:
         if model.has_closed_form:
             draft.trained.observation = model.observation
         runs, last = [], None
-        levels = _levels(draft)
+        levels = levels_of(model, draft.counts)
         most = len(levels) if self.levels is None else self.levels
         for level in levels[max(0, len(levels) - most) :]:
-            coarse = _independent(draft, len(level.centres), _of_bins(model.exposure, level))
+            coarse = _independent(draft, len(level.centres), of_bins(model.exposure, level))
             run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:
-                run.prepare = partial(_hand_down, *last, coarse, level.centres)
+                run.prepare = partial(hand_down, *last, coarse, level.centres)
             runs.append(run)
             last = coarse, level
         if last is None:
             return [self._early(draft, draft.trained)]
         samples = self._run(draft, "samples", draft.trained, loadings=None)
-        samples.prepare = partial(_hand_down, *last, draft.trained, np.arange(model.N))
+        samples.prepare = partial(hand_down, *last, draft.trained, np.arange(model.N))
         samples.most_steps = SAMPLE_STEPS
         return [*runs, samples]
 
@@ -372,38 +367,3 @@ def _independent(
     independent.W = model.W
     independent.to(model.W.device).exposure.effects = model.exposure.effects
     return independent
-
-
-def _levels(draft: Draft) -> list[Level]:
-    """Coarse levels of the places of a draft, if it has places."""
-    places, exposure = draft.model.prior.places, draft.model.exposure
-    if places is None:
-        return []
-    ones = draft.counts.values.new_ones(len(places))
-    s = exposure.scaled(ones) * exposure.observed_share()
-    if exposure.design is not None and exposure.codes is not None:  # bins of one design each
-        if len(exposure.design) * ENOUGH > len(places):
-            return []
-        groups = places.groups if places.groups is not None else torch.zeros_like(exposure.codes)
-        groups = groups.to(exposure.codes) * len(exposure.design) + exposure.codes
-        places = Places(places.coordinates, groups.to(places.coordinates.device))
-    return coarse_levels(draft.counts, places, s, draft.model.L)
-
-
-def _of_bins(exposure: Exposure, level: Level) -> Exposure:
-    """What scales the rates of the bins of a level."""
-    codes = take(exposure.codes, torch.from_numpy(level.centres).to(level.size_factors.device))
-    of_design = exposure.design, codes, exposure.effects
-    return Exposure(level.size_factors, *of_design, None, exposure.n_batches, exposure.learned)
-
-
-@torch.no_grad()
-def _hand_down(
-    source: PoissonFactorization,
-    level: Level,
-    target: PoissonFactorization,
-    samples: np.ndarray,
-) -> None:
-    """Start q(F) of a finer level from that of the bins in which its samples are."""
-    q = source.prior.marginal(torch.from_numpy(level.bins[samples]).to(source.W.device))
-    target.prior.assign(q.loc, q.scale)

@@ -108,7 +108,19 @@ def _of_negative_binomial(
 
 
 class Block:
-    """Effects that move together: of batches, or of covariates."""
+    """Effects that move together: of batches, or of covariates.
+
+    Attributes
+    ----------
+    columns : slice
+        Their columns of the design.
+    weights : Tensor of shape (G, K)
+        Weights of designs in the sums that :meth:`change` takes.
+    exact : bool
+        Whether changes never lower the bound.
+    """
+
+    exact = False
 
     def __init__(self, exposure: Exposure, columns: slice):
         assert exposure.design is not None
@@ -138,8 +150,6 @@ class OfBatches(Block):
 
 class OfCovariates(Block):
     """Effects of covariates: Newton's steps."""
-
-    exact = False
 
     def __init__(self, exposure: Exposure, columns: slice):
         super().__init__(exposure, columns)

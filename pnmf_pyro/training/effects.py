@@ -9,6 +9,7 @@ from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.models.effects import blocks_of, counted, expected, improve, take_level
 from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors.natural import Step
 
 
@@ -71,7 +72,7 @@ class EffectSteps(Step):
         if growth is not None and model.W.raw.requires_grad:
             model.W.assign(model.W.detach() * growth)
 
-    def _add(self, likelihood: object, factors: Tensor) -> None:
+    def _add(self, likelihood: PoissonFactors, factors: Tensor) -> None:
         """Add what a minibatch says of a block of effects; move that at the end of a pass."""
         batch, model = self.batch, self.model
         blocks, whole = blocks_of(model.exposure), model.N * model.D
