@@ -210,6 +210,10 @@ def results_of(fit: Fit, key: str = "pnmf") -> Results:
     return AnnDataResults(fit, key) if is_anndata(fit) else ModelResults(fit)
 
 
+# What holds effects, as results name it.
+EFFECTS = ("batch_effects", "batch_effects_se", "covariate_effects", "covariate_effects_se")
+
+
 def effects_of(exposure: Exposure, design: Design | None) -> dict[str, Any]:
     """Return what a fit publishes of effects, by name; None where it had none.
 
