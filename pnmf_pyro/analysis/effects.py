@@ -57,7 +57,7 @@ def effects_table(fit: Fit, *, key: str = "pnmf") -> DataFrame | np.ndarray:
             rows["se"] += errors[:, number].tolist()
     if not rows["effect"]:
         raise ValueError(
-            "fit has no effects: it was made without batches= and covariates=. Fit with one of them."
+            "fit has no effects: it was made without batches= and covariates=. Pass one to fit."
         )
     return as_table({**rows, "fold": np.exp(rows["effect"]).tolist()})
 
