@@ -148,7 +148,7 @@ class Design(NamedTuple):
                 f"{some_of(_sorted(unknown))}. The model knows no effect of other batches: fit it "
                 "again with samples of them, or give new samples the batch that they are most like."
             )
-        sources = _sources(covariates, n) if self.covariates else {}
+        sources = _sources(covariates, n, self.covariates) if self.covariates else {}
         if set(sources) != set(self.covariates):
             raise ValueError(
                 f"covariates must be those of the fit, {list(self.covariates)}; got "
@@ -266,8 +266,11 @@ def _check_members(names: Sequence[Hashable], labels: Sequence[Hashable]) -> Non
         )
 
 
-def _sources(covariates: Any, n: int) -> dict[str, Any]:
-    """Return the covariates by name: arrays of numbers, or lists of words."""
+def _sources(covariates: Any, n: int, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the covariates by name: arrays of numbers, or lists of words.
+
+    Those of an array without names have these `names`, where there are as many.
+    """
     if hasattr(covariates, "to_frame"):  # a Series
         covariates = covariates.to_frame(covariates.name or "covariate")
     if isinstance(covariates, Mapping):
@@ -278,6 +281,8 @@ def _sources(covariates: Any, n: int) -> dict[str, Any]:
             raise ValueError("covariates has columns of one name. Name each covariate once.")
     else:
         columns = _unnamed(covariates)
+        if len(names) == len(columns):
+            columns = dict(zip(names, columns.values(), strict=True))
     if not columns:
         raise ValueError("covariates must have at least one column; got none. Leave them out.")
     return {name: _values(name, column, n) for name, column in columns.items()}
