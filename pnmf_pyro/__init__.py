@@ -15,6 +15,7 @@ __all__ = [
     "contributions",
     "deviance",
     "differential_features",
+    "effects_table",
     "feature_scores",
     "fit",
     "fit_model",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
     from pnmf_pyro.analysis.differential import differential_features
+    from pnmf_pyro.analysis.effects import effects_table
     from pnmf_pyro.analysis.interpretation import (
         contributions,
         feature_scores,
@@ -56,6 +58,7 @@ _HOMES = {
     "contributions": "analysis.interpretation",
     "deviance": "models.deviance",
     "differential_features": "analysis.differential",
+    "effects_table": "analysis.effects",
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",

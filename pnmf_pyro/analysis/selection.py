@@ -208,6 +208,11 @@ def select_n_components(
     """
     from joblib import Parallel, delayed
 
+    if named := [name for name in ("batches", "covariates") if parameters.get(name) is not None]:
+        raise ValueError(
+            f"{named[0]} is not for select_n_components, whose held-out counts know no effects; "
+            "leave it out to choose the number, and fit with it then."
+        )
     keys = AnnDataKeys(**{key: parameters.pop(key) for key in READ & parameters.keys()})
     X, coordinates, groups = keys.take_apart(X, coordinates, groups, parameters.get("spatial"))
     X, hidden = hide(X, mask)

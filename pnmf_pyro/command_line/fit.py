@@ -16,11 +16,13 @@ from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
+from pnmf_pyro.command_line.effects import add_effects, effects
 from pnmf_pyro.command_line.outputs import check_results_path, files_of, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit, plan
 from pnmf_pyro.models.deviance import deviance
@@ -67,6 +69,7 @@ def add(commands: shared.Commands) -> None:
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write the report that plot draws as well, .html")
+    add_effects(parser)
     shared.add_settings(parser)
 
 
@@ -84,6 +87,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}
+    chosen |= effects(options, table)
     started = time.perf_counter()
     model, settled = _fit(table, coords, groups, chosen)
     seconds = time.perf_counter() - started
@@ -91,6 +95,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
     written, complete = _keep(options, model, table)
     explained = _deviance_explained(model, table)
+    learned = [name for name in ("batches", "covariates") if getattr(options, name) is not None]
+    beside = f"\neffects of {' and '.join(learned)} on each feature" * bool(learned)
     shared.say(
         options,
         f"{model.model_.N} samples x {model.model_.D} features, {model.n_components_} components, "
@@ -98,7 +104,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
         f"ELBO {model.elbo_:.6g} ± {model.elbo_se_:.2g} nats after {model.n_iter_} iterations, "
         f"{seconds:.1f} s\n"
         f"deviance explained {explained:.1%} "
-        "(1 - deviance / deviance of a model with feature means only)\n"
+        f"(1 - deviance / deviance of a model with feature means only){beside}\n"
         f"wrote {', '.join(written)}",
     )
     return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
@@ -109,6 +115,7 @@ def _plan(options: argparse.Namespace) -> shared.Exit:
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}
+    chosen |= effects(options, table)
     shared.say(options, str(plan(table.X, coords, groups, **chosen)))
     return shared.Exit.FINE
 
@@ -178,5 +185,14 @@ def _deviance_explained(model: PNMF, table: CountTable) -> float:
     factors = torch.as_tensor(get_factors(model)).to(s) * s
     loadings = torch.as_tensor(get_loadings(model)).to(s)
     by_means = deviance(counts, (s, feature_means), mask=mask)
+    if not by_means:
+        return 0.0
     left = deviance(counts, (factors, loadings), mask=mask)
-    return 1 - left / by_means if by_means else 0.0
+    e = model.model_.exposure.without_size_factors.to("cpu", s.dtype)
+    alone = Exposure(None, hidden=e.hidden)
+    rise = (
+        e.log_at(counts).sum()
+        - (e.total(factors.mT, loadings) - alone.total(factors.mT, loadings)).sum()
+    )
+    entries = counts.numel() if mask is None else mask.sum()
+    return float(1 - (left - 2 * rise / entries) / by_means)  # less what effects explain

@@ -29,12 +29,16 @@ from pnmf_pyro.estimator.anndata_bridge import (
 )
 from pnmf_pyro.estimator.archive import write_archive
 from pnmf_pyro.estimator.pnmf import PNMF
+from pnmf_pyro.estimator.results import EFFECTS
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # Options that name files to read, and files to write.
-READ = {"counts": "COUNTS", "model": "MODEL", "fit": "FIT", "mask": "--mask"}
+READ = {
+    **{"counts": "COUNTS", "model": "MODEL", "fit": "FIT", "mask": "--mask"},
+    **{"batches": "--batches", "covariates": "--covariates"},
+}
 WRITTEN = {"out": "--out", "save_model": "--save-model", "report": "--report"}
 
 # Tables of CSV results, and what their rows are.
@@ -45,6 +49,8 @@ TABLES = {
     "loadings": "feature",
     "elbo_history": "step",
 }
+# Tables of an earlier fit that a later one may not have.
+STALE = [f"PNMF_{name}" for name in EFFECTS]
 ENDINGS = (".h5ad", ".npz", ".csv")
 
 
@@ -254,6 +260,8 @@ def _write_into(path: Path, found: AnnData) -> None:
             for name in ("obsm", "varm", "uns"):
                 group = file.require_group(name)
                 group.attrs.update(new[name].attrs)
+                for key in STALE if name == "varm" else ():
+                    group.pop(key, None)
                 for key in new[name]:
                     group.pop(key, None)
                     new.copy(new[name][key], group, key)

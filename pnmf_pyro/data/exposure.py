@@ -7,9 +7,10 @@ with size factors s, effects :math:`\beta_j` of the design :math:`z_i` of a samp
 covariates), and o = 0 for hidden entries, 1 for all others. Steps need few products of it, which
 are here. With A = exp F of shape (n, L) and loadings W of shape (d, L),
 
-    rates      sum_j e_ij W_jl          (n, L)
-    totals     sum_i e_ij A_il          (d, L)
-    total      sum_jl e_ij A_il W_jl    (n,)
+    rates      sum_j e_ij W_jl               (n, L)
+    totals     sum_i e_ij A_il               (d, L)
+    total      sum_jl e_ij A_il W_jl         (n,)
+    weighted   sum_il v_ik e_ij A_il W_jl    (d, K)
 
 cost (n + d) L for size factors alone, in each group of samples of one design, and L for each hidden
 entry. Nothing of size n x d is stored: where all samples have designs of their own, the effects are
@@ -47,6 +48,12 @@ class Exposure(nn.Module):
         Effects of the design on the logarithm of rates.
     hidden : SparseCounts of shape (n, d), optional
         Stored where an entry is hidden; its values do not matter. Counts are 0 there.
+    n_batches : int
+        Number of columns of the design, the first ones, that say in which batch a sample is.
+    learned : bool
+        Whether training learns the effects.
+    errors : Tensor of shape (d, P), optional
+        Standard errors of the effects, where they were found.
     """
 
     size_factors: Tensor | None
@@ -55,6 +62,7 @@ class Exposure(nn.Module):
     effects: Tensor | None
     hidden_starts: Tensor | None
     hidden_columns: Tensor | None
+    errors: Tensor | None
 
     def __init__(
         self,
@@ -63,12 +71,17 @@ class Exposure(nn.Module):
         codes: Tensor | None = None,
         effects: Tensor | None = None,
         hidden: SparseCounts | None = None,
+        n_batches: int = 0,
+        learned: bool = False,
+        errors: Tensor | None = None,
     ):
         super().__init__()
+        self.n_batches, self.learned = n_batches, learned and effects is not None
         self.register_buffer("size_factors", size_factors)
         self.register_buffer("design", design)
         self.register_buffer("codes", codes)
         self.register_buffer("effects", effects)
+        self.register_buffer("errors", errors)
         self.register_buffer("hidden_starts", None if hidden is None else hidden.row_starts)
         self.register_buffer("hidden_columns", None if hidden is None else hidden.columns_of)
         self.of_samples_alone = effects is None and hidden is None
@@ -102,7 +115,7 @@ class Exposure(nn.Module):
             numbers = torch.arange(hidden.shape[1], device=hidden.device)
             hidden = hidden if features is None else hidden.columns(take(numbers, features))
         effects = None if self.effects is None else take(self.effects, features, dim=0)
-        return Exposure(s, self.design, take(self.codes, samples), effects, hidden)
+        return Exposure(s, self.design, take(self.codes, samples), effects, hidden, self.n_batches)
 
     @property
     def without_size_factors(self) -> Exposure:
@@ -153,6 +166,23 @@ class Exposure(nn.Module):
         if (hidden := self.hidden) is None:
             return found
         return found - hidden.transposed_matmul(self._at_hidden(hidden, factors), factors)
+
+    def weighted(self, factors: Tensor, loadings: Tensor, weights: Tensor) -> Tensor:
+        """Return sum_i v_ik e_ij (A W^T)_ij, (d, K), float64, for weights v (G, K) of designs."""
+        scaled = factors
+        if self.size_factors is not None:
+            scaled = self.size_factors[:, None].to(factors) * factors
+        by_design, weights = self._by_design(scaled), weights.to(factors)
+        found = torch.zeros(len(loadings), weights.shape[1], dtype=torch.float64)
+        found = found.to(factors.device)
+        for rows, b in self._effect_blocks():
+            found += (by_design[rows] @ loadings.mT).mul_(b).mT @ weights[rows]
+        if (hidden := self.hidden) is None:
+            return found
+        values = self._at_hidden(hidden, factors) * hidden.to(factors.dtype).inner(
+            factors, loadings
+        )
+        return found - hidden.transposed_matmul(values, weights[self.codes])
 
     def log_at(self, counts: Counts) -> Tensor:
         """Return sum_j X_ij log e_ij, of shape (n,), float64."""

@@ -17,6 +17,7 @@ from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
+    EFFECTS,
     SPATIAL_KEY,
     STAGE_COLUMNS,
     Fit,
@@ -24,6 +25,7 @@ from pnmf_pyro.estimator.results import (
     named,
     plain,
     results_of,
+    tables_of_effects,
 )
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 
@@ -236,11 +238,13 @@ def results(fit: Fit) -> dict[str, np.ndarray]:
     dict
         `factors`, E exp F, and `factors_sd`, the standard deviation of exp F under q, of shape
         (n_samples, n_components); `log_factors_sd`, that of F; `loadings`, of shape
-        (n_features, n_components); `elbo_history`, of shape (n_iter,), where it is known.
+        (n_features, n_components); `elbo_history`, of shape (n_iter,), where it is known; and
+        `batch_effects`, `covariate_effects`, and the same with `_se`, where there are any.
     """
     found = results_of(fit)
     names = ("factors", "factors_sd", "log_factors_sd", "loadings", "elbo_history")
     arrays = {name: getattr(found, name) for name in names}
+    arrays |= {name: getattr(fit, f"{name}_", None) for name in EFFECTS}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -258,7 +262,8 @@ def settings(fit: Fitted) -> dict[str, Any]:
     -------
     dict
         `version`; `parameters` of an estimator, and `seed`, where it is a number; `elbo`, its
-        standard error `elbo_se` and `n_iter`, where they are known; of a spatial model `kernel` and
+        standard error `elbo_se` and `n_iter`, where they are known; the names of `batches` and
+        `covariates`, where there are any; of a spatial model `kernel` and
         `hyperparameters`.
     """
     found: dict[str, Any] = {"version": __version__}
@@ -268,6 +273,9 @@ def settings(fit: Fitted) -> dict[str, Any]:
         found["parameters"] = {name: value for name, value in stored.items() if value is not None}
         if isinstance(stored["random_state"], int):
             found["seed"] = stored["random_state"]
+    for name in ("batches", "covariates"):
+        if (names := getattr(fit, f"{name}_", None)) is not None:
+            found[name] = list(map(str, names))
     history = results_of(fit).elbo_history
     elbo = getattr(fit, "elbo_", getattr(fit, "elbo", None))
     if history is not None and elbo is not None:
@@ -290,7 +298,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         Receives obsm["X_{key}"], obsm["X_{key}_sd"], obsm["X_{key}_log_sd"],
         varm["{KEY}_loadings"], uns[key], with settings, ELBO history and stages, and, where the
         fit had size factors, obs["{key}_size_factors"], and var["{key}_dispersion"] of a negative
-        binomial. A view becomes an object of its own.
+        binomial, and of effects tables varm["{KEY}_batch_effects"] and "..._se", for covariates
+        "..._covariate_effects" alike. A view becomes an object of its own.
     fit : PNMF, ModelFit or PoissonFactorization
         Fit of these samples and features.
     key : str
@@ -311,5 +320,10 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
             adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
         if (r := getattr(fitted_module(fit).observation, "dispersion", None)) is not None:
             adata.var[f"{key}_dispersion"] = r.cpu().numpy()
+        tables = tables_of_effects(fit, adata.var_names)
+        for name in EFFECTS:
+            adata.varm.pop(f"{key.upper()}_{name}", None)
+            if name in tables:
+                adata.varm[f"{key.upper()}_{name}"] = tables[name]
         if fitted_module(fit).size_factors is not None:
             adata.obs[f"{key}_size_factors"] = found.size_factors

@@ -181,7 +181,10 @@ def _sample(data: Data, n: int) -> Data:
     index = torch.from_numpy(np.sort(np.random.RandomState(0).permutation(N)[:n]))
     counts, s = data.counts.rows(index.to(device)), take(data.size_factors, index.to(device))
     places = None if data.places is None else data.places[index]
-    return replace(data, counts=counts, size_factors=s, places=places)
+    hidden = None if data.hidden is None else data.hidden.rows(index.to(device))
+    rows = None if data.rows is None else data.rows[index.numpy()]
+    of_samples = replace(data, counts=counts, size_factors=s, hidden=hidden)
+    return replace(of_samples, places=places, rows=rows)
 
 
 @contextmanager

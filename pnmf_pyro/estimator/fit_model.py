@@ -21,8 +21,9 @@ from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.joint import find_uncertainty
+from pnmf_pyro.training.effects import effect_steps
 from pnmf_pyro.training.loop import TrainingResult, final_elbo, train
-from pnmf_pyro.training.schedules import GradientSteps, OneCycle
+from pnmf_pyro.training.schedules import Constant, GradientSteps, OneCycle
 
 # Draws for the value of the ELBO at the end, whose noise then hardly matters.
 FINAL_DRAWS = 50
@@ -130,7 +131,7 @@ def fit_model(
         model,
         Batches(counts, batch_size, shuffle=batch_size is not None, generator=generator),
         objective,
-        [(GradientSteps(adam), OneCycle())],
+        [(GradientSteps(adam), OneCycle()), *((one, Constant()) for one in effect_steps(model))],
         generator,
         max_iter=max_iter,
         verbose=int(verbose),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,6 +22,7 @@ from pnmf_pyro.data.checks import (
     warn_empty,
 )
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray, SparseCounts, as_counts
+from pnmf_pyro.data.design import NO_DESIGN, Covariates, Design, Labels, as_design, from_obs
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.places import (
@@ -41,12 +42,30 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.priors import Prior
 
 
+class Scales(NamedTuple):
+    """What users say of the scales of rates: the parameters of these names of `pnmf_pyro.fit`."""
+
+    size_factors: ArrayLike | None = None
+    mask: Mask = None
+    batches: Labels = None
+    covariates: Covariates = None
+
+    @property
+    def given(self) -> list[str]:
+        """Names of those that are given."""
+        return [name for name, value in self._asdict().items() if value is not None]
+
+
+NO_SCALES = Scales()
+
+
 @dataclass
 class Data:
     """Data of a fit, checked: counts (N, D), size factors (N,), places (N,) and names of groups.
 
     `hidden` is stored where an entry is hidden; counts are 0 there. Where size factors are total
-    counts, `mean_total` is what these were divided by.
+    counts, `mean_total` is what these were divided by. `design` says what the columns of `rows`,
+    (N, P), are: batches and covariates.
     """
 
     counts: Counts
@@ -55,6 +74,31 @@ class Data:
     places: Places | None = None
     groups: GroupCodes | None = None
     mean_total: float | None = None
+    design: Design | None = None
+    rows: np.ndarray | None = None
+
+    def exposure(self) -> Exposure:
+        """Return what scales the rates, with effects that are still to be learned."""
+        return exposure_of(self.size_factors, self.hidden, self.design, self.rows, self.counts)
+
+
+def exposure_of(
+    size_factors: torch.Tensor | None,
+    hidden: SparseCounts | None,
+    design: Design | None,
+    rows: np.ndarray | None,
+    counts: Counts,
+    effects: torch.Tensor | None = None,
+) -> Exposure:
+    """Return an exposure of samples of a design (n, P); effects are learned unless given."""
+    if design is None or rows is None:
+        return Exposure(size_factors, hidden=hidden)
+    learned = effects is None
+    if effects is None:
+        effects = counts.values.new_zeros(counts.shape[1], design.P)
+    distinct, codes = (part.to(counts.device) for part in as_design(rows))
+    B = len(design.batches)
+    return Exposure(size_factors, distinct.to(effects), codes, effects, hidden, B, learned)
 
 
 def check_places(
@@ -116,8 +160,7 @@ def read_data(
     X: CountsLike,
     coordinates: MaybeArray,
     groups: MaybeArray,
-    size_factors: ArrayLike | None,
-    mask: Mask = None,
+    scales: Scales = NO_SCALES,
     *,
     limited: bool = True,
 ) -> Data:
@@ -127,6 +170,8 @@ def read_data(
     What there is no memory for is a ValueError, if `limited`, before anything is allocated.
     """
     names = feature_names(X)
+    size_factors, mask, batches, covariates = scales
+    batches, covariates = from_obs(X, batches, covariates)
     X, coordinates, groups = AnnDataKeys().take_apart(X, coordinates, groups, settings.spatial)
     X, hidden = hide(X, mask)
     X = plain_table(X)
@@ -136,9 +181,9 @@ def read_data(
         hidden = hidden.to(counts.device)
     s = check_size_factors(size_factors, counts)
     total = None if not isinstance(size_factors, str) else mean_total(counts)
-    return Data(
-        counts, s, hidden, *check_places(settings, coordinates, groups, counts.shape[0]), total
-    )
+    places = check_places(settings, coordinates, groups, n := counts.shape[0])
+    design, rows = Design.of(batches, covariates, n) or (None, None)
+    return Data(counts, s, hidden, *places, total, design, rows)
 
 
 def feature_names(X: object) -> np.ndarray | None:
@@ -210,19 +255,21 @@ def _note_names(settings: Any, names: np.ndarray, reset: bool) -> None:
         )
 
 
-def check_new(
-    model: FittedEstimator, X: CountsLike, size_factors: ArrayLike | None, mask: Mask
-) -> tuple[Counts, Exposure]:
+def check_new(model: FittedEstimator, X: CountsLike, scales: Scales) -> tuple[Counts, Exposure]:
     """Check new samples of a model, and what scales their rates.
 
     Those of an AnnData object are read as the fit read its own.
     """
-    names = feature_names(X)
-    X, hidden = hide(keys_of(model).counts(X), mask)
+    names, design = feature_names(X), model.design_
+    batches, covariates = from_obs(X, scales.batches, scales.covariates, design)
+    X, hidden = hide(keys_of(model).counts(X), scales.mask)
     counts = check_table(model, X, names, reset=False)
     if hidden is not None:
         hidden = hidden.to(counts.device)
-    return counts, Exposure(_size_factors_of(model, size_factors, counts), hidden=hidden)
+    s, n = _size_factors_of(model, scales.size_factors, counts), counts.shape[0]
+    rows = (design or NO_DESIGN).rows(batches, covariates, n)
+    effects = model.model_.exposure.effects
+    return counts, exposure_of(s, hidden, design, rows, counts, effects)
 
 
 def _size_factors_of(

@@ -18,16 +18,18 @@ from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts, SparseCounts, as_counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.random_state import torch_generator
-from pnmf_pyro.estimator.inputs import Data
+from pnmf_pyro.estimator.inputs import Data, exposure_of
 from pnmf_pyro.estimator.parameters import AUTO, Settings
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.models.dispersion import log_density
+from pnmf_pyro.models.effects import start_effects
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.convergence import Convergence
+from pnmf_pyro.training.effects import effect_steps
 from pnmf_pyro.training.loadings import ClosedFormLoadings
 from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.schedules import Constant
@@ -67,7 +69,8 @@ def chosen_likelihood(
     s = None if data.size_factors is None else data.size_factors[index]
     unseen = None if data.hidden is None else data.hidden.rows(index)
     train_counts, hidden, held_out, all_hidden = hide_entries(counts, HIDDEN, random, unseen)
-    exposure = Exposure(s, hidden=all_hidden)
+    design = None if data.rows is None else data.rows[rows]
+    exposure = exposure_of(s, all_hidden, data.design, design, counts)
     densities = {}
     for name in LIKELIHOODS:
         model = _trained(settings, name, train_counts, exposure)
@@ -133,9 +136,10 @@ def _trained(
     form, part = ("multiplicative", "lower-bound"), LIKELIHOODS[name](d)
     model = PoissonFactorization(prior, y, L, *form, size_factors=exposure, likelihood=part)
     model.to(counts.device)
-    model.assign(*start_values(counts, L, None, np.random.RandomState(0), exposure.size_factors))
+    start = start_effects(model.exposure, counts)
+    model.assign(*start_values(start, L, None, np.random.RandomState(0), exposure.size_factors))
     loadings = ClosedFormLoadings(model.W, model.expected_totals, model.levels)
-    steps = [SiteSteps(prior), loadings, *model.own_steps()]
+    steps = [SiteSteps(prior), loadings, *model.own_steps(), *effect_steps(model)]
     train(
         model,
         Batches(counts),
@@ -155,6 +159,8 @@ def _density(model: PoissonFactorization, hidden: SparseCounts, values: Tensor) 
     """Mean log density of the hidden counts at their expected rates."""
     q = model.prior.marginal()
     scaled = model.exposure.scaled((q.loc + q.variance / 2).exp()).mT.contiguous()
-    rates = hidden.to(scaled.dtype).inner(scaled, model.W.data).double()
+    seen = hidden.to(scaled.dtype)
+    rates, e = seen.inner(scaled, model.W.data), model.exposure.at(seen, slice(None))
+    rates = (rates if e is None else rates * e).double()
     r = getattr(model.observation, "dispersion", torch.full((model.D,), torch.inf))
     return float(log_density(values.double(), rates, hidden.spread(r).double()).mean())

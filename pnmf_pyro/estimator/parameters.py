@@ -22,6 +22,7 @@ from pnmf_pyro.data.checks import (
     check_positive,
     check_whole,
 )
+from pnmf_pyro.data.design import Design
 from pnmf_pyro.data.random_state import RandomState
 from pnmf_pyro.gp.correlation import check_kernels
 from pnmf_pyro.gp.inducing import ALLOCATIONS
@@ -108,6 +109,7 @@ class FittedEstimator(Settings, Protocol):
     elbo_: float
     elbo_se_: float
     mean_total_: float | None
+    design_: Design | None
     likelihood_: Likelihood | str
 
 

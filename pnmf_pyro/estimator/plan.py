@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data
@@ -41,6 +40,7 @@ from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
+from pnmf_pyro.models.effects import start_effects
 from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
@@ -80,7 +80,7 @@ def make_model(
         settings.n_components,
         settings.loadings_mode,
         settings.mode,
-        size_factors=Exposure(data.size_factors, hidden=data.hidden),
+        size_factors=data.exposure(),
         likelihood=likelihood_part(settings, data.counts.shape[1]),
     )
     return model.to(data.counts.device)
@@ -282,8 +282,8 @@ def make_starts(
     """Return the values W (D, L) and exp F (N, L) from which the first run may start."""
     inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
     counts = counts if first.counts is None else first.counts
-    training = cast(Training, first.training)
-    s = training.model.size_factors
+    model = cast(Training, first.training).model
+    s, counts = model.size_factors, start_effects(model.exposure, counts)
     return [start_values(counts, settings.n_components, init, random, s) for init in inits]
 
 

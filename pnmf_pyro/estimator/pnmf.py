@@ -13,18 +13,13 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 import pnmf_pyro.estimator.prediction as prediction
-from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.design import Covariates, Labels
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask
 from pnmf_pyro.data.places import Places
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
-from pnmf_pyro.estimator.cost import announced
-from pnmf_pyro.estimator.effects import warn_without_effect
-from pnmf_pyro.estimator.inputs import encode_places, read_data
-from pnmf_pyro.estimator.likelihood import chosen_likelihood
-from pnmf_pyro.estimator.parameters import check_parameters
-from pnmf_pyro.estimator.plan import fit_by_plan
+from pnmf_pyro.estimator.inputs import Scales, encode_places
+from pnmf_pyro.estimator.published import fit_and_publish, publish
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
@@ -132,6 +127,14 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         each.
     dispersion_ : ndarray of shape (n_features,), or None
         Dispersions r of a negative binomial of variance mean + mean^2 / r; infinite for a Poisson.
+    batch_effects_, batch_effects_se_ : ndarray of shape (n_features, n_batches), or None
+        Effects of the `batches_` on the logarithm of rates, of which the mean over samples is 0,
+        and their standard errors.
+    covariate_effects_, covariate_effects_se_ : ndarray of shape (n_features, P), or None
+        The same for one unit of each of the `covariates_`.
+    batches_, covariates_, design_ : list or None, list of str or None, Design or None
+        Labels of the batches, names of covariates or of their categories, and how these become
+        columns of a design.
     model_, groups_ : PoissonFactorization, list or None
         The Pyro model and guide, fitted, and the sorted names of its groups.
     mean_total_, keys_ : float or None, AnnDataKeys or None
@@ -248,6 +251,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         *,
         size_factors: MaybeArray = None,
         mask: Mask = None,
+        batches: Labels = None,
+        covariates: Covariates = None,
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
 
@@ -268,36 +273,12 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
             `components_` and factors are where that step led; `elbo` is of where it began.
-        size_factors : array-like of shape (n_samples,) or 'total', optional
-            Positive factors on all rates of a sample, such as sequencing depth; 1 unless given.
-            `total` for total counts over their mean.
-        mask : array-like or sparse matrix of shape (n_samples, n_features), optional
-            True where an entry is observed; what is hidden plays no part. A masked array of NumPy
-            brings its own.
+        size_factors, mask, batches, covariates
+            What scales the rates, see :func:`pnmf_pyro.fit`.
         """
-        check_callback(callback, callback_interval)
-        check_parameters(self)
-        warn_without_effect(self)
-        before = vars(self).copy()
-
-        def report(model: PoissonFactorization, iteration: int, elbo: float) -> None:
-            if callback is not None and iteration % callback_interval == 0:
-                self._publish(model)
-                callback(self, iteration, elbo)
-
-        try:
-            data = read_data(self, X, coordinates, groups, size_factors, mask)
-            names = None if data.groups is None else data.groups.names
-            self.groups_, self.mean_total_ = names, data.mean_total
-            self.keys_: AnnDataKeys | None = None
-            self.likelihood_, self.likelihood_densities_ = chosen_likelihood(self, data)
-            fitted = fit_by_plan(self, data, report, announced(self, data))
-            model, self.history_, (self.elbo_, self.elbo_se_) = fitted
-            self._publish(model)
-            self.n_iter_ = len(self.history_)
-        except BaseException:
-            self.__dict__ = before  # all of it at once, or an interrupt might leave half
-            raise
+        scales = Scales(size_factors, mask, batches, covariates)
+        told = callback, callback_interval
+        fit_and_publish(self, X, coordinates, groups, scales, *told)
         return (self.history_, self) if return_history else self
 
     def fit_transform(
@@ -321,6 +302,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         *,
         size_factors: MaybeArray = None,
         mask: Mask = None,
+        batches: Labels = None,
+        covariates: Covariates = None,
     ) -> np.ndarray:
         """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
@@ -332,15 +315,24 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         AnnData object has its coordinates and groups where that of the fit had them.
         """
         check_is_fitted(self)
-        return prediction.new_factors(self, X, coordinates, groups, size_factors, mask)
+        scales = Scales(size_factors, mask, batches, covariates)
+        return prediction.new_factors(self, X, coordinates, groups, scales)
 
-    def inverse_transform(self, transformed: ArrayLike, *, totals: MaybeArray = None) -> np.ndarray:
-        """Return expected counts (N, D): factors exp F (N, L) times `components_`.
+    def inverse_transform(
+        self,
+        transformed: ArrayLike,
+        *,
+        totals: MaybeArray = None,
+        batches: Labels = None,
+        covariates: Covariates = None,
+    ) -> np.ndarray:
+        """Return expected counts (N, D): factors exp F (N, L) times `components_`, and effects.
 
-        Known `totals` (N,) are shared out in proportion to the rates. Size factors play no part.
+        These are the mean ones unless batches and covariates are given. Known `totals` (N,) are
+        shared out in proportion to the rates. Size factors play no part.
         """
         check_is_fitted(self)
-        return prediction.expected_counts(self, transformed, totals)
+        return prediction.expected_counts(self, transformed, totals, batches, covariates)
 
     @isolated
     def score(
@@ -352,6 +344,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         *,
         size_factors: MaybeArray = None,
         mask: Mask = None,
+        batches: Labels = None,
+        covariates: Covariates = None,
     ) -> float:
         """Return the mean log-likelihood of samples given the fit, in nats per sample.
 
@@ -359,7 +353,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         more components; in space with factors predicted from places. Parameters: :meth:`transform`.
         """
         check_is_fitted(self)
-        return prediction.mean_log_likelihood(self, X, coordinates, groups, size_factors, mask)
+        scales = Scales(size_factors, mask, batches, covariates)
+        return prediction.mean_log_likelihood(self, X, coordinates, groups, scales)
 
     def encode_places(self, coordinates: MaybeArray, groups: MaybeArray) -> Places:
         """Check new places, and give their groups the codes that the fit has."""
@@ -392,9 +387,4 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return tags
 
     def _publish(self, model: PoissonFactorization) -> None:
-        """Make a model readable as this estimator's."""
-        self.model_ = model
-        self.components_ = np.ascontiguousarray(model.W.numpy().T)
-        r = getattr(model.observation, "dispersion", None)
-        self.dispersion_ = None if r is None else r.cpu().numpy()
-        self.n_components_ = self.n_components
+        publish(self, model)

@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
-from pnmf_pyro.data.masks import Mask
+from pnmf_pyro.data.design import NO_DESIGN, Covariates, Labels
 from pnmf_pyro.estimator.inputs import (
+    Scales,
     check_new,
     encode_places,
     keys_of,
@@ -28,23 +29,22 @@ def new_factors(
     X: CountsLike | None,
     coordinates: MaybeArray,
     groups: MaybeArray,
-    size_factors: MaybeArray,
-    mask: Mask,
+    scales: Scales,
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
     spatial = model.model_.prior.places is not None
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
     if not spatial:
         refuse_places(coordinates, groups)
-        counts, exposure = check_new(model, X, size_factors, mask)
+        counts, exposure = check_new(model, X, scales)
         W, max_iter = _loadings(model, counts), max(model.max_iter, 200)
         likelihood = model.model_.observation if model.model_.has_closed_form else None
         found = factors_given_loadings(counts, W, exposure, likelihood, max_iter=max_iter)
         return typed_like(X, found.cpu().numpy())
-    if size_factors is not None or mask is not None:
+    if scales.given:
         raise ValueError(
-            "size_factors and mask do not change what a spatial model predicts at new places, the "
-            "factors; multiply the expected counts by them instead."
+            f"{' and '.join(scales.given)} do not change what a spatial model predicts at new "
+            "places, the factors. Leave them out; they are for score and inverse_transform."
         )
     if coordinates is None:
         raise ValueError(
@@ -72,7 +72,11 @@ def typed_like(X: object, factors: np.ndarray) -> np.ndarray:
 
 
 def expected_counts(
-    model: FittedEstimator, transformed: ArrayLike, totals: MaybeArray
+    model: FittedEstimator,
+    transformed: ArrayLike,
+    totals: MaybeArray,
+    batches: Labels,
+    covariates: Covariates,
 ) -> np.ndarray:
     """Return expected counts for factors, see :meth:`PNMF.inverse_transform`."""
     factors = check_array("transformed", transformed)
@@ -81,6 +85,10 @@ def expected_counts(
             f"transformed must have shape (n_samples, {model.n_components_}); got {factors.shape}."
         )
     rates = factors @ model.components_
+    if batches is not None or covariates is not None:
+        rows = (model.design_ or NO_DESIGN).rows(batches, covariates, len(factors))
+        assert model.model_.exposure.effects is not None
+        rates = rates * np.exp(rows @ model.model_.exposure.effects.cpu().numpy().T)
     if totals is None:
         return rates
     n = check_array("totals", totals)
@@ -99,8 +107,7 @@ def mean_log_likelihood(
     X: CountsLike,
     coordinates: MaybeArray,
     groups: MaybeArray,
-    size_factors: MaybeArray,
-    mask: Mask,
+    scales: Scales,
 ) -> float:
     """Return a lower bound on the log-likelihood per sample, see :meth:`PNMF.score`."""
     if not model.model_.has_closed_form:
@@ -111,7 +118,7 @@ def mean_log_likelihood(
     prior, likelihood = model.model_.prior, model.model_.observation
     spatial = prior.places is not None
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
-    counts, exposure = check_new(model, X, size_factors, mask)
+    counts, exposure = check_new(model, X, scales)
     loadings = _loadings(model, counts)
     if not spatial:
         refuse_places(coordinates, groups)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.design import Covariates, Labels, from_obs
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, unmasked
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.cost import Plan, plan_of
 from pnmf_pyro.estimator.effects import without_effect
-from pnmf_pyro.estimator.inputs import read_data
+from pnmf_pyro.estimator.inputs import Scales, read_data
 from pnmf_pyro.estimator.parameters import check_values
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
@@ -111,6 +112,8 @@ def fit(
     n_components: int = 10,
     size_factors: MaybeArray = None,
     mask: Mask = None,
+    batches: Labels = None,
+    covariates: Covariates = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -137,6 +140,14 @@ def fit(
     mask : array-like or sparse matrix of shape (n_samples, n_features), optional
         True where an entry is observed; what is hidden plays no part. A masked array of NumPy
         brings its own.
+    batches : array-like of shape (n_samples,), or str, optional
+        Labels of what scales each feature by a factor of its own, such as the run, chemistry or
+        donor of a sample; the factors are learned. Of an AnnData object the name of a column of
+        obs. Unlike `groups` they say nothing of how factors vary.
+    covariates : array-like of shape (n_samples, P), DataFrame, or str or list of str, optional
+        Numbers whose effect on the logarithm of each feature's rate is learned, centred. A data
+        frame may hold words: a column for each of their categories but the first. Of an AnnData
+        object names of columns of obs. The mean over samples of all effects of a feature is 0.
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
@@ -181,11 +192,12 @@ def fit(
     (2, 20)
     """
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
+    scales = Scales(size_factors, mask, *from_obs(X, batches, covariates))
     if is_anndata(X):
         _refuse_places(coords, groups)
-        return _fit_anndata(X, keys, n_components, size_factors, mask, parameters)
+        return _fit_anndata(X, keys, n_components, scales, parameters)
     keys.refuse()
-    return _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
+    return _fit_arrays(X, coords, groups, n_components, scales, parameters)
 
 
 @isolated
@@ -197,6 +209,8 @@ def plan(
     n_components: int = 10,
     size_factors: MaybeArray = None,
     mask: Mask = None,
+    batches: Labels = None,
+    covariates: Covariates = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
     batch_key: str | None = None,
@@ -208,7 +222,9 @@ def plan(
 
     Parameters
     ----------
-    X, coords, groups, n_components, size_factors, mask, layer, spatial_key, batch_key, **parameters
+    X, coords, groups, n_components, size_factors, mask, batches, covariates
+        What `fit` would be given.
+    layer, spatial_key, batch_key, **parameters
         What `fit` would be given.
 
     Returns
@@ -230,6 +246,7 @@ def plan(
     >>> plan.prior, plan.n_stored, [stage.name for stage in plan.stages]
     ('GaussianPrior', 1200, ['start', 'warm-up', 'settle', 'ELBO'])
     """
+    effects = from_obs(X, batches, covariates)
     if is_anndata(X):
         _refuse_places(coords, groups)
         keys = AnnDataKeys(layer, spatial_key, batch_key)
@@ -239,20 +256,20 @@ def plan(
     X, mask = unmasked(X, mask)
     X = plain_table(X)
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
-    return plan_of(model, read_data(model, X, coords, groups, size_factors, mask, limited=False))
+    scales = Scales(size_factors, mask, *effects)
+    return plan_of(model, read_data(model, X, coords, groups, scales, limited=False))
 
 
 def _fit_anndata(
     adata: AnnData,
     keys: AnnDataKeys,
     n_components: int,
-    size_factors: MaybeArray,
-    mask: Mask,
+    scales: Scales,
     parameters: dict[str, Any],
 ) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
-    model = _fit_arrays(X, coords, groups, n_components, size_factors, mask, parameters)
+    model = _fit_arrays(X, coords, groups, n_components, scales, parameters)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -273,14 +290,14 @@ def _fit_arrays(
     coords: MaybeArray,
     groups: MaybeArray,
     n_components: int,
-    size_factors: MaybeArray,
-    mask: Mask,
+    scales: Scales,
     parameters: dict[str, Any],
 ) -> PNMF:
-    X, mask = unmasked(X, mask)
+    X, mask = unmasked(X, scales.mask)
     X = plain_table(X)
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
-    model.fit(X, coordinates=coords, groups=groups, size_factors=size_factors, mask=mask)
+    given = scales._replace(mask=mask)._asdict()
+    model.fit(X, coordinates=coords, groups=groups, **given)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
     return model

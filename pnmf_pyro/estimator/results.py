@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike
 
 from pnmf_pyro.data.checks import check_array, check_counts
 from pnmf_pyro.data.counts import Counts, CountsLike
+from pnmf_pyro.data.design import Design
+from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.training.fitted import Fitted, fitted_module, module_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
@@ -206,6 +208,46 @@ def results_of(fit: Fit, key: str = "pnmf") -> Results:
     if isinstance(fit, Results):
         return fit
     return AnnDataResults(fit, key) if is_anndata(fit) else ModelResults(fit)
+
+
+# What holds effects, as results name it.
+EFFECTS = ("batch_effects", "batch_effects_se", "covariate_effects", "covariate_effects_se")
+
+
+def effects_of(exposure: Exposure, design: Design | None) -> dict[str, Any]:
+    """Return what a fit publishes of effects, by name; None where it had none.
+
+    Effects of covariates are those of one unit, on the logarithm of rates, and of one category
+    against the first.
+    """
+    B = 0 if design is None else len(design.batches)
+    found: dict[str, Any] = {
+        "batches_": list(design.batches) if design and B else None,
+        "covariates_": [one.name for one in design.columns] if design and design.columns else None,
+    }
+    for name, values in (("", exposure.effects), ("se_", exposure.errors)):
+        numbers = None if values is None or design is None else values.double().cpu().numpy()
+        of_batches = of_covariates = None
+        if numbers is not None and design is not None:
+            scales = np.array([one.scale for one in design.columns])
+            of_batches = numbers[:, :B] if B else None
+            of_covariates = numbers[:, B:] / scales if len(scales) else None
+        found[f"batch_effects_{name}"] = of_batches
+        found[f"covariate_effects_{name}"] = of_covariates
+    return found
+
+
+def tables_of_effects(fit: object, features: Sequence[Hashable]) -> dict[str, Any]:
+    """Return data frames of effects and their standard errors, features by names of effects."""
+    import pandas as pd
+
+    tables = {}
+    for kind, names in (("batch_effects", "batches_"), ("covariate_effects", "covariates_")):
+        for end in ("", "_se"):
+            values, columns = getattr(fit, f"{kind}{end}_", None), getattr(fit, names, None)
+            if values is not None and columns is not None:
+                tables[kind + end] = pd.DataFrame(values, list(features), list(map(str, columns)))
+    return tables
 
 
 def is_fit(thing: object) -> TypeIs[Fit]:

@@ -15,6 +15,7 @@ from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence, Judge, Settled
+from pnmf_pyro.training.effects import effect_steps
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ClosedFormScale
 from pnmf_pyro.training.loop import Steps
 from pnmf_pyro.training.schedules import (
@@ -94,7 +95,8 @@ def training_of(
     if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
         steps.append((ClosedFormScale(model.prior, least_scale), for_W))
     if moves_factors:
-        steps += [(step, for_W) for step in model.own_steps(loadings is None)]
+        own = [*model.own_steps(loadings is None), *effect_steps(model)]
+        steps += [(step, for_W) for step in own]
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

@@ -17,6 +17,7 @@ import torch
 
 from pnmf_pyro.data.checks import check_choice
 from pnmf_pyro.data.counts import SparseCounts
+from pnmf_pyro.data.design import Design
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
@@ -60,6 +61,10 @@ NAMES = {
     "size_factors": "exposure.size_factors",
     "hidden/starts": "exposure.hidden_starts",
     "hidden/columns": "exposure.hidden_columns",
+    "effects/design": "exposure.design",
+    "effects/codes": "exposure.codes",
+    "effects/values": "exposure.effects",
+    "effects/errors": "exposure.errors",
     "dispersion/inverse": "observation.inverse",
     "prior/scale": "prior.scale_pf",
     "prior/mean": "prior.mean",
@@ -109,6 +114,7 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "stages": model.history_.stages,
         "mean_total": model.mean_total_,
         "likelihood": getattr(model, "likelihood_", None),
+        "design": None if model.design_ is None else model.design_.plain(_plain_label),
         "keys": None if model.keys_ is None else asdict(model.keys_),
     }
     arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
@@ -217,6 +223,8 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.likelihood_ = header.get("likelihood") or "poisson"
     check_choice("likelihood", model.likelihood_, LIKELIHOODS)
     model.groups_ = _groups(header["groups"], state)
+    plain = header.get("design")
+    model.design_ = None if plain is None else Design.of_plain(plain, _label)
     y = _shape_of(model, header["n_samples"], state)
     module = PoissonFactorization(
         _prior(model, state, y),
@@ -224,7 +232,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         model.n_components,
         model.loadings_mode,
         model.mode,
-        size_factors=_exposure(state, len(y)),
+        size_factors=_exposure(state, y, model.design_),
         likelihood=likelihood_part(model, len(y)),
     )
     module.load_state_dict(state)
@@ -254,8 +262,9 @@ def _groups(plain: list[Any] | None, state: dict[str, torch.Tensor]) -> list[Has
     return [_label(one) for one in plain]
 
 
-def _exposure(state: dict[str, torch.Tensor], D: int) -> Exposure:
-    """What scales the rates: size factors, and which entries are hidden."""
+def _exposure(state: dict[str, torch.Tensor], y: torch.Tensor, design: Design | None) -> Exposure:
+    """What scales the rates: size factors, effects, and which entries are hidden."""
+    D, N = y.shape
     starts, columns = (state.get(f"exposure.hidden_{name}") for name in ("starts", "columns"))
     hidden = None
     if starts is not None and columns is not None:
@@ -263,7 +272,23 @@ def _exposure(state: dict[str, torch.Tensor], D: int) -> Exposure:
         if not fits or (len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < D):
             raise ValueError("hidden entries are not those of a table")
         hidden = SparseCounts(starts, columns, torch.ones(len(columns)), (len(starts) - 1, D))
-    return Exposure(state.get("exposure.size_factors"), hidden=hidden)
+    names = ("design", "codes", "effects", "errors")
+    rows, codes, effects, errors = (state.get(f"exposure.{name}") for name in names)
+    if design is None or rows is None or codes is None or effects is None:
+        if design is not None or effects is not None:
+            raise ValueError("it lacks effects or what they are of")
+        return Exposure(state.get("exposure.size_factors"), hidden=hidden)
+    shapes = [part.shape for part in (effects, errors) if part is not None]
+    fits = rows.ndim == 2 and rows.shape[1] == design.P and codes.shape == (N,)
+    fits = fits and all(shape == (D, design.P) for shape in shapes)
+    if (
+        not fits
+        or codes.dtype != torch.int64
+        or not 0 <= int(codes.min()) <= int(codes.max()) < len(rows)
+    ):
+        raise ValueError("effects are not those of its samples and features")
+    of_design = rows, codes, effects, hidden, len(design.batches), True, errors
+    return Exposure(state.get("exposure.size_factors"), *of_design)
 
 
 def _mean_total(value: object) -> float | None:

@@ -25,13 +25,13 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.estimator.coarse import hand_down, levels_of, of_bins
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
-from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
@@ -169,20 +169,20 @@ class WarmUp:
         if model.has_closed_form:
             draft.trained.observation = model.observation
         runs, last = [], None
-        levels = _levels(draft)
+        levels = levels_of(model, draft.counts)
         most = len(levels) if self.levels is None else self.levels
         for level in levels[max(0, len(levels) - most) :]:
-            coarse = _independent(draft, len(level.centres), level.size_factors)
+            coarse = _independent(draft, len(level.centres), of_bins(model.exposure, level))
             run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:
-                run.prepare = partial(_hand_down, *last, coarse, level.centres)
+                run.prepare = partial(hand_down, *last, coarse, level.centres)
             runs.append(run)
             last = coarse, level
         if last is None:
             return [self._early(draft, draft.trained)]
         samples = self._run(draft, "samples", draft.trained, loadings=None)
-        samples.prepare = partial(_hand_down, *last, draft.trained, np.arange(model.N))
+        samples.prepare = partial(hand_down, *last, draft.trained, np.arange(model.N))
         samples.most_steps = SAMPLE_STEPS
         return [*runs, samples]
 
@@ -365,26 +365,5 @@ def _independent(
         prior, y, model.L, model.loadings_mode, model.mode, size_factors=exposure
     )
     independent.W = model.W
-    return independent.to(model.W.device)
-
-
-def _levels(draft: Draft) -> list[Level]:
-    """Coarse levels of the places of a draft, if it has places."""
-    places, exposure = draft.model.prior.places, draft.model.exposure
-    if places is None:
-        return []
-    ones = draft.counts.values.new_ones(len(places))
-    s = exposure.scaled(ones) * exposure.observed_share()
-    return coarse_levels(draft.counts, places, s, draft.model.L)
-
-
-@torch.no_grad()
-def _hand_down(
-    source: PoissonFactorization,
-    level: Level,
-    target: PoissonFactorization,
-    samples: np.ndarray,
-) -> None:
-    """Start q(F) of a finer level from that of the bins in which its samples are."""
-    q = source.prior.marginal(torch.from_numpy(level.bins[samples]).to(source.W.device))
-    target.prior.assign(q.loc, q.scale)
+    independent.to(model.W.device).exposure.effects = model.exposure.effects
+    return independent

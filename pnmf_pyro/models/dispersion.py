@@ -96,6 +96,39 @@ def moments(
     return Moments(value, exposure.scaled(of_factors.mT).mT, of_loadings)
 
 
+@torch.no_grad()
+def weighted(
+    counts: Counts,
+    factors: Tensor,
+    loadings: Tensor,
+    inverse: Tensor,
+    exposure: Exposure,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return sums of each feature over samples, given A (n, L), W (d, L) and 1 / r (d,).
+
+    They are the value, sum_i (X_ij + r_j) log(1 + x_ij / r_j), (d,), and, for weights v (n, K) of
+    samples, sum_i v_ik theta_ij x_ij with theta = (r + X) / (r + x), (d, K); both float64.
+    """
+    n, d, r = len(factors), len(loadings), (1 / inverse).double()
+    scaled, relative = exposure.scaled(factors.mT).mT.contiguous(), loadings * inverse[:, None]
+    right, rest = relative.mT.contiguous(), exposure.without_size_factors
+    columns = torch.cat([weights.new_ones(n, 1), weights], 1).to(factors)
+    found = torch.zeros(d, columns.shape[1], dtype=torch.float64, device=factors.device)
+    for rows in _blocks(n, d):
+        x, e = scaled[rows] @ right, rest.block(rows)
+        if e is not None:
+            x.mul_(e)
+        found[:, :1] += r[:, None] * (x.log1p().mT @ columns[rows, :1])
+        found[:, 1:] += r[:, None] * (x.div_(x + 1).mT @ columns[rows, 1:])
+    for rows, block in counts.blocks():
+        x, e = block.inner(scaled[rows], relative), rest.at(block, rows)
+        x = x if e is None else x * e
+        found[:, :1] += block.transposed_matmul(block.values * x.log1p(), columns[rows, :1])
+        found[:, 1:] += block.transposed_matmul(block.values * x / (x + 1), columns[rows, 1:])
+    return found[:, 0], found[:, 1:]
+
+
 def _blocks(n: int, d: int) -> list[slice]:
     """Cut n samples of d features into blocks that are small enough for the caches."""
     size = max(1, BLOCK // max(1, d))

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
+from pnmf_pyro.models.effects import effect_errors
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import covariance_from_loadings, loading_errors
 from pnmf_pyro.models.poisson import PoissonFactors
@@ -67,7 +68,7 @@ def _of_poisson(likelihood: PoissonFactors, counts: Counts, factors: Tensor) -> 
 
 @torch.no_grad()
 def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
-    """Give a trained model the joint posterior of each sample, and the errors of its loadings.
+    """Give a trained model the joint posterior of each sample, and errors of loadings and effects.
 
     Where loadings are learned, the posterior counts their errors as well.
 
@@ -77,6 +78,7 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     """
     prior, q = model.prior, model.prior.marginal()
     prior.joint_covariance = model.loading_blocks = model.loading_coupling = None
+    model.exposure.errors = None
     if any(getattr(type(model), n) is not getattr(PoissonFactorization, n) for n in PROGRAMS):
         return
     with model.apart():
@@ -87,6 +89,8 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
         return
     try:
         uncertainty = _uncertainty(model, found)
+        if model.exposure.learned:
+            model.exposure.errors = effect_errors(model, found.counts, found.shared)
     except torch.linalg.LinAlgError:
         logger.warning("no joint posterior: the numbers of this fit are too extreme for it")
         return

@@ -1,0 +1,65 @@
+"""From data to the attributes of a fitted estimator: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pnmf_pyro.data.checks import check_callback
+from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.estimator.cost import announced
+from pnmf_pyro.estimator.effects import warn_without_effect
+from pnmf_pyro.estimator.inputs import Scales, read_data
+from pnmf_pyro.estimator.likelihood import chosen_likelihood
+from pnmf_pyro.estimator.parameters import check_parameters
+from pnmf_pyro.estimator.plan import fit_by_plan
+from pnmf_pyro.estimator.results import effects_of
+from pnmf_pyro.models import PoissonFactorization
+
+
+def fit_and_publish(
+    estimator: Any,
+    X: CountsLike,
+    coordinates: MaybeArray,
+    groups: MaybeArray,
+    scales: Scales,
+    callback: Callable[[Any, int, float], None] | None,
+    interval: int,
+) -> None:
+    """Fit an estimator, see :meth:`PNMF.fit`; one that fails is left as it was."""
+    check_callback(callback, interval)
+    check_parameters(estimator)
+    warn_without_effect(estimator)
+    before = vars(estimator).copy()
+
+    def report(model: PoissonFactorization, iteration: int, elbo: float) -> None:
+        if callback is not None and iteration % interval == 0:
+            estimator._publish(model)
+            callback(estimator, iteration, elbo)
+
+    try:
+        data = read_data(estimator, X, coordinates, groups, scales)
+        estimator.groups_ = None if data.groups is None else data.groups.names
+        estimator.mean_total_, estimator.design_ = data.mean_total, data.design
+        estimator.keys_ = None
+        chosen = chosen_likelihood(estimator, data)
+        estimator.likelihood_, estimator.likelihood_densities_ = chosen
+        fitted = fit_by_plan(estimator, data, report, announced(estimator, data))
+        model, estimator.history_, (estimator.elbo_, estimator.elbo_se_) = fitted
+        estimator._publish(model)
+        estimator.n_iter_ = len(estimator.history_)
+    except BaseException:
+        estimator.__dict__ = before  # all of it at once, or an interrupt might leave half
+        raise
+
+
+def publish(estimator: Any, model: PoissonFactorization) -> None:
+    """Make a model readable as that of an estimator."""
+    estimator.model_ = model
+    estimator.components_ = np.ascontiguousarray(model.W.numpy().T)
+    r = getattr(model.observation, "dispersion", None)
+    estimator.dispersion_ = None if r is None else r.cpu().numpy()
+    estimator.n_components_ = estimator.n_components
+    vars(estimator).update(effects_of(model.exposure, estimator.design_))

@@ -1,0 +1,105 @@
+"""Steps of the effects of batches and covariates, beside those of factors and loadings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.models.effects import blocks_of, counted, expected, improve, take_level
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.models.poisson import PoissonFactors
+from pnmf_pyro.priors.natural import Step
+
+
+def effect_steps(model: PoissonFactorization) -> list[Step]:
+    """Return the steps of a model's effects, none where it has none to learn."""
+    return [EffectSteps(model)] if model.exposure.learned else []
+
+
+class EffectSteps(Step):
+    """Steps that raise the bound in the effects, given q(F) and loadings.
+
+    With all data in each step they are those of :func:`~pnmf_pyro.models.effects.improve`. With
+    minibatches they add up what these say, and one block of effects moves at the end of each pass.
+    Under a likelihood without a closed form they are those of the Poisson of the same means.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        Whose exposure has effects, which are changed in place.
+
+    Notes
+    -----
+    A step of size `lr` below 1 goes that fraction of the way.
+    """
+
+    def __init__(self, model: PoissonFactorization):
+        self.model, self.batch = model, Batch()
+        self.told: tuple[Counts, Tensor] | None = None
+        self.seen = self.turn = 0
+
+    @property
+    def effects(self) -> Tensor:
+        """The effects, (D, P)."""
+        effects = self.model.exposure.effects
+        assert effects is not None
+        return effects
+
+    def prepare(self, batch: Batch) -> None:
+        """Take note of the batch."""
+        self.batch = batch
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the effects towards their optimum, or add up what the batch says."""
+        batch, model = self.batch, self.model
+        assert batch.counts is not None
+        q = model.prior.marginal(batch.samples)
+        F = q.loc + q.variance / 2
+        likelihood = model.in_closed_form(F, batch)
+        factors, counts = F.exp().mT.contiguous().to(model.W.dtype), batch.counts
+        before = self.effects.clone()
+        if batch.samples is None and batch.features is None:
+            if self.told is None or self.told[0] is not counts:
+                self.told = counts, counted(counts, model.exposure)
+            improve(likelihood, counts, factors, self.told[1])
+        else:
+            self._add(likelihood, factors)
+        self.effects.copy_(before.lerp(self.effects, self.lr))
+        growth = take_level(model.exposure)
+        if growth is not None and model.W.raw.requires_grad:
+            model.W.assign(model.W.detach() * growth)
+
+    def _add(self, likelihood: PoissonFactors, factors: Tensor) -> None:
+        """Add what a minibatch says of a block of effects; move that at the end of a pass."""
+        batch, model = self.batch, self.model
+        blocks, whole = blocks_of(model.exposure), model.N * model.D
+        block = blocks[self.turn % len(blocks)]
+        if not self.seen:
+            self.sums = self.effects.new_zeros(
+                model.D, block.size + block.weights.shape[1], dtype=torch.float64
+            )
+        counts, exposure = batch.counts, model.exposure.of(batch.samples, batch.features)
+        assert counts is not None
+        told = counted(counts, exposure)[:, block.columns]
+        sums = expected(likelihood, counts, factors, block.weights).sums
+        numbers = torch.arange(model.D, device=told.device)
+        self.sums.index_add_(0, take(numbers, batch.features), torch.cat([told, sums], 1))
+        self.seen += counts.numel()
+        if self.seen < whole:
+            return
+        part = self.effects[:, block.columns]
+        told, sums = self.sums[:, : block.size], self.sums[:, block.size :]
+        part.add_(block.change(part.double(), told, sums))
+        self.seen, self.turn = 0, self.turn + 1
+
+    def point(self) -> tuple[Tensor, ...]:
+        """Return the effects."""
+        return (self.effects.clone(),)
+
+    @torch.no_grad()
+    def move(self, *changes: Tensor) -> None:
+        """Add a change to the effects."""
+        self.effects.add_(changes[0])

@@ -1,0 +1,83 @@
+"""--batches and --covariates: columns of obs, and files of samples."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import pnmf_pyro
+from pnmf_pyro.command_line.cli import main
+
+N, D = 60, 12
+
+
+def run(*arguments):
+    return main([*map(str, arguments), "--components", "2", "--quiet"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Counts as .h5ad with obs and as .csv, and a table of their samples in another order."""
+    folder, r = tmp_path_factory.mktemp("effects"), np.random.default_rng(0)
+    names = [f"s{i}" for i in range(N)]
+    labels, age = r.choice(["x", "y"], N), r.normal(size=N)
+    F, W = r.normal(size=(N, 2)), r.gamma(0.5, 20.0, (D, 2)) + 1
+    X = r.poisson(np.exp(F) @ W.T * np.exp(0.8 * (labels == "x")[:, None] * np.linspace(-1, 1, D)))
+    obs = pd.DataFrame({"age": age, "run": labels}, index=names)
+    genes = [f"g{j}" for j in range(D)]
+    adata = anndata.AnnData(X.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
+    adata.write(folder / "counts.h5ad")
+    pd.DataFrame(X, index=names, columns=genes).to_csv(folder / "counts.csv")
+    obs.iloc[::-1].to_csv(folder / "samples.csv")
+    obs[["age"]].to_csv(folder / "ages.tsv", sep="\t", index=False)
+    return folder
+
+
+def test_columns_of_obs(folder, tmp_path):
+    out, model = tmp_path / "out.h5ad", tmp_path / "model.npz"
+    given = ("--batches", "run", "--covariates", "age", "--out", out, "--save-model", model)
+    assert run("fit", folder / "counts.h5ad", *given) == 0
+    found = anndata.read_h5ad(out)
+    assert list(found.varm["PNMF_batch_effects"].columns) == ["x", "y"]
+    back = pnmf_pyro.PNMF.load(model)
+    np.testing.assert_allclose(found.varm["PNMF_batch_effects"], back.batch_effects_)
+    assert back.covariates_ == ["age"]
+
+
+def test_files_give_the_same_whatever_their_order(folder, tmp_path):
+    models = []
+    for number, (table, batches, covariates) in enumerate(
+        (("counts.h5ad", "run", "age"), ("counts.csv", "samples.csv", "ages.tsv"))
+    ):
+        model = tmp_path / f"{number}.npz"
+        if number:
+            batches, covariates = folder / batches, folder / covariates
+        given = ("--batches", batches, "--covariates", covariates, "--save-model", model)
+        assert run("fit", folder / table, *given, "--out", tmp_path / f"{number}.out.npz") == 0
+        models.append(pnmf_pyro.PNMF.load(model))
+    one, other = (model.batch_effects_ for model in models)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    with np.load(tmp_path / "1.out.npz") as arrays:
+        np.testing.assert_array_equal(arrays["batch_effects"], other)
+
+
+def test_a_later_fit_without_batches_leaves_no_effects_behind(folder, tmp_path):
+    path = tmp_path / "counts.h5ad"
+    path.write_bytes((folder / "counts.h5ad").read_bytes())
+    assert run("fit", path, "--out", path, "--batches", "run") == 0
+    assert "PNMF_batch_effects_se" in anndata.read_h5ad(path).varm
+    assert run("fit", path, "--out", path) == 0
+    assert list(anndata.read_h5ad(path).varm) == ["PNMF_loadings"]
+
+
+def test_what_names_no_samples_is_refused(folder, tmp_path, capsys):
+    out = ("--out", tmp_path / "out.npz")
+    assert run("fit", folder / "counts.h5ad", *out, "--batches", "lane") == 2
+    assert "--batches must name columns of obs" in capsys.readouterr().err
+    (tmp_path / "few.csv").write_text("name,run\ns1,x\n")
+    assert run("fit", folder / "counts.csv", *out, "--batches", tmp_path / "few.csv") == 2
+    assert "one row for each of the 60 samples" in capsys.readouterr().err
+
+
+def test_a_plan_takes_them(folder):
+    assert run("fit", folder / "counts.h5ad", "--plan", "--batches", "run") == 0
