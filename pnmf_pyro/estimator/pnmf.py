@@ -114,6 +114,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     likelihood : {'poisson', 'negative-binomial', 'auto'} or callable, optional
         Distribution of the counts; `auto` for the one of these that describes hidden entries
         better. A callable as for :class:`~pnmf_pyro.models.PoissonFactorization`.
+    non_spatial_components : int
+        Number of the components, the last ones, that know no space in a spatial model.
 
     Attributes
     ----------
@@ -187,6 +189,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         stages=None,
         prior=None,
         likelihood=None,
+        non_spatial_components=0,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -234,6 +237,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.stages = stages
         self.prior = prior
         self.likelihood = likelihood
+        self.non_spatial_components = non_spatial_components
 
     @isolated
     def fit(
@@ -378,7 +382,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     @property
     def kernel_(self) -> str:
         """Name of the kernel of a spatial model, of several the one chosen."""
-        return self.model_.prior.kernel.name
+        return ", ".join(field.kernel.name for field in self.model_.prior.fields)
 
     @property
     def _n_features_out(self) -> int:
