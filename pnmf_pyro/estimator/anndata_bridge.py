@@ -273,11 +273,13 @@ def settings(fit: Fitted) -> dict[str, Any]:
     if history is not None and elbo is not None:
         error = getattr(fit, "elbo_se_", getattr(fit, "elbo_se", float("nan")))
         found |= {"elbo": float(elbo), "elbo_se": float(error), "n_iter": len(history)}
-    prior: Any = fitted_module(fit).prior
-    if hasattr(prior, "kernel"):
-        learned = {**prior.kernel.hyperparameters, "mean": prior.mean}
-        found["kernel"] = prior.kernel.name
-        found["hyperparameters"] = {name: plain(value) for name, value in learned.items()}
+    fields: Any = [one for one in fitted_module(fit).prior.fields if hasattr(one, "kernel")]
+    each = [{**one.kernel.hyperparameters, "mean": one.mean} for one in fields]
+    learned = [{name: plain(value) for name, value in one.items()} for one in each]
+    if len(fields) == 1:
+        found |= {"kernel": fields[0].kernel.name, "hyperparameters": learned[0]}
+    for number, one in enumerate(fields if len(fields) > 1 else ()):
+        found[f"field_{number}"] = {"kernel": one.kernel.name, "hyperparameters": learned[number]}
     return found
 
 

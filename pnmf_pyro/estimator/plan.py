@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pyro.contrib.gp.kernels import Kernel
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
@@ -40,6 +39,7 @@ from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, Prior
+from pnmf_pyro.training.arrangement import in_order
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
 from pnmf_pyro.training.progress import Progress, StageCost
@@ -164,8 +164,9 @@ def make_starts(
     inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
     counts = counts if first.counts is None else first.counts
     training = cast(Training, first.training)
-    s = training.model.size_factors
-    return [start_values(counts, settings.n_components, init, random, s) for init in inits]
+    s, prior = training.model.size_factors, training.model.prior
+    starts = (start_values(counts, settings.n_components, init, random, s) for init in inits)
+    return [in_order(prior, *start) for start in starts]
 
 
 def train_runs(

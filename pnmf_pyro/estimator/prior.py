@@ -146,11 +146,12 @@ def _own_kernel(given: SpatialKernel, settings: Settings, places: Places) -> Spa
             f"{settings.multigroup}. A kernel over groups needs both multigroup=True and "
             "group_distances, any other kernel neither."
         )
-    if (n_sets := len(kernel.sigma)) not in (1, L := n_spatial(settings)):
-        named = "n_components" if L == settings.n_components else "n_components - non_spatial_components"
+    L, n_sets = n_spatial(settings), len(kernel.sigma)
+    if n_sets not in (1, L):
+        beside = " - non_spatial_components" if settings.non_spatial_components else ""
         raise ValueError(
-            f"kernel must have one set of hyperparameters, or one for each of {named}={L}; it has "
-            f"n_sets={n_sets}."
+            f"kernel must have one set of hyperparameters, or one for each of n_components{beside}="
+            f"{L}; it has n_sets={n_sets}."
         )
     kernel.check(places)
     return kernel

@@ -169,9 +169,7 @@ class FactorizationELBO(ELBO):
                 )
             self._told |= averaged.keys()
 
-    def _expected(
-        self, statement: Statement, traces: Traces, n_draws: int | str
-    ) -> Tensor | None:
+    def _expected(self, statement: Statement, traces: Traces, n_draws: int | str) -> Tensor | None:
         """Expected log density of an observed statement in closed form, or None."""
         source = _source_of_log_factors(statement["fn"], traces)
         if isinstance(source, str):

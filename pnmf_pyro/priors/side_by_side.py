@@ -174,8 +174,8 @@ class SideBySide(Prior):
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""
-        each = [part.sites() for part in self.parts]
-        return Sites(*(torch.cat([one.double() for one in kind]) for kind in zip(*each)))
+        each = zip(*(part.sites() for part in self.parts), strict=True)
+        return Sites(*(torch.cat([one.double() for one in kind]) for kind in each))
 
     @torch.no_grad()
     def posterior_from_sites(
@@ -275,7 +275,8 @@ def _kind(value: object) -> str:
 
 def _same(a: Places | None, b: Places | None) -> bool:
     """Whether two parts have the same places of their samples, in the same groups."""
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if (a.groups is None) != (b.groups is None) or a.coordinates.shape != b.coordinates.shape:
         return False
     alike = a.groups is None or torch.equal(a.groups, cast(Tensor, b.groups))

@@ -1,12 +1,12 @@
-"""Which components of a start go to which of several priors side by side.
+r"""Which components of a start go to which of several priors side by side.
 
 Components that are found without knowing places come in any order. Those whose factors are alike at
 places that are close belong to fields, the others to priors that know no places. How much they are
 alike is their spatial autocorrelation: with z the log-factors of a component, centred in each
 group,
 
-.. math:: I = \\frac{\\sum_i z_i \\bar z_i}{\\sum_i z_i^2}, \\qquad
-    \\bar z_i = \\text{mean of the nearest neighbours}
+.. math:: I = \frac{\sum_i z_i \bar z_i}{\sum_i z_i^2}, \qquad
+    \bar z_i = \text{mean of the nearest neighbours}
 
 (Moran 1950). It is near 0 for factors that are independent over places, however much they vary.
 """
@@ -69,6 +69,12 @@ def arrangement(prior: Prior, log_factors: Tensor) -> Tensor | None:
     order[of_field] = smoothest[:n_fields].sort().values
     order[~of_field] = smoothest[n_fields:].sort().values
     return order
+
+
+def in_order(prior: Prior, W: Tensor, exp_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loadings (D, L) and factors exp F (N, L) in the order that a prior wants."""
+    order = arrangement(prior, exp_F.T.log())
+    return (W, exp_F) if order is None else (W[:, order], exp_F[:, order])
 
 
 @torch.no_grad()
