@@ -18,6 +18,7 @@ __all__ = [
     "feature_scores",
     "fit",
     "fit_model",
+    "importance_of_space",
     "interpretation",
     "match_factors",
     "plan",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
     from pnmf_pyro.analysis.differential import differential_features
+    from pnmf_pyro.analysis.importance import importance_of_space
     from pnmf_pyro.analysis.interpretation import (
         contributions,
         feature_scores,
@@ -59,6 +61,7 @@ _HOMES = {
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",
+    "importance_of_space": "analysis.importance",
     "match_factors": "analysis.matching",
     "plan": "estimator.recipe",
     "posterior_predictive_check": "analysis.predictive_checks",
