@@ -298,8 +298,8 @@ def learned(settings: Settings) -> list[str]:
     named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
     there = list(HYPERPARAMETERS) if settings.spatial else []
     parts = [] if settings.prior is None else settings.prior.fields
-    kernels = [getattr(part, "kernel", None) for part in parts]
-    kernels = [kernel for kernel in kernels if isinstance(kernel, SpatialKernel)]
+    found = (getattr(part, "kernel", None) for part in parts)
+    kernels = [kernel for kernel in found if isinstance(kernel, SpatialKernel)]
     if kernels:
         held = {name for kernel in kernels for name in kernel.hyperparameters}
         there = [name for name in HYPERPARAMETERS if name in held]

@@ -39,7 +39,6 @@ from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.priors import LCGP, Prior
-from pnmf_pyro.training.arrangement import in_order
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
 from pnmf_pyro.training.progress import Progress, StageCost
@@ -103,12 +102,14 @@ def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     """Return the stages of a fit for which none are named.
 
     Hyperparameters of a field, and which of several kernels it has, are learned where the field
-    has settled. So is the part of q(F) that is correlated over places that have neighbours.
+    has settled. So is the part of q(F) that is correlated over places that have neighbours. Where
+    only some components are of fields, a warm-up says which.
     """
-    stages: list[Stage] = [Settle()]
+    sorts = 0 < len(prior.fields) < len(prior.parts)
+    stages: list[Stage] = [WarmUp(), Settle()] if sorts else [Settle()]
     if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
         no_bound = not closed_form(settings)
-        first = WarmUp() if no_bound else Settle(mode="lower-bound")
+        first = WarmUp() if no_bound or sorts else Settle(mode="lower-bound")
         stages = [first, LearnHyperparameters(), Settle()]
     if any(isinstance(part, LCGP) for part in prior.parts):
         stages += [Correlate(), Settle()]
@@ -164,9 +165,8 @@ def make_starts(
     inits = settings.init if isinstance(settings.init, list | tuple) else [settings.init]
     counts = counts if first.counts is None else first.counts
     training = cast(Training, first.training)
-    s, prior = training.model.size_factors, training.model.prior
-    starts = (start_values(counts, settings.n_components, init, random, s) for init in inits)
-    return [in_order(prior, *start) for start in starts]
+    s = training.model.size_factors
+    return [start_values(counts, settings.n_components, init, random, s) for init in inits]
 
 
 def train_runs(

@@ -31,9 +31,10 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
-from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
+from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
 from pnmf_pyro.training.levels import Level, coarse_levels
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
+from pnmf_pyro.training.site_regression import start_from
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
 LEAST_SCALE = 1.0
@@ -72,20 +73,7 @@ class Draft:
         source, self.trained = self.trained, self.model
         if source is None or source is self.model:
             return lambda: None
-        return lambda: _take_over(self.model, source, self.counts)
-
-
-def _take_over(model: PoissonFactorization, source: PoissonFactorization, counts: Counts) -> None:
-    """Start q(F) of a model from that of another one, which has the same loadings."""
-    with torch.no_grad():
-        q = source.prior.marginal()
-    if model.prior.places is not None:
-        observed, noise = sites(source, counts)
-    for part, mine in model.prior.of_parts():
-        if part.places is None:
-            part.assign(q.loc[mine], q.scale[mine])
-        else:
-            part.assign(observed[mine], noise[mine].sqrt())
+        return lambda: start_from(self.model.prior, source, self.counts)
 
 
 class Stage(Protocol):
@@ -256,7 +244,7 @@ class LearnHyperparameters:
 
         def learn() -> None:
             if source is not model:
-                _take_over(model, source, draft.counts)
+                start_from(model.prior, source, draft.counts)
             for search in searches:
                 search.learn_from(source)
 

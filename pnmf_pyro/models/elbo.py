@@ -278,8 +278,8 @@ def _statement_of(value: Tensor, traces: Traces) -> Statement | None:
     if (drawn := next((n for n in guide if n["value"] is value), None)) is not None:
         return drawn
     made = next((n["name"] for n in model if n["value"] is value), None)
-    alike = (n for n in guide if n["name"] == made and torch.equal(n["value"], value))
-    return next(alike, None)
+    named: Statement = next((n for n in guide if n["name"] == made), None)
+    return named if named is not None and torch.equal(named["value"], value) else None
 
 
 def _sampled(statement: Statement, guide_trace: Trace) -> Tensor:

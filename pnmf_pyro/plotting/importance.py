@@ -71,7 +71,7 @@ def _components(ax: Axes, table: np.ndarray) -> None:
 def _features(ax: Axes, names: np.ndarray, importance: np.ndarray, n: int) -> None:
     """A histogram, with the names of the first and last features at its ends."""
     known = np.flatnonzero(np.isfinite(importance))
-    ax.hist(importance[known], BINS, color=BLUE)
+    ax.hist(importance[known], BINS.tolist(), color=BLUE)
     ax.set(xlim=(0, 1), xlabel="importance of space", ylabel="features")
     order = known[np.argsort(importance[known], kind="stable")]
     ends = (("left", 0.02, order[:n]), ("right", 0.98, order[len(order) - n :][::-1]))

@@ -68,8 +68,8 @@ class SideBySide(Prior):
                 f"use_natural_gradients. {[_kind(p) for p in parts if p.natural]} do, "
                 f"{[_kind(p) for p in parts if not p.natural]} do not."
             )
-        first, *others = [part.places for part in parts if part.places is not None] or [None]
-        if not all(_same(first, places) for places in others):
+        known = [part.places for part in parts if part.places is not None]
+        if not all(_same(known[0], places) for places in known):
             raise ValueError("priors over places must have the same places of their samples.")
         self.sides = nn.ModuleList(parts)
         self.L, self.N = sum(part.L for part in parts), parts[0].N
@@ -273,10 +273,8 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _same(a: Places | None, b: Places | None) -> bool:
+def _same(a: Places, b: Places) -> bool:
     """Whether two parts have the same places of their samples, in the same groups."""
-    assert a is not None
-    assert b is not None
     if (a.groups is None) != (b.groups is None) or a.coordinates.shape != b.coordinates.shape:
         return False
     alike = a.groups is None or torch.equal(a.groups, cast(Tensor, b.groups))

@@ -71,12 +71,6 @@ def arrangement(prior: Prior, log_factors: Tensor) -> Tensor | None:
     return order
 
 
-def in_order(prior: Prior, W: Tensor, exp_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Return loadings (D, L) and factors exp F (N, L) in the order that a prior wants."""
-    order = arrangement(prior, exp_F.T.log())
-    return (W, exp_F) if order is None else (W[:, order], exp_F[:, order])
-
-
 @torch.no_grad()
 def arrange(model: PoissonFactorization, prior: Prior) -> None:
     """Put the components of a model that knows no space in the order that a prior wants.

@@ -95,8 +95,7 @@ class HyperparameterSearch:
     random : RandomState
         Draws the samples that are predicted where there are more than `JUDGED`.
     field : int
-        Which of the priors over places, where several stand side by side. The factors of the other
-        components are taken as they are.
+        Number of the prior among those over places. Other components are taken as they are.
     """
 
     model: PoissonFactorization
@@ -185,14 +184,12 @@ class HyperparameterSearch:
 
     def observe(self, source: PoissonFactorization) -> None:
         """Take the sites of a fit for what the samples tell."""
-        mine, dtype = self.mine, self.model.W.dtype
+        mine, self.dispersion = self.mine, 1.0
         self.y, self.noise = (one[mine] for one in sites(source, self.counts))
-        own = sites(source, self.counts, overlap=True)
-        self.own_y, self.own_noise = (one[mine] for one in own)
-        self.dispersion = 1.0
+        self.own_y, self.own_noise = (one[mine] for one in sites(source, self.counts, True))
         with torch.no_grad():
             q = source.prior.marginal(self.judged)
-            expected = (q.loc + q.variance / 2).to(dtype)
+            expected = (q.loc + q.variance / 2).to(self.model.W.dtype)
         self.others = expected[: mine.start], expected[mine.stop :]
 
     def profile(self, source: PoissonFactorization, lengthscales: np.ndarray) -> np.ndarray:
