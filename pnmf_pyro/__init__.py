@@ -18,12 +18,14 @@ __all__ = [
     "feature_scores",
     "fit",
     "fit_model",
+    "group_levels",
     "importance_of_space",
     "interpretation",
     "match_factors",
     "plan",
     "plotting",
     "posterior_predictive_check",
+    "predict_as",
     "prior_predictive_check",
     "select_n_components",
     "spatial_scores",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
     from pnmf_pyro.analysis.differential import differential_features
+    from pnmf_pyro.analysis.groups import group_levels, predict_as
     from pnmf_pyro.analysis.importance import importance_of_space
     from pnmf_pyro.analysis.interpretation import (
         contributions,
@@ -61,10 +64,12 @@ _HOMES = {
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",
+    "group_levels": "analysis.groups",
     "importance_of_space": "analysis.importance",
     "match_factors": "analysis.matching",
     "plan": "estimator.recipe",
     "posterior_predictive_check": "analysis.predictive_checks",
+    "predict_as": "analysis.groups",
     "prior_predictive_check": "analysis.predictive_checks",
     "select_n_components": "analysis.selection",
     "spatial_scores": "analysis.interpretation",
