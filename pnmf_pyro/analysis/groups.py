@@ -60,7 +60,7 @@ def predict_as(fit: PNMF, group: Hashable, coordinates: ArrayLike | None = None)
         places = fit.model_.prior.places
         assert places is not None
         coordinates = places.coordinates.cpu().numpy()
-    labels = [group] * len(np.asarray(coordinates))
+    labels = np.full(len(np.asarray(coordinates)), group, dtype=object)
     return np.asarray(get_factors(fit, coordinates=coordinates, groups=labels))
 
 
