@@ -31,7 +31,7 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     matplotlib Axes
     """
     G, L = levels.levels.shape
-    ax = one_axes(ax, (1.8 + 0.32 * L, 1.2 + 0.2 * G))
+    ax = one_axes(ax, (max(3.5, 1.8 + 0.32 * L), max(2.2, 1.2 + 0.2 * G)))
     relative = levels.levels / np.maximum(levels.levels.max(0), np.finfo(float).tiny)
     number = np.asarray([KINDS.index(kind) for kind in levels.kinds])
     order = np.lexsort((relative.argmax(0), number))
@@ -41,9 +41,10 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("component")
     for kind in np.unique(number):
         columns = np.flatnonzero(number[order] == kind)
-        ax.text(columns.mean(), -0.7, KINDS[kind], ha="center", va="bottom", fontsize=8)
+        where = {"ha": "left", "va": "bottom", "rotation": 25, "rotation_mode": "anchor"}
+        ax.text(columns[0] - 0.3, -0.6, KINDS[kind], fontsize=8, **where)
         if columns[0] > 0:
             ax.axvline(columns[0] - 0.5, color="white", lw=2)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.6)
-    bar.set_label("level, of the highest group", fontsize=8)
+    bar = ax.figure.colorbar(image, ax=ax)
+    bar.set_label("relative level", fontsize=8)
     return ax

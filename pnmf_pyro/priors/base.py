@@ -194,8 +194,13 @@ class Prior(nn.Module):
     def before(self, places: Places) -> Normal:
         """Return the marginals of p(F) at places, with loc and scale (L, n).
 
-        For a prior over places, with the attributes `mean` and `kernel`.
+        For a prior over places, with the attributes `mean` and `kernel`; a ValueError otherwise.
         """
+        if self.places is None:
+            raise ValueError(
+                f"{type(self).__name__} does not say what it knows of samples before their counts; "
+                "write its method `before`."
+            )
         level = cast(Tensor, self.mean)[:, None].expand(-1, len(places))
         scale = self.kernel.variance(places).sqrt().expand_as(level)
         return Normal(level, scale, validate_args=False)
