@@ -246,7 +246,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
 
 def _beside(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give what is of the field the name that it has where other components stand beside it."""
-    whole = ("prior.joint_covariance", "prior.sides.")
+    whole = ("prior.joint_", "prior.sides.")
     return {
         k if k.startswith(whole) else k.replace("prior.", FIELD, 1): v for k, v in state.items()
     }
