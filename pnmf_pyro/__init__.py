@@ -19,11 +19,14 @@ __all__ = [
     "feature_scores",
     "fit",
     "fit_model",
+    "group_levels",
+    "importance_of_space",
     "interpretation",
     "match_factors",
     "plan",
     "plotting",
     "posterior_predictive_check",
+    "predict_as",
     "prior_predictive_check",
     "select_n_components",
     "spatial_scores",
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from pnmf_pyro.analysis import interpretation
     from pnmf_pyro.analysis.differential import differential_features
     from pnmf_pyro.analysis.effects import effects_table
+    from pnmf_pyro.analysis.groups import group_levels, predict_as
+    from pnmf_pyro.analysis.importance import importance_of_space
     from pnmf_pyro.analysis.interpretation import (
         contributions,
         feature_scores,
@@ -62,9 +67,12 @@ _HOMES = {
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.recipe",
     "fit_model": "estimator.fit_model",
+    "group_levels": "analysis.groups",
+    "importance_of_space": "analysis.importance",
     "match_factors": "analysis.matching",
     "plan": "estimator.recipe",
     "posterior_predictive_check": "analysis.predictive_checks",
+    "predict_as": "analysis.groups",
     "prior_predictive_check": "analysis.predictive_checks",
     "select_n_components": "analysis.selection",
     "spatial_scores": "analysis.interpretation",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -76,8 +75,8 @@ def lengthscale_profile(
         For a model that is not spatial, and for X or lengthscales that do not fit.
     """
     module = fitted_module(fit, "fit")
-    prior: Any = module.prior
-    if not hasattr(prior, "kernel"):
+    prior = next(iter(module.prior.fields), None)
+    if prior is None or prior.places is None:
         raise ValueError("fit must be spatial to have lengthscales; this one knows no space.")
     counts = counts_of_fit(keys_of(fit).counts(X), (module.N, module.D))
     learned = prior.kernel.lengthscale.detach().cpu().numpy()

@@ -126,6 +126,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="scale the rates of each sample by its total count (default: none)",
     )
     parser.add_argument(
+        "--non-spatial-components",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many of the components know no space, where the others do (default: 0)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -217,6 +224,7 @@ def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
         "size_factors": "total" if options.size_factors == "total" else None,
         "random_state": options.seed,
         "verbose": not options.quiet,
+        "non_spatial_components": options.non_spatial_components,
         **dict(options.set),
     }
 

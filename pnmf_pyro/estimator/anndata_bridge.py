@@ -281,11 +281,16 @@ def settings(fit: Fitted) -> dict[str, Any]:
     if history is not None and elbo is not None:
         error = getattr(fit, "elbo_se_", getattr(fit, "elbo_se", float("nan")))
         found |= {"elbo": float(elbo), "elbo_se": float(error), "n_iter": len(history)}
-    prior: Any = fitted_module(fit).prior
-    if hasattr(prior, "kernel"):
-        learned = {**prior.kernel.hyperparameters, "mean": prior.mean}
-        found["kernel"] = prior.kernel.name
-        found["hyperparameters"] = {name: plain(value) for name, value in learned.items()}
+    in_space = results_of(fit).in_space
+    if in_space.any() and not in_space.all():
+        found["in_space"] = in_space.tolist()
+    fields: Any = [one for one in fitted_module(fit).prior.fields if hasattr(one, "kernel")]
+    each = [{**one.kernel.hyperparameters, "mean": one.mean} for one in fields]
+    learned = [{name: plain(value) for name, value in one.items()} for one in each]
+    if len(fields) == 1:
+        found |= {"kernel": fields[0].kernel.name, "hyperparameters": learned[0]}
+    for number, one in enumerate(fields if len(fields) > 1 else ()):
+        found[f"field_{number}"] = {"kernel": one.kernel.name, "hyperparameters": learned[number]}
     return found
 
 
@@ -299,7 +304,8 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         varm["{KEY}_loadings"], uns[key], with settings, ELBO history and stages, and, where the
         fit had size factors, obs["{key}_size_factors"], and var["{key}_dispersion"] of a negative
         binomial, and of effects tables varm["{KEY}_batch_effects"] and "..._se", for covariates
-        "..._covariate_effects" alike. A view becomes an object of its own.
+        "..._covariate_effects" alike. Where some components know no space, obs and
+        var["{key}_importance_of_space"]. A view becomes an object of its own.
     fit : PNMF, ModelFit or PoissonFactorization
         Fit of these samples and features.
     key : str
@@ -318,6 +324,9 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         if stages := found.stages:
             columns = zip(STAGE_COLUMNS, zip(*stages, strict=True), strict=True)
             adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
+        if "in_space" in adata.uns[key]:
+            adata.obs[f"{key}_importance_of_space"] = found.importance_of_space("sample")
+            adata.var[f"{key}_importance_of_space"] = found.importance_of_space("feature")
         if (r := getattr(fitted_module(fit).observation, "dispersion", None)) is not None:
             adata.var[f"{key}_dispersion"] = r.cpu().numpy()
         tables = tables_of_effects(fit, adata.var_names)

@@ -268,7 +268,7 @@ def _time_search(
     settings: Settings, model: PoissonFactorization, counts: Counts, size: Size
 ) -> Timed:
     """Time evaluations of the criterion, and what sets q(F) to the posterior from its sites."""
-    prior, kernels = cast(SVGP | LCGP, model.prior), settings.kernel
+    prior, kernels = cast(SVGP | LCGP, model.prior.fields[0]), settings.kernel
     random = np.random.RandomState(0)
     search = HyperparameterSearch(model, counts, learned(settings), "leave-one-out", random)
     lengthscale = float(prior.kernel.lengthscale.max())

@@ -37,7 +37,8 @@ def _starts_at_lengthscale(settings: Settings) -> bool:
 def _has_plain_prior(settings: Settings) -> bool:
     first = any(isinstance(stage, WarmUp) for stage in settings.stages or ())
     own = not closed_form(settings) and settings.stages is None
-    return first or own or (not settings.spatial and settings.prior is None)
+    plain = not settings.spatial or settings.non_spatial_components > 0
+    return first or own or (plain and settings.prior is None)
 
 
 BY_GRADIENT = Condition(
@@ -71,6 +72,7 @@ ACTS = {
     "scale_kl_NM": BATCHES,
     "scale_ll_D": FEATURE_BATCHES,
     **dict.fromkeys(("local", "kernel", "multigroup", "train_lengthscale"), SPATIAL),
+    "non_spatial_components": SPATIAL,
     "learn": Condition(
         lambda s: s.spatial or s.prior is not None or not s.learn, "spatial=True, or with a prior"
     ),
@@ -101,7 +103,7 @@ ACTS = {
         lambda s: s.spatial and (s.training_mode == "standard" or s.diagonal_only),
         "spatial=True and training_mode='standard'",
     ),
-    "scale_pf": Condition(_has_plain_prior, "a stage trains factors that know no space"),
+    "scale_pf": Condition(_has_plain_prior, "there are factors that know no space"),
 }
 
 

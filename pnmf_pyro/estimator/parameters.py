@@ -97,6 +97,7 @@ class Settings(Protocol):
     stages: Sequence[object] | None
     prior: Prior | None
     likelihood: Likelihood | str | None
+    non_spatial_components: int
 
 
 class FittedEstimator(Settings, Protocol):
@@ -206,14 +207,22 @@ def check_combinations(settings: Settings) -> None:
             "training_mode='standard', loadings_mode='softplus' and mode='expanded', or leave "
             "likelihood out."
         )
+    if settings.spatial and settings.non_spatial_components >= settings.n_components:
+        raise ValueError(
+            f"non_spatial_components must be smaller than n_components={settings.n_components}, of "
+            f"which they are a part; got {settings.non_spatial_components}. For a fit without "
+            "space leave spatial=False."
+        )
     if settings.prior is not None and settings.spatial:
         raise ValueError(
             "prior: an object knows its places by itself; leave spatial=False and coordinates out, "
             "or leave prior out."
         )
-    if settings.prior is not None and natural and _steps_know_less(type(settings.prior)):
+    parts = () if settings.prior is None else (settings.prior, *settings.prior.parts)
+    changed = [type(part).__name__ for part in parts if _steps_know_less(type(part))]
+    if natural and changed:
         raise ValueError(
-            f"prior: {type(settings.prior).__name__} has a `model` of its own, of which "
+            f"prior: {changed[0]} has a `model` of its own, of which "
             "natural-gradient steps know nothing. Set training_mode='standard' and make it with "
             "use_natural_gradients=False, or write its `posterior_from_sites` as well."
         )
@@ -271,7 +280,7 @@ CHECKS: dict[str, Check] = {
     **{name: partial(_check_up_to, limit=limit) for name, limit in _POSITIVE.items()},
     **{name: partial(check_number, low=low, high=high) for name, (low, high) in _LIMITS.items()},
     **dict.fromkeys(_FLAGS, check_flag),
-    "scheduler_patience": check_whole,
+    **dict.fromkeys(("scheduler_patience", "non_spatial_components"), check_whole),
     "random_state": _check_random_state,
     "init": _check_init,
     "kernel": _check_kernel,
@@ -298,11 +307,19 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 def learned(settings: Settings) -> list[str]:
     """Return the names of the kernel's hyperparameters that are to be learned."""
-    kernel = getattr(settings.prior, "kernel", None)
     named = {*settings.learn, *(["lengthscale"] if settings.train_lengthscale else [])}
     there = list(HYPERPARAMETERS) if settings.spatial else []
-    if isinstance(kernel, SpatialKernel):
-        there = list(kernel.hyperparameters)
+    parts = [] if settings.prior is None else settings.prior.fields
+    found = (getattr(part, "kernel", None) for part in parts)
+    kernels = [kernel for kernel in found if isinstance(kernel, SpatialKernel)]
+    if kernels:
+        held = {name for kernel in kernels for name in kernel.hyperparameters}
+        there = [name for name in HYPERPARAMETERS if name in held]
     elif not settings.multigroup:
         named -= {"group_diff_param"}
     return [name for name in there if name in named]
+
+
+def n_spatial(settings: Settings) -> int:
+    """Return how many components of a fit in space are fields."""
+    return settings.n_components - settings.non_spatial_components

@@ -15,15 +15,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pyro.contrib.gp.kernels import Kernel
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.data.places import GroupCodes, Places, typical_lengthscale
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.estimator.inputs import Data
 from pnmf_pyro.estimator.parameters import Settings, closed_form, learned
+from pnmf_pyro.estimator.prior import make_prior
 from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.stages import (
     Correlate,
@@ -34,16 +33,12 @@ from pnmf_pyro.estimator.stages import (
     WarmUp,
 )
 from pnmf_pyro.estimator.verdict import warn_of_doubts
-from pnmf_pyro.gp.correlation import check_kernels
-from pnmf_pyro.gp.inducing import inducing_points
-from pnmf_pyro.gp.kernels import SpatialKernel
-from pnmf_pyro.gp.multi_group import MultiGroupKernel, check_group_distances
 from pnmf_pyro.initialization import start_values
 from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.models.effects import start_effects
 from pnmf_pyro.models.factorization import Likelihood
 from pnmf_pyro.models.joint import find_uncertainty
-from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, Prior
+from pnmf_pyro.priors import LCGP, Prior
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.loop import final_elbo, train
 from pnmf_pyro.training.progress import Progress, StageCost
@@ -66,14 +61,7 @@ def make_model(
     """Make the model that the parameters name for the data, on the device of the counts."""
     shape, dtype = data.counts.shape[::-1], data.counts.dtype
     y = torch.empty(shape, dtype=dtype, device="meta")
-    if settings.prior is not None:
-        prior: Prior = _own_prior(settings.prior, settings.n_components, data)
-    elif data.places is None:
-        scale = 1.0 if isinstance(settings.scale_pf, str) else settings.scale_pf
-        natural = settings.training_mode == "natural"
-        prior = GaussianPrior(y, settings.n_components, scale, natural)
-    else:
-        prior = spatial_prior(settings, data.places, data.groups, dtype, random)
+    prior = make_prior(settings, data, random)
     model = PoissonFactorization(
         prior,
         y,
@@ -92,114 +80,6 @@ def likelihood_part(settings: Settings, n_features: int) -> Likelihood | None:
     if given is None or isinstance(given, str):
         return LIKELIHOODS[given or "poisson"](n_features)
     return copy.deepcopy(given)
-
-
-def _own_prior(given: Prior, L: int, data: Data) -> Prior:
-    """Copy a prior that was passed as an object: a fit leaves what it was given alone."""
-    prior, n = copy.deepcopy(given), data.counts.shape[0]
-    if (n, L) != (prior.N, prior.L):
-        raise ValueError(
-            f"prior must be over n_components={L} components and the {n} samples of X; it is over "
-            f"L={prior.L} and N={prior.N}."
-        )
-    return prior.to(data.counts.device)
-
-
-def spatial_prior(
-    settings: Settings,
-    places: Places,
-    groups: GroupCodes | None,
-    dtype: torch.dtype,
-    random: np.random.RandomState,
-    inducing: Places | None = None,
-) -> LCGP | SVGP:
-    """Make the prior of a spatial model; `inducing` points are chosen unless given."""
-    L = settings.n_components
-    kernel = _kernel(settings, places, groups)
-    common: dict[str, Any] = {
-        "cholesky_mode": settings.cholesky_mode,
-        "use_natural_gradients": settings.training_mode == "natural",
-        "dtype": dtype,
-    }
-    if settings.local:
-        return LCGP(
-            kernel,
-            places,
-            L,
-            K=settings.K,
-            neighbors=settings.neighbors,
-            precompute_knn=settings.precompute_knn,
-            seed=int(random.randint(2**31 - 1)),
-            **common,
-        )
-    if inducing is None:
-        allocation = settings.inducing_allocation
-        inducing = inducing_points(places, settings.num_inducing, allocation, random)
-    return SVGP(
-        kernel,
-        places,
-        inducing,
-        L,
-        jitter=settings.jitter,
-        diagonal_only=settings.diagonal_only,
-        **common,
-    )
-
-
-def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> SpatialKernel:
-    """The covariance of the fields, with hyperparameters for each component where learned."""
-    if isinstance(settings.kernel, SpatialKernel):
-        return _own_kernel(settings.kernel, settings, places)
-    kernels, a = settings.kernel, settings.group_diff_param
-    distances: Tensor | np.ndarray | None = None
-    if isinstance(kernels, MultiGroupKernel):
-        a, distances = float(kernels.group_diff_param.detach()), kernels.group_distances
-        kernels = kernels.kern
-        if groups is None:
-            raise ValueError(
-                "kernel is one over groups, and multigroup=False. Set multigroup=True and pass "
-                "groups to fit, or pass the kernel that it wraps, kernel.kern."
-            )
-    if groups is not None:
-        distances = check_group_distances(distances, len(groups.names))
-    start = settings.lengthscale
-    if "lengthscale" in learned(settings):
-        start = typical_lengthscale(places)
-    kernel = SpatialKernel(
-        kernels,
-        start,
-        settings.sigma,
-        settings.n_components if learned(settings) else 1,
-        group_diff_param=a,
-        group_distances=distances,
-    )
-    kernel.check(places)
-    for one in check_kernels(kernels):
-        if isinstance(one, Kernel):
-            logger.info(
-                "kernel %s: a function of coordinates divided by the lengthscale, times sigma^2; "
-                "hyperparameters of its own stay as they are given",
-                type(one).__name__,
-            )
-    return kernel
-
-
-def _own_kernel(given: SpatialKernel, settings: Settings, places: Places) -> SpatialKernel:
-    """Copy a covariance that was passed with all its hyperparameters."""
-    kernel = copy.deepcopy(given)
-    if kernel.is_grouped != settings.multigroup:
-        raise ValueError(
-            f"kernel has {'' if kernel.is_grouped else 'no '}group_distances, and multigroup="
-            f"{settings.multigroup}. A kernel over groups needs both multigroup=True and "
-            "group_distances, any other kernel neither."
-        )
-    if (n_sets := len(kernel.sigma)) not in (1, settings.n_components):
-        raise ValueError(
-            f"kernel must have one set of hyperparameters, or one for each of n_components="
-            f"{settings.n_components}; it has n_sets={n_sets}."
-        )
-    kernel.check(places)
-    return kernel
 
 
 def make_runs(
@@ -222,14 +102,16 @@ def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     """Return the stages of a fit for which none are named.
 
     Hyperparameters of a field, and which of several kernels it has, are learned where the field
-    has settled. So is the part of q(F) that is correlated over places that have neighbours.
+    has settled. So is the part of q(F) that is correlated over places that have neighbours. Where
+    only some components are of fields, a warm-up says which.
     """
-    stages: list[Stage] = [Settle()]
+    sorts = 0 < len(prior.fields) < len(prior.parts)
+    stages: list[Stage] = [WarmUp(), Settle()] if sorts else [Settle()]
     if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
         no_bound = not closed_form(settings)
-        first = WarmUp() if no_bound else Settle(mode="lower-bound")
+        first = WarmUp() if no_bound or sorts else Settle(mode="lower-bound")
         stages = [first, LearnHyperparameters(), Settle()]
-    if isinstance(prior, LCGP):
+    if any(isinstance(part, LCGP) for part in prior.parts):
         stages += [Correlate(), Settle()]
     return stages
 

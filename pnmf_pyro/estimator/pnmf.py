@@ -75,13 +75,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         the distances between groups, a `SpatialKernel` all hyperparameters to begin with.
     multigroup, group_diff_param : bool, float
         Whether there are fields of several groups; 0 for one field, the larger the less they share.
-    num_inducing : int
-        Number of inducing points; all distinct places where there are no more.
+    num_inducing, jitter : int, float
+        Number of inducing points, all distinct places where there are no more; and that added to
+        the diagonal of their covariance, relative to its mean.
     lengthscale, sigma : float
-        Lengthscale of a field in the unit of the coordinates, and its standard deviation; where
-        the lengthscale is learned, the data say the start.
-    jitter : float
-        Number added to the diagonal of a covariance of inducing points, relative to its mean.
+        Lengthscale in the unit of coordinates, where it is not learned, and standard deviation.
     train_lengthscale : bool
         Whether to learn the lengthscale, as `learn=("lengthscale",)`.
     cholesky_mode, diagonal_only : {'exp', 'softplus'}, bool
@@ -90,8 +88,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     inducing_allocation : {'proportional', 'equal', 'derived'}
         How groups share inducing points, see :func:`~pnmf_pyro.gp.inducing.inducing_points`.
     K, precompute_knn : int, bool
-        Number of neighbours of a place where `local`, and whether to find them once or at each
-        step: less memory, more time, the same result.
+        Number of neighbours of a place where `local`, and whether to find them once or each step.
     neighbors : {'knn', 'probabilistic'}
         How neighbours are chosen, see :func:`~pnmf_pyro.gp.neighbors.build_graph`.
     scale_ll_D, scale_kl_NM : bool
@@ -109,6 +106,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     likelihood : {'poisson', 'negative-binomial', 'auto'} or callable, optional
         Distribution of the counts; `auto` for the one of these that describes hidden entries
         better. A callable as for :class:`~pnmf_pyro.models.PoissonFactorization`.
+    non_spatial_components : int
+        Number of the components, the last ones, that know no space where the others do.
 
     Attributes
     ----------
@@ -190,6 +189,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         stages=None,
         prior=None,
         likelihood=None,
+        non_spatial_components=0,
     ):
         self.n_components = n_components
         self.loadings_mode = loadings_mode
@@ -237,6 +237,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.stages = stages
         self.prior = prior
         self.likelihood = likelihood
+        self.non_spatial_components = non_spatial_components
 
     @isolated
     def fit(
@@ -307,12 +308,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     ) -> np.ndarray:
         """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
-        Without space they maximise the likelihood given the loadings, by multiplicative updates;
-        the prior plays no part (:func:`~pnmf_pyro.transforms.transform_F` has the posterior).
-        `size_factors` are for this case: where the fit had "total" these are total counts on its
-        scale unless given, where it had others they must be given. A spatial model predicts E exp F
-        at `coordinates`, a multi-group one for `groups`, from the field alone: X may be None. An
-        AnnData object has its coordinates and groups where that of the fit had them.
+        Without space they maximise the likelihood given the loadings, by multiplicative updates
+        (:func:`~pnmf_pyro.transforms.transform_F` has the posterior). `size_factors` are for this
+        case: where the fit had "total", these unless given; where it had others they must be given.
+        A spatial model predicts E exp F at `coordinates`, for `groups`, from the field alone: X may
+        be None. AnnData objects have coordinates and groups where that of the fit had them.
         """
         check_is_fitted(self)
         scales = Scales(size_factors, mask, batches, covariates)
@@ -373,7 +373,7 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     @property
     def kernel_(self) -> str:
         """Name of the kernel of a spatial model, of several the one chosen."""
-        return self.model_.prior.kernel.name
+        return ", ".join(field.kernel.name for field in self.model_.prior.fields)
 
     @property
     def _n_features_out(self) -> int:

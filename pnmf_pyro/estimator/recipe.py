@@ -133,7 +133,8 @@ def fit(
         on their neighbours (`local=True`), in time in proportion to their number. The log says
         which.
     groups : array-like of shape (n_samples,), optional
-        Slices or batches that share less than their places say: what they share is learned.
+        Slices or types of cells, which share less than their places say: what they share is
+        learned.
     n_components : int
     size_factors : array-like of shape (n_samples,) or 'total', optional
         Positive factor on all rates of a sample; `total` for its total count over their mean.
@@ -178,7 +179,8 @@ def fit(
     With key_added="pnmf", an AnnData object receives obsm["X_pnmf"], the factors E exp F;
     obsm["X_pnmf_sd"], their standard deviation; obsm["X_pnmf_log_sd"], that of F;
     varm["PNMF_loadings"]; uns["pnmf"], with parameters, seed, version, ELBO and its history and the
-    keys that were read; and obs["pnmf_size_factors"] where there are any. A view becomes an object
+    keys that were read; obs["pnmf_size_factors"] where there are any; and, in obs and var,
+    "pnmf_importance_of_space" with `non_spatial_components`. A view becomes an object
     of its own, as whenever something is written to it. An object backed by a file keeps the results
     in memory until its `write` is called.
 

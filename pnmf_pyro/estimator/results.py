@@ -59,6 +59,8 @@ class Results(ABC):
         Places of the samples of a spatial fit, or obsm["spatial"] of an AnnData object.
     groups : ndarray of shape (n_samples,), or None
         Groups of the samples of a multi-group fit: their names, or codes where there are none.
+    in_space : ndarray of bool, shape (n_components,)
+        Whether a component is a field over places.
     """
 
     factors: np.ndarray
@@ -70,6 +72,7 @@ class Results(ABC):
     size_factors: np.ndarray
     coordinates: np.ndarray | None
     groups: np.ndarray | None
+    in_space: np.ndarray
 
     @property
     def n_components(self) -> int:
@@ -80,6 +83,15 @@ class Results(ABC):
     def factors_sd(self) -> np.ndarray:
         """Standard deviation of a log-normal: mean * sqrt(exp(sigma^2) - 1)."""
         return self.factors * np.sqrt(np.expm1(np.square(self.log_factors_sd)))
+
+    def importance_of_space(self, per: str) -> np.ndarray:
+        """Return the share of the counts expected of each sample, or feature, that is of fields."""
+        factors = self.size_factors[:, None] * self.factors
+        expected = self.factors if per == "sample" else self.loadings
+        expected = expected * (self.loadings if per == "sample" else factors).sum(0)
+        whole = expected.sum(1)
+        of_fields = expected[:, self.in_space].sum(1)
+        return np.divide(of_fields, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
     def summary(self) -> dict[str, int | str]:
         """Return what there is to say in numbers, by name."""
@@ -111,6 +123,8 @@ class ModelResults(Results):
         self.feature_names = np.asarray([str(name) for name in names])
         self.places = getattr(self.module.prior, "places", None)
         self.group_names = getattr(fit, "groups_", None)
+        parts = self.module.prior.parts
+        self.in_space = np.repeat([p.places is not None for p in parts], [p.L for p in parts])
 
     @cached_property
     def factors(self) -> np.ndarray:  # type: ignore[override]  # noqa: D102 - as in Results
@@ -164,6 +178,8 @@ class AnnDataResults(Results):
         self.size_factors = np.ones(adata.n_obs) if stored is None else stored.to_numpy()
         self.coordinates = _column(adata.obsm, self.settings.get("spatial_key", SPATIAL_KEY))
         self.groups = _column(adata.obs, self.settings.get("batch_key"))
+        in_space = self.settings.get("in_space", "spatial_key" in self.settings)
+        self.in_space = np.broadcast_to(np.asarray(in_space, bool), self.loadings.shape[1])
 
     def counts(self, X: Any = None) -> Any:  # noqa: D102
         return counts_of(self.adata, self.settings.get("layer")) if X is None else X

@@ -84,16 +84,20 @@ def training_of(
     exact = loadings in (ClosedFormLoadings, None)  # others do not maximise the bound
     noisy = mode != "lower-bound" and settings.E != FIXED
     monotone = natural and not noisy and not batched and exact
-    every = model.prior.steps_apart if monotone and warm and moves_factors else 1
+    apart = monotone and warm and moves_factors
+    every = max(part.steps_apart for part in model.prior.parts) if apart else 1
     for_q, for_W = _sizes(settings, noisy)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
-        steps.append((SiteSteps(model.prior, kl_weight, every), for_q))
+        for part in model.prior.parts:
+            own = part.steps_apart if apart else 1
+            steps.append((SiteSteps(part, kl_weight, own), for_q))
     if settings.loadings_mode == "multiplicative" and loadings is not None:
         steps.append((loadings(model.W, model.expected_totals, model.levels), for_W))
     named = settings.prior is None  # the scale of an object is its own
-    if settings.scale_pf == "auto" and named and isinstance(model.prior, GaussianPrior):
-        steps.append((ClosedFormScale(model.prior, least_scale), for_W))
+    if settings.scale_pf == "auto" and named:
+        plain = [part for part in model.prior.parts if isinstance(part, GaussianPrior)]
+        steps += [(ClosedFormScale(part, least_scale), for_W) for part in plain]
     if moves_factors:
         own = [*model.own_steps(loadings is None), *effect_steps(model)]
         steps += [(step, for_W) for step in own]

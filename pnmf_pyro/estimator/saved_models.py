@@ -23,7 +23,8 @@ from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
 from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
-from pnmf_pyro.estimator.plan import History, likelihood_part, spatial_prior
+from pnmf_pyro.estimator.plan import History, likelihood_part
+from pnmf_pyro.estimator.prior import beside_plain, spatial_prior
 from pnmf_pyro.estimator.results import named
 from pnmf_pyro.estimator.stages import plain_stage, stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
@@ -95,8 +96,16 @@ NAMES = {
     "local/low_rank": "prior.low_rank",
     "local/sites/precision": "prior.q.curvature",
     "local/sites/shift": "prior.q.pull",
+    "non_spatial/prior/scale": "prior.sides.1.scale_pf",
+    "non_spatial/mean": "prior.sides.1.q.mean",
+    "non_spatial/scale/unconstrained": "prior.sides.1.q.scale._raw",
+    "non_spatial/scale/unit": "prior.sides.1.q.scale.unit",
+    "non_spatial/natural/first": "prior.sides.1.q.theta1",
+    "non_spatial/natural/second": "prior.sides.1.q.theta2",
 }
 
+# What a model calls its field where other components stand beside it.
+FIELD = "prior.sides.0."
 
 _HELD = {held: name for name, held in NAMES.items()}
 _OF_ESTIMATOR = ("components", "history", "feature_names")
@@ -117,7 +126,8 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
         "design": None if model.design_ is None else model.design_.plain(_plain_label),
         "keys": None if model.keys_ is None else asdict(model.keys_),
     }
-    arrays = {_HELD[k]: v.cpu().numpy() for k, v in model.model_.state_dict().items()}
+    state = model.model_.state_dict().items()
+    arrays = {_HELD[k.replace(FIELD, "prior.")]: v.cpu().numpy() for k, v in state}
     arrays["components"] = model.components_
     arrays["history"] = np.asarray(model.history_, dtype=np.float64)
     if hasattr(model, "feature_names_in_"):
@@ -235,7 +245,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
         size_factors=_exposure(state, y, model.design_),
         likelihood=likelihood_part(model, len(y)),
     )
-    module.load_state_dict(state)
+    module.load_state_dict(_beside(state) if model.non_spatial_components else state)
     model.n_features_in_ = module.D
     if "feature_names" in arrays:
         model.feature_names_in_ = arrays["feature_names"].astype(object)
@@ -250,6 +260,14 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.mean_total_ = _mean_total(header.get("mean_total"))
     model.keys_ = _keys(header.get("keys"))
     return model
+
+
+def _beside(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give what is of the field the name that it has where other components stand beside it."""
+    whole = ("prior.joint_", "prior.sides.")
+    return {
+        k if k.startswith(whole) else k.replace("prior.", FIELD, 1): v for k, v in state.items()
+    }
 
 
 def _groups(plain: list[Any] | None, state: dict[str, torch.Tensor]) -> list[Hashable] | None:
@@ -340,27 +358,36 @@ def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Pri
     prior = spatial_prior(settings, places, groups, y.dtype, np.random.RandomState(0), inducing)
     for name in prior.kernel.hyperparameters:  # one value for each component, or one for all
         getattr(prior.kernel, name).resize_(state[f"prior.kernel.{name}"].shape)
-    return prior
+    return beside_plain(model, prior, y)
+
+
+# Numbers of priors that are positive, and those that are not negative.
+_SIGNS = ("scale_pf", "lengthscale", "sigma"), ("nugget", "group_diff_param")
+
+
+def _of_priors(prior: Prior, names: tuple[str, ...]) -> dict[str, torch.Tensor | None]:
+    """Numbers of the parts of a prior and of their kernels, by name."""
+    return {
+        f"prior/{number}/{name}": getattr(holder, name, None)
+        for number, part in enumerate(prior.parts)
+        for holder in (part, getattr(part, "kernel", None))
+        for name in names
+        if hasattr(holder, name)
+    }
 
 
 def check_usable(model: Saved) -> None:
     """Raise a ValueError unless all that a fitted estimator is asked for is a number."""
     module = model.model_
-    kernel = getattr(module.prior, "kernel", None)
-    width = getattr(module.prior, "scale_pf", None)
+    positive, never_negative = (_of_priors(module.prior, names) for names in _SIGNS)
     with torch.no_grad():
         q = module.prior.marginal()
-    positive = {
+    positive |= {
         "size_factors": module.size_factors,
-        "prior/scale, squared,": None if width is None else width.square(),
         "scales of q": q.scale,
         "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
-        **{name: getattr(kernel, name, None) for name in ("lengthscale", "sigma")},
     }
-    never_negative = {
-        "components": torch.as_tensor(model.components_),
-        **{name: getattr(kernel, name, None) for name in ("nugget", "group_diff_param")},
-    }
+    never_negative |= {"components": torch.as_tensor(model.components_)}
     found = {
         **module.state_dict(),
         **_elsewhere(module.prior),
@@ -404,7 +431,7 @@ def _check_names(model: Saved) -> None:
     n = 0 if codes is None else int(codes.max()) + 1
     if codes is not None and (int(codes.min()) < 0 or n > len(model.groups_ or ())):
         raise ValueError(f"groups of samples must have names; got {model.groups_}")
-    if is_grouped:
-        check_group_distances(model.model_.prior.kernel.group_distances, len(model.groups_ or ()))
+    for part in model.model_.prior.fields if is_grouped else ():
+        check_group_distances(part.kernel.group_distances, len(model.groups_ or ()))
     if model.groups_ is not None and len(set(model.groups_)) != len(model.groups_):
         raise ValueError(f"groups must differ; got {model.groups_}")

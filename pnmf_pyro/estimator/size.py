@@ -74,6 +74,7 @@ class Size:
         (N, D), L, prior = shape, int(settings.n_components), settings.prior
         size = cls(N, D, stored, L, draws=_draws(settings))
         if prior is not None:
+            prior = (*prior.fields, prior)[0]
             size = replace(size, prior=type(prior).__name__)
         elif settings.spatial:
             size = replace(size, prior="LCGP" if settings.local else "SVGP")

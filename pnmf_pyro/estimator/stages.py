@@ -30,9 +30,11 @@ from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
+from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
-from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch, sites
+from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
+from pnmf_pyro.training.site_regression import start_from
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
 LEAST_SCALE = 1.0
@@ -71,18 +73,7 @@ class Draft:
         source, self.trained = self.trained, self.model
         if source is None or source is self.model:
             return lambda: None
-        return lambda: _take_over(self.model, source, self.counts)
-
-
-def _take_over(model: PoissonFactorization, source: PoissonFactorization, counts: Counts) -> None:
-    """Start q(F) of a model from that of another one, which has the same loadings."""
-    if model.prior.places is None:
-        with torch.no_grad():
-            q = source.prior.marginal()
-        model.prior.assign(q.loc, q.scale)
-    else:
-        observed, noise = sites(source, counts)
-        model.prior.assign(observed, noise.sqrt())
+        return lambda: start_from(self.model.prior, source, self.counts)
 
 
 class Stage(Protocol):
@@ -179,12 +170,13 @@ class WarmUp:
                 run.prepare = partial(hand_down, *last, coarse, level.centres)
             runs.append(run)
             last = coarse, level
+        ordered = Run("order", prepare=partial(arrange, draft.trained, model.prior))
         if last is None:
-            return [self._early(draft, draft.trained)]
+            return [self._early(draft, draft.trained), ordered]
         samples = self._run(draft, "samples", draft.trained, loadings=None)
         samples.prepare = partial(hand_down, *last, draft.trained, np.arange(model.N))
         samples.most_steps = SAMPLE_STEPS
-        return [*runs, samples]
+        return [*runs, samples, ordered]
 
     def _early(self, draft: Draft, model: PoissonFactorization) -> Run:
         """A run that ends early: settled, factors of single samples fit their noise."""
@@ -242,10 +234,21 @@ class LearnHyperparameters:
                 "stages: LearnHyperparameters() needs a spatial model and a stage before it that "
                 "trains; set spatial=True, or leave the stage out."
             )
-        search = HyperparameterSearch(
-            draft.model, draft.counts, draft.learned, self.criterion, draft.random
-        )
-        return [Run("hyperparameters", prepare=lambda: search.learn_from(source))]
+        model = draft.model
+        searches = [
+            HyperparameterSearch(
+                model, draft.counts, draft.learned, self.criterion, draft.random, number
+            )
+            for number in range(len(model.prior.fields))
+        ]
+
+        def learn() -> None:
+            if source is not model:
+                start_from(model.prior, source, draft.counts)
+            for search in searches:
+                search.learn_from(source)
+
+        return [Run("hyperparameters", prepare=learn)]
 
 
 @dataclass(frozen=True)
@@ -290,8 +293,9 @@ class Correlate:
 
     def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the drawing of the correlated part."""
-        prior, take_over = draft.model.prior, draft.take_over()
-        if not isinstance(prior, LCGP):
+        parts, take_over = draft.model.prior.parts, draft.take_over()
+        local = [part for part in parts if isinstance(part, LCGP)]
+        if not local:
             raise ValueError(
                 "stages: Correlate() is for a prior with neighbours; set local=True, or leave the "
                 "stage out."
@@ -299,7 +303,8 @@ class Correlate:
 
         def correlate() -> None:
             take_over()
-            prior.correlate(self.rank)
+            for part in local:
+                part.correlate(self.rank)
 
         return [Run("correlation", prepare=correlate)]
 

@@ -150,8 +150,17 @@ class Neighborhoods:
 
     def _covariance(self) -> Covariance:
         """Covariance under the geometric means of the hyperparameters over all sets, on the CPU."""
-        kernel = self.kernel.select(None)
-        return lambda a, b: kernel(a, b)[0]
+        return _OfOneSet(self.kernel.select(None))
+
+
+class _OfOneSet:
+    """Covariance of a kernel of one set of hyperparameters, with the distances of its groups."""
+
+    def __init__(self, kernel: SpatialKernel):
+        self.kernel, self.group_distances = kernel, kernel.group_distances
+
+    def __call__(self, a: Places, b: Places) -> Tensor:
+        return self.kernel(a, b)[0]
 
 
 class Conditionals:

@@ -7,7 +7,7 @@ conditionals, each given at most K places that come earlier in an ordering::
 
 The neighbours are exact: trees over growing prefixes of the ordering, each asked for more until K
 early enough are found. With groups, they are the K of largest covariance among the K nearest
-places of each group. Every function here takes checked places on the CPU.
+places of the groups at each distance. Every function here takes checked places on the CPU.
 """
 
 from __future__ import annotations
@@ -125,14 +125,20 @@ def nearest(
     counts = np.full(len(new_places), len(places)) if counts is None else counts
     wanted = K if random is None else CANDIDATES * K
     points, new_points = places.coordinates.numpy(), new_places.coordinates.numpy()
-    groups = np.zeros(len(points)) if places.groups is None else places.groups.numpy()
-    found = []
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        within = np.searchsorted(members, counts)
-        near = _nearest_of_prefix(points[members], new_points, within, wanted)
-        found.append(np.where(near < 0, -1, members[near]).astype(np.int32))
-    candidates = np.concatenate(found, axis=1)
+    groups, new_groups = (
+        np.zeros(len(p), np.int64) if p.groups is None else p.groups.numpy()
+        for p in (places, new_places)
+    )
+    classes = {group: _alike(group, groups, covariance) for group in np.unique(new_groups)}
+    most = max(map(len, classes.values()), default=0)
+    candidates = np.full((len(new_points), most * wanted), -1, np.int32)
+    for group, alike in classes.items():
+        rows = np.flatnonzero(new_groups == group)
+        for number, members in enumerate(alike):
+            within = np.searchsorted(members, counts[rows])
+            near = _nearest_of_prefix(points[members], new_points[rows], within, wanted)
+            columns = slice(number * wanted, (number + 1) * wanted)
+            candidates[rows, columns] = np.where(near < 0, -1, members[near])
     if places.groups is None and random is None:
         return candidates
     assert covariance is not None
@@ -145,6 +151,19 @@ def nearest(
         best = np.argsort(-score, axis=1, kind="stable")[:, :K]
         chosen[part] = np.take_along_axis(block, best, 1)
     return chosen
+
+
+def _alike(group: int, groups: np.ndarray, covariance: Covariance | None) -> list[np.ndarray]:
+    """Numbers of the places of groups that are as far from a group, for each such distance.
+
+    Among them the nearest in space have the largest covariance with a place of the group.
+    """
+    distances = getattr(covariance, "group_distances", None)
+    if distances is None:
+        kinds = groups
+    else:
+        kinds = np.unique(distances.cpu().numpy()[group], return_inverse=True)[1][groups]
+    return [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
 
 
 def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:

@@ -114,7 +114,7 @@ class FactorizationELBO(ELBO):
                 divergences = _divergences(traces)
             for statement in _statements(traces):
                 if statement["is_observed"]:
-                    term, value = "log_likelihood", self._expected(statement, traces[1], n_inner)
+                    term, value = "log_likelihood", self._expected(statement, traces, n_inner)
                 else:
                     term, value = "kl", divergences[statement["name"]]
                 if value is None:
@@ -141,12 +141,12 @@ class FactorizationELBO(ELBO):
         for statement in _statements(traces):
             if not statement["is_observed"]:
                 continue
-            name, source = statement["name"], _source_of_log_factors(statement["fn"], traces[1])
+            name, source = statement["name"], _source_of_log_factors(statement["fn"], traces)
             if isinstance(source, str):
                 averaged[name] = source
                 self._check_mode(name, source)
             else:
-                integrated.add(source["name"])
+                integrated |= {source["name"], *source["infer"].get("made_of", ())}
         self._tell(averaged)
         nodes = traces[1].nodes
         free = [n for n in divergences if n not in integrated and _marginal(nodes[n]) is None]
@@ -169,11 +169,9 @@ class FactorizationELBO(ELBO):
                 )
             self._told |= averaged.keys()
 
-    def _expected(
-        self, statement: Statement, guide_trace: Trace, n_draws: int | str
-    ) -> Tensor | None:
+    def _expected(self, statement: Statement, traces: Traces, n_draws: int | str) -> Tensor | None:
         """Expected log density of an observed statement in closed form, or None."""
-        source = _source_of_log_factors(statement["fn"], guide_trace)
+        source = _source_of_log_factors(statement["fn"], traces)
         if isinstance(source, str):
             return None
         q = _marginal(source) or source["fn"]
@@ -232,10 +230,19 @@ def _marginal(statement: Statement) -> Distribution | None:
 
 
 def _statements(traces: Traces) -> list[Statement]:
-    """Sample statements of the model, and those of the guide on which one of the model depends."""
+    """Sample statements of the model, and those of the guide on which one of the model depends.
+
+    Deterministic ones have no density and no part in the bound.
+    """
     model_trace, guide_trace = traces
     nodes = {**guide_trace.nodes, **model_trace.nodes}
-    return [n for n in nodes.values() if n["type"] == "sample" and not site_is_subsample(n)]
+    return [n for n in nodes.values() if _has_density(n)]
+
+
+def _has_density(statement: Statement) -> bool:
+    if statement["type"] != "sample" or site_is_subsample(statement):
+        return False
+    return not (statement["infer"] or {}).get("_deterministic")
 
 
 def _divergences(traces: Traces) -> dict[str, Tensor | None]:
@@ -253,17 +260,26 @@ def _divergence(statement: Statement, guided: Statement) -> Tensor | None:
         return None
 
 
-def _source_of_log_factors(likelihood: Distribution, guide_trace: Trace) -> Statement | str:
+def _source_of_log_factors(likelihood: Distribution, traces: Traces) -> Statement | str:
     """Find the guide's statement of which the log-factors are a draw, or say why there is none."""
     if not isinstance(likelihood, PoissonFactors):
         return f"its type is {type(likelihood).__name__}, and only PoissonFactors has a closed form"
-    nodes = [node for node in guide_trace.nodes.values() if node["type"] == "sample"]
-    source = next((n for n in nodes if n["value"] is likelihood.log_factors), None)
+    source = _statement_of(likelihood.log_factors, traces)
     if source is None:
         return "its log-factors are not themselves a value that the guide draws"
     if not isinstance(_marginal(source) or source["fn"], NORMAL_MARGINALS):
         return f"the guide draws its log-factors from a {type(source['fn']).__name__}, not a Normal"
     return source
+
+
+def _statement_of(value: Tensor, traces: Traces) -> Statement | None:
+    """The guide's statement of a value: one that it drew, or both programs make of what it drew."""
+    model, guide = ([n for n in t.nodes.values() if n["type"] == "sample"] for t in traces)
+    if (drawn := next((n for n in guide if n["value"] is value), None)) is not None:
+        return drawn
+    made = next((n["name"] for n in model if n["value"] is value), None)
+    named: Statement = next((n for n in guide if n["name"] == made), None)
+    return named if named is not None and torch.equal(named["value"], value) else None
 
 
 def _sampled(statement: Statement, guide_trace: Trace) -> Tensor:

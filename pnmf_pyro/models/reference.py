@@ -163,6 +163,8 @@ class ReferenceModel:
     def _distributions(self, idx: Index | None) -> tuple[Distribution, ...]:
         """q(F) and p(F) at samples, or q(F), q(u) and p(u): what the programs of the prior draw."""
         index = None if idx is None else take(torch.arange(self.N, device=self.W.device), idx)
+        if len(self.prior.parts) > 1:
+            return self._side_by_side(index)
         batch = Batch(samples=index)
         q, p = _Statements(self.W.device), _Statements(self.W.device)
         with q:
@@ -172,12 +174,20 @@ class ReferenceModel:
         field = q.found.pop("F")
         return (field, *q.found.values(), *(p.found[name] for name in q.found or ["F"]))
 
+    def _side_by_side(self, index: Tensor | None) -> tuple[Distribution, Distribution]:
+        """q(F) and the marginals of p(F) at samples, of several priors together."""
+        q, places = self.prior.marginal(index), self.prior.places
+        if places is None:
+            placeless = torch.zeros(self.N, 1, dtype=torch.float64, device=self.W.device)
+            places = Places(placeless)
+        p = self.prior.before(places.take(index))
+        return q, Normal(p.loc.to(q.loc), p.scale.to(q.loc), validate_args=False)
+
     def _elsewhere(self, places: Places) -> tuple[Distribution, Distribution]:
         """q(F) at other places, and the marginals of p(F) there."""
         q = self.prior.at(places).marginal()
-        level = cast(Tensor, self.prior.mean)[:, None].to(q.loc).expand_as(q.loc)
-        scale = self.prior.kernel.variance(places).sqrt().to(q.loc).expand_as(q.loc)
-        return q, Normal(level, scale, validate_args=False)
+        p = self.prior.before(places)
+        return q, Normal(p.loc.to(q.loc), p.scale.to(q.loc), validate_args=False)
 
     def _moments(self, qF: Distribution, n_draws: int) -> Terms:
         terms: Terms = {"exp_mu": qF.mean.exp(), "exp_mu_sigma": (qF.mean + qF.variance / 2).exp()}

@@ -17,6 +17,8 @@ from pnmf_pyro.plotting.features import (
     plot_volcano,
 )
 from pnmf_pyro.plotting.figures import new_figure
+from pnmf_pyro.plotting.groups import plot_group_levels
+from pnmf_pyro.plotting.importance import plot_importance_of_space
 from pnmf_pyro.plotting.maps import plot_factors, plot_spatial, plot_uncertainty
 from pnmf_pyro.plotting.tissue import MapStyle
 
@@ -28,6 +30,8 @@ __all__ = [
     "plot_elbo",
     "plot_factor_correlation",
     "plot_factors",
+    "plot_group_levels",
+    "plot_importance_of_space",
     "plot_lengthscale_profile",
     "plot_loadings",
     "plot_predictive_check",

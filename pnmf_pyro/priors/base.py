@@ -121,6 +121,23 @@ class Prior(nn.Module):
         """Places of the samples, (N,); None for a prior that knows nothing of places."""
         return None
 
+    @property
+    def parts(self) -> tuple[Prior, ...]:
+        """Priors that stand side by side in this one; itself, unless it is made of others."""
+        return (self,)
+
+    @property
+    def fields(self) -> tuple[Prior, ...]:
+        """Parts that are over places."""
+        return tuple(part for part in self.parts if part.places is not None)
+
+    def of_parts(self) -> Iterator[tuple[Prior, slice]]:
+        """Return each part with the numbers of its components."""
+        start = 0
+        for part in self.parts:
+            yield part, slice(start, start + part.L)
+            start += part.L
+
     def model(self, batch: Batch, samples: pyro.plate) -> Tensor:
         """Make the generative statements and return F of the batch, shape (L, n).
 
@@ -169,6 +186,24 @@ class Prior(nn.Module):
             "coordinates and groups are for spatial models; the factors of this model know "
             "nothing of places. Leave them out, or fit with spatial=True."
         )
+
+    def beside(self, places: Places) -> Field:
+        """Return q(F) at other places, where it stands beside a prior that knows places."""
+        return self.at(places)
+
+    def before(self, places: Places) -> Normal:
+        """Return the marginals of p(F) at places, with loc and scale (L, n).
+
+        For a prior over places, with the attributes `mean` and `kernel`; a ValueError otherwise.
+        """
+        if self.places is None:
+            raise ValueError(
+                f"{type(self).__name__} does not say what it knows of samples before their counts; "
+                "write its method `before`."
+            )
+        level = cast(Tensor, self.mean)[:, None].expand(-1, len(places))
+        scale = self.kernel.variance(places).sqrt().expand_as(level)
+        return Normal(level, scale, validate_args=False)
 
     def apart_from_own(self, precision: Tensor) -> Tensor | None:
         """Return the precision of each F_il given all but the counts of its own sample.

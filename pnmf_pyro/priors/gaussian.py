@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, Index, put, take
 from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
-from pnmf_pyro.priors.base import Prior, Sites
+from pnmf_pyro.data.places import Places
+from pnmf_pyro.priors.base import Draws, Prior, Sites
 
 
 class _MeanScale(nn.Module):
@@ -64,6 +65,22 @@ class _Natural(nn.Module):
     @property
     def scale(self) -> Tensor:
         return (-0.5 * self.theta2.reciprocal()).sqrt()
+
+
+class Unseen:
+    """F of samples that have not been seen: N(0, scale^2), independent, for L components."""
+
+    def __init__(self, scale: Tensor, L: int, N: int):
+        self.scale, self.L, self.N = scale, L, N
+
+    def marginal(self, index: Tensor | None = None) -> Normal:
+        """Return F_il of the samples `index` (all if None), with loc and scale (L, n)."""
+        scale = self.scale.expand(self.L, self.N if index is None else len(index))
+        return Normal(torch.zeros_like(scale), scale, validate_args=False)
+
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of samples to draws there, (n_draws, L, n)."""
+        return lambda index: self.marginal(index).rsample(torch.Size([n_draws]))
 
 
 class GaussianPrior(Prior):
@@ -173,6 +190,14 @@ class GaussianPrior(Prior):
     def assign(self, mean: Tensor, scale: Tensor) -> None:
         """Set q to N(mean, scale^2), each of shape (L, N)."""
         self.q.assign(mean, scale)
+
+    def beside(self, places: Places) -> Unseen:
+        """Return the prior: no sample says anything of others."""
+        return Unseen(self.scale_pf.to(self.q.mean), self.L, len(places))
+
+    def before(self, places: Places) -> Normal:
+        """Return the prior of samples at places, with loc and scale (L, n)."""
+        return self.beside(places).marginal()
 
     @property
     def natural(self) -> bool:

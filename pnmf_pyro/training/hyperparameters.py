@@ -94,6 +94,8 @@ class HyperparameterSearch:
         ELBO is equal up to a constant where q is at its optimum.
     random : RandomState
         Draws the samples that are predicted where there are more than `JUDGED`.
+    field : int
+        Number of the prior among those over places. Other components are taken as they are.
     """
 
     model: PoissonFactorization
@@ -101,9 +103,12 @@ class HyperparameterSearch:
     names: Sequence[str]
     criterion: str
     random: np.random.RandomState
+    field: int = 0
 
     def __post_init__(self) -> None:
-        self.prior = cast(SVGP | LCGP, self.model.prior)
+        prior = self.model.prior.fields[self.field]
+        self.prior = cast(SVGP | LCGP, prior)
+        self.mine = next(mine for part, mine in self.model.prior.of_parts() if part is prior)
         self.kernel, self.places = self.prior.kernel, self.prior.places
         N = len(self.places)
         chosen = np.sort(self.random.permutation(N)[:JUDGED])
@@ -112,6 +117,7 @@ class HyperparameterSearch:
         together = torch.cat([self.neighbours, self.judged[:, None]], 1)
         self.pairs = Pairs.within(self.places[together])
         self._once = Cache()
+        self.names = [name for name in self.names if name in self.kernel.hyperparameters]
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
     def learn_from(self, source: PoissonFactorization) -> None:
@@ -161,7 +167,8 @@ class HyperparameterSearch:
 
     def _rates(self, loc: Tensor, variance: Tensor) -> PoissonFactors:
         """Counts of the judged samples at the expected factors."""
-        expected = (loc + variance / 2).to(self.model.W.dtype)
+        before, after = self.others
+        expected = torch.cat([before, (loc + variance / 2).to(before), after])
         return self.model.in_closed_form(expected, Batch(samples=self.judged))
 
     def _predict(self, values: dict[str, Tensor], mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +185,13 @@ class HyperparameterSearch:
 
     def observe(self, source: PoissonFactorization) -> None:
         """Take the sites of a fit for what the samples tell."""
-        self.y, self.noise = sites(source, self.counts)
-        self.own_y, self.own_noise = sites(source, self.counts, overlap=True)
-        self.dispersion = 1.0
+        mine, self.dispersion = self.mine, 1.0
+        self.y, self.noise = (one[mine] for one in sites(source, self.counts))
+        self.own_y, self.own_noise = (one[mine] for one in sites(source, self.counts, True))
+        with torch.no_grad():
+            q = source.prior.marginal(self.judged)
+            expected = (q.loc + q.variance / 2).to(self.model.W.dtype)
+        self.others = expected[: mine.start], expected[mine.stop :]
 
     def profile(self, source: PoissonFactorization, lengthscales: np.ndarray) -> np.ndarray:
         """Return the criterion with one factor on all lengthscales, as the search moves them.

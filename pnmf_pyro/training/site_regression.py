@@ -8,6 +8,7 @@ from torch import Tensor
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_and_moments
 from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.priors import Prior
 
 # Largest distance, in units of F, of a site from the mean of q.
 HIGHEST_SITE = 5.0
@@ -44,6 +45,22 @@ def sites(
             h = torch.maximum(h - first + second, second / 2)
         h = h.clamp_min(1e-6)
         return q.loc.double() + (slope / h).clamp(-HIGHEST_SITE, HIGHEST_SITE), 1 / h
+
+
+def start_from(prior: Prior, source: PoissonFactorization, counts: Counts) -> None:
+    """Start q(F) of a prior from that of a model of the same samples and loadings.
+
+    Fields start at their posterior given the sites of the model, other parts at its q(F).
+    """
+    with torch.no_grad():
+        q = source.prior.marginal()
+    if prior.fields:
+        observed, noise = sites(source, counts)
+    for part, mine in prior.of_parts():
+        if part.places is None:
+            part.assign(q.loc[mine], q.scale[mine])
+        else:
+            part.assign(observed[mine], noise[mine].sqrt())
 
 
 def predict_without(

@@ -240,6 +240,12 @@ KINDS = {
     "LCGP, settled": {**LOCAL, "stages": [Settle()]},
     "LCGP, standard": {**LOCAL, "training_mode": "standard"},
     "LCGP, groups": {**LOCAL, "multigroup": True},
+    "SVGP, beside": {**STEPS, "non_spatial_components": 1},
+    "LCGP, beside": {**LOCAL, "non_spatial_components": 1, "learn": ("sigma",)},
+    "LCGP, standard, beside": {
+        **{**LOCAL, "training_mode": "standard"},
+        "non_spatial_components": 1,
+    },
 }
 
 
@@ -255,6 +261,8 @@ def fitted_kind(request):
 
 def test_every_array_of_every_model_has_a_name(fitted_kind, tmp_path):
     held = set(fitted_kind.model_.state_dict())
+    beside = fitted_kind.non_spatial_components > 0
+    held = {name.replace("prior.sides.0.", "prior.") if beside else name for name in held}
     assert held <= set(NAMES.values())
     fitted_kind.save(tmp_path / "model.npz")
     header, arrays = read_archive(tmp_path / "model.npz")
@@ -315,6 +323,12 @@ def test_names_in_a_file_are_a_contract():
         "local/low_rank",
         "local/sites/precision",
         "local/sites/shift",
+        "non_spatial/prior/scale",
+        "non_spatial/mean",
+        "non_spatial/scale/unconstrained",
+        "non_spatial/scale/unit",
+        "non_spatial/natural/first",
+        "non_spatial/natural/second",
     }
     assert len(set(NAMES.values())) == len(NAMES)
     attributes = {part for held in NAMES.values() for part in held.split(".")}

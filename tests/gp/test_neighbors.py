@@ -6,6 +6,8 @@ import torch
 
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp import neighbors, ordering
+from pnmf_pyro.gp.kernels import SpatialKernel
+from pnmf_pyro.gp.neighborhoods import Neighborhoods
 from pnmf_pyro.gp.neighbors import build_graph, nearest, nearest_before
 from pnmf_pyro.gp.ordering import max_min_order
 
@@ -137,6 +139,23 @@ def test_with_groups_the_kernel_says_what_is_near(a):
         assert (found < i).all()
         best = np.sort(matrix[i, :i])[::-1][: len(found)]
         np.testing.assert_allclose(np.sort(matrix[i, found])[::-1], best, rtol=1e-12)
+
+
+@pytest.mark.parametrize("distances", [[0, 1, 1, 1], [0, 1, 1, 3], [0, 2, 4, 7]])
+def test_groups_at_one_distance_are_searched_together(distances):
+    """The K of largest covariance, by brute force; groups lie on a line, or all apart."""
+    points, random = points_of("plane", 160), np.random.default_rng(1)
+    groups = random.integers(4, size=160)
+    at = np.asarray(distances, float)
+    apart = 1 - np.eye(4) if at.max() == 1 else np.abs(at[:, None] - at)
+    kernel = SpatialKernel("Matern32", 0.3, 1.0, 2, group_diff_param=0.7, group_distances=apart)
+    places, K = places_of(points, groups), 8
+    covariance = Neighborhoods(kernel, places, 2, K)._covariance()
+    found = nearest(places[:120], places[120:], K, covariance)
+    matrix = covariance(places[120:], places[:120]).numpy()
+    for row, values in zip(found, matrix, strict=True):
+        assert len(set(row)) == K
+        np.testing.assert_allclose(np.sort(values[row]), np.sort(values)[-K:], rtol=1e-12)
 
 
 def grouped(a: float, N: int = 400):

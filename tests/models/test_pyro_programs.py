@@ -41,6 +41,7 @@ def batch(data) -> Batch:
 
 
 IN_SPACE = pytest.mark.parametrize("prior", PRIORS[1:])
+ONE_FIELD = pytest.mark.parametrize("prior", PRIORS[1:3])
 
 # --- drawn and conditioned
 
@@ -73,7 +74,7 @@ def test_predictions_in_space(data, prior, parallel, natural):
         assert abs(residual.mean()) < SIGMAS * residual.size**-0.5
 
 
-@IN_SPACE
+@ONE_FIELD
 def test_picture_and_shapes_in_space(data, batch, prior):
     """What `pyro.render_model` draws, and what `format_shapes` prints."""
     model = make(data, prior)
@@ -93,7 +94,7 @@ def test_picture_and_shapes_in_space(data, batch, prior):
     assert (["u", "dist", "|", str(L), "25"] in lines) == (len(chain) == 3)
 
 
-@IN_SPACE
+@ONE_FIELD
 def test_joint_density_given_the_latent_values(data, prior):
     """By dense matrices: of F with all others as neighbours, of u and of F given u."""
     X, places = data[0][:14].double(), data[1][torch.arange(14)]

@@ -413,3 +413,22 @@ def test_models_without_space(counts):
     assert len(plotting.plot_factors(model, coordinates=lattice(9)[:80])) == 2
     with pytest.raises(TypeError, match="colour"):
         plotting.plot_factors(model, coordinates=lattice(9)[:80], colour="red")
+
+
+def test_importance_of_space_has_components_features_and_places():
+    adata = results()
+    adata.uns["pnmf"]["in_space"] = [True, True, True, False]
+    bars, histogram, places = plotting.plot_importance_of_space(adata, n=2)
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx(
+        list((adata.obsm["X_pnmf"] * adata.varm["PNMF_loadings"].sum(0)).sum(0) / _total(adata))
+    )
+    assert sum(bar.get_height() for bar in histogram.patches) == 30
+    assert len(histogram.texts) == 2
+    assert places.get_title() == "importance of space"
+    adata.uns["pnmf"]["in_space"] = [True] * 4
+    with pytest.raises(ValueError, match="non_spatial_components"):
+        plotting.plot_importance_of_space(adata)
+
+
+def _total(adata):
+    return (adata.obsm["X_pnmf"] @ adata.varm["PNMF_loadings"].T).sum()

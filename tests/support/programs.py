@@ -11,7 +11,7 @@ from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.models import FactorizationELBO, PoissonFactorization
-from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior
+from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, SideBySide
 from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.schedules import Constant
@@ -19,7 +19,7 @@ from tests.support.data import tissue
 from tests.support.state import drawing
 
 N, D, L = 60, 20, 2
-PRIORS = ("independent", "inducing points", "neighbours")
+PRIORS = ("independent", "inducing points", "neighbours", "side by side")
 
 
 def small_tissue():
@@ -47,6 +47,10 @@ def make(
         "independent": lambda: GaussianPrior(y, L, use_natural_gradients=natural),
         "inducing points": lambda: SVGP(kernel, places, inducing, L, **settings),
         "neighbours": lambda: LCGP(kernel, places, L, K=K, **settings),
+        "side by side": lambda: SideBySide(
+            SVGP(kernel, places, inducing, L - 1, **settings),
+            GaussianPrior(y, 1, use_natural_gradients=natural),
+        ),
     }
     return kind(priors[prior](), y, L, random_state=0, **options)
 
@@ -63,7 +67,7 @@ def settled(model, data, correlated=0):
     counts = as_counts(data[0])
     model.assign(torch.rand(D, L) + 0.5, torch.ones(N, L))
     objective = FactorizationELBO("lower-bound", newton=True)
-    steps = [(SiteSteps(model.prior), Constant())]
+    steps = [(SiteSteps(part), Constant()) for part in model.prior.parts]
     model.W.assign(torch.from_numpy(tissue(N, D, L)[-1]))
     train(model, Batches(counts), objective, steps, torch_generator(0), max_iter=40, warn=False)
     if correlated:
