@@ -123,7 +123,8 @@ def page(found: dict[Key, Calibration], settings: dict) -> str:
             "",
             f"Tables of {sizes.samples} samples, {sizes.features} features and "
             f"{sizes.components} components, mean count {sizes.mean_count:g}, are drawn from "
-            "models of known loadings and hyperparameters, and their log-factors inferred by each mode. "
+            "models of known loadings and hyperparameters, and their log-factors inferred by each "
+            "mode. "
             f"Fields have a {sizes.kernel} kernel of lengthscale {sizes.lengthscale:g} in the unit "
             "square; SVGP has an inducing point at each place, LCGP "
             f"{sizes.neighbours} neighbours.",
