@@ -27,8 +27,9 @@ from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import LoadingErrors, per_factor
 from pnmf_pyro.priors.joint import as_expected, expected_ratio, unpacked
 
-# Draws that a field keeps, and their seed.
-DRAWS = 48
+# Draws that a field keeps, at most and at least, as many as there are numbers for; and their seed.
+MOST_DRAWS, FEWEST_DRAWS = 48, 8
+MOST_NUMBERS = 1 << 24
 SEED = 0
 
 # Numbers in the right sides for all L^2 directions, beyond which places are taken one by one.
@@ -61,7 +62,7 @@ def field_draws(
     expected: Tensor,
     errors: LoadingErrors,
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw errors of a field; None for a prior that is none.
+    """Draw errors of a field; None for a prior that is none, and for a field too large.
 
     Parameters
     ----------
@@ -80,17 +81,19 @@ def field_draws(
     at_samples : Tensor of shape (L, N, R)
         Draws at the samples, less their levels.
     """
-    if model.prior.places is None:
+    n_draws = min(MOST_DRAWS, MOST_NUMBERS // (model.L * model.N))
+    if model.prior.places is None or n_draws < FEWEST_DRAWS:
         return None
     generator = torch.Generator().manual_seed(SEED)
     H = unpacked(as_expected(shared, expected))
     values, vectors = torch.linalg.eigh(H)
     root = vectors * values.clamp_min(0).sqrt()[:, None, :]
-    noise = torch.randn(len(H), model.L, DRAWS, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(H), model.L, n_draws, generator=generator, dtype=torch.float64)
     told = torch.einsum("nlk,nkr->lnr", root, noise.to(root))
     learned = model.W.requires_grad
     if learned:
-        told -= _told_by_loadings(model, counts, shared, expected, errors, generator)
+        ratio = expected_ratio(shared, expected).T.double().sqrt()[..., None]
+        told -= ratio * _told_by_loadings(model, counts, shared, errors, n_draws, generator)
     found = model.prior.coupled(H, told, generator)
     if found is None:
         return None
@@ -103,21 +106,20 @@ def _told_by_loadings(
     model: PoissonFactorization,
     counts: Counts,
     shared: Tensor,
-    expected: Tensor,
     errors: LoadingErrors,
+    n_draws: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """The told t of draws of the errors of loadings, (L, N, R)."""
+    """The t of draws of the errors of loadings, (L, N, R)."""
     W, A, L = model.W.data.detach(), model.prior.marginal().loc.exp().T.contiguous(), model.L
-    ratio = expected_ratio(shared, expected)
     H, a = unpacked(shared), A.double()
 
     def root_times_noise(matrices: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(matrices.double())
-        noise = torch.randn(*values.shape, DRAWS, generator=generator, dtype=torch.float64)
+        noise = torch.randn(*values.shape, n_draws, generator=generator, dtype=torch.float64)
         return vectors @ (values.clamp_min(0).sqrt()[..., None] * noise.to(values))
 
-    T = root_times_noise(errors.coupling).reshape(L, L, DRAWS)
+    T = root_times_noise(errors.coupling).reshape(L, L, n_draws)
     alike = torch.einsum("npm,nl,mlr->pnr", per_factor(H, a), a, T)
     apart = root_times_noise(unpacked(errors.blocks)).to(W)
     told = torch.zeros_like(alike)
@@ -125,7 +127,7 @@ def _told_by_loadings(
     for index, block in counts.blocks():
         own = A[index]
         steep = (block.values / rates(block, own, W).square_()).clamp_max_(largest)
-        for r in range(DRAWS):
+        for r in range(n_draws):
             moved = steep * block.inner(own, apart[..., r].contiguous())
             told[:, index, r] = (own * block.matmul(moved, W)).T.double()
-    return (told + alike) * ratio.T.double().sqrt()[..., None]
+    return told + alike

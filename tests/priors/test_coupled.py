@@ -107,7 +107,7 @@ def test_what_is_carried_to_other_places_is_the_regression(kind):
     carried, rest = prior.carry(Places(torch.from_numpy(new)), held)
     weights = np.linalg.solve(K, across)
     exact = np.einsum("nm,lnr->lmr", weights, values.numpy())
-    np.testing.assert_allclose(carried, exact, atol=0.02)  # jitter, and one neighbour fewer
+    np.testing.assert_allclose(carried, exact, atol=0.06)  # jitter, and one neighbour fewer
     left = 1 - np.einsum("nm,nm->m", weights, across)
     np.testing.assert_allclose(rest, np.broadcast_to(left, (L, 5)), atol=1e-3)
 
