@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PNMF",
     "__version__",
+    "calibrate",
     "contributions",
     "deviance",
     "differential_features",
@@ -37,6 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
+    from pnmf_pyro.analysis.calibration import calibrate
     from pnmf_pyro.analysis.differential import differential_features
     from pnmf_pyro.analysis.effects import effects_table
     from pnmf_pyro.analysis.groups import group_levels, predict_as
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "PNMF": "estimator.pnmf",
+    "calibrate": "analysis.calibration",
     "contributions": "analysis.interpretation",
     "deviance": "models.deviance",
     "differential_features": "analysis.differential",

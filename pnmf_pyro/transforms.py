@@ -26,7 +26,7 @@ from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.models.loading_errors import LoadingErrors
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
-from pnmf_pyro.priors.joint import posterior_of
+from pnmf_pyro.priors.joint import posterior_at, posterior_of
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.fitted import Array, Fitted, by_samples, fitted_module, marginals
 from pnmf_pyro.training.given_one_side import (
@@ -390,9 +390,11 @@ def _field(
         raise ValueError("coordinates must be given beside groups; got None.")
     encode = getattr(model, "encode_places", None)  # of an estimator, which names its groups
     if encode is not None:
-        return prior.at(encode(coordinates, groups))
-    codes = None if groups is None else torch.as_tensor(groups, dtype=torch.int64)
-    return prior.at(Places(check_coordinates(coordinates, None), codes))
+        places = encode(coordinates, groups)
+    else:
+        codes = None if groups is None else torch.as_tensor(groups, dtype=torch.int64)
+        places = Places(check_coordinates(coordinates, None), codes)
+    return posterior_at(prior, places) if posterior == "joint" else prior.at(places)
 
 
 def check_prior(prior: object) -> Prior:

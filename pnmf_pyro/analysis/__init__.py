@@ -3,3 +3,7 @@
 It imports from `estimator` and the rooms above that. Begin with
 :mod:`~pnmf_pyro.analysis.interpretation`.
 """
+
+from pnmf_pyro.analysis.calibration import Calibration, calibrate
+
+__all__ = ["Calibration", "calibrate"]

@@ -1,4 +1,4 @@
-"""All commands: pnmf-pyro fit, check, markers, select, plot and demo."""
+"""All commands: pnmf-pyro fit, check, calibrate, markers, select, plot and demo."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from pnmf_pyro.command_line import check, demo, fit, markers, plot, select
+from pnmf_pyro.command_line import calibrate, check, demo, fit, markers, plot, select
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.options import epilog, show_warning
 from pnmf_pyro.command_line.outputs import check_clashes
 
-COMMANDS = (fit, check, markers, select, plot, demo)
+COMMANDS = (fit, check, calibrate, markers, select, plot, demo)
 
 EXAMPLES = (
     "pnmf-pyro select counts.h5ad --range 2:12 --out select.html",
     "pnmf-pyro fit counts.h5ad --components 8 --out factors.h5ad --save-model model.npz",
     "pnmf-pyro plot factors.h5ad --out report.html",
     "pnmf-pyro check model.npz counts.h5ad --out check.html",
+    "pnmf-pyro calibrate model.npz --out calibration.html",
     "pnmf-pyro markers model.npz --out markers.csv",
     "pnmf-pyro fit --help",
 )
 CODES = {
     Exit.FINE: "all went well",
-    Exit.LOOK: "done, but look at the result: the fit had not settled, the check flagged a misfit, "
-    "or the chosen number is at the end of its range",
+    Exit.LOOK: "done, but look at the result: the fit had not settled, the check or the "
+    "calibration flagged something, or the chosen number is at the end of its range",
     **COMMON_CODES,
 }
 

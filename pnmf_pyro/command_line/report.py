@@ -1,4 +1,4 @@
-"""Reports on one page: a fit, a predictive check, a choice of the number of components."""
+"""Reports on one page: a fit, a check, a calibration, a choice of the number of components."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import starmap
 import numpy as np
 
 from pnmf_pyro import plotting
+from pnmf_pyro.analysis.calibration import LEVELS, Calibration
 from pnmf_pyro.analysis.differential import differential_features
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
@@ -125,6 +126,25 @@ def _farthest_off(check: PredictiveCheck) -> list[Block]:
 def _name(label: object) -> str:
     """A label, or those of a pair."""
     return " – ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
+def calibration_report(found: Calibration) -> Page:
+    """Return a page on a calibration: verdict, coverage, and where the truth lay."""
+    picture = Picture("Ranks and coverage", partial(plotting.plot_calibration, found))
+    return Page("Calibration", [*calibration_words(found), picture])
+
+
+def calibration_words(found: Calibration) -> list[Text | Table]:
+    """Return the verdict of a calibration and the table of coverage."""
+    table = found.table()
+    columns: dict[str, list] = {"component": list(np.asarray(table["component"]))}
+    for level in (f"{level:.0%}" for level in LEVELS):
+        shares = zip(np.asarray(table[level]), np.asarray(table[f"se_{level}"]), strict=True)
+        columns[level] = [f"{share:.3f} ({error:.3f})" for share, error in shares]
+    columns["mean z"] = [round(float(z), 2) for z in np.asarray(table["mean_z"])]
+    columns["sd z"] = [round(float(z), 2) for z in np.asarray(table["sd_z"])]
+    columns["p of ranks"] = [round(float(p), 4) for p in np.asarray(table["p_value"])]
+    return [Text("Verdict", found.verdict()), Table("Share that intervals hold (s.e.)", columns)]
 
 
 def selection_report(selection: ComponentSelection) -> Page:

@@ -80,6 +80,7 @@ NAMES = {
     "inducing/coordinates": "prior.inducing_coordinates",
     "inducing/groups": "prior.inducing_groups",
     "factors/joint_covariance": "prior.joint_covariance",
+    "factors/joint_draws": "prior.joint_draws",
     "factors/mean": "prior.q.mean",
     "factors/scale/unconstrained": "prior.q.scale._raw",
     "factors/scale/unit": "prior.q.scale.unit",

@@ -93,6 +93,22 @@ class Neighborhoods:
                 spread[l] += (B * column[near]).sum(1).square()
         return predicted, spread
 
+    def carry(self, places: Places, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict n other places, (L, n, R), from values (L, N, R), each by its K nearest.
+
+        The variance that is left, (L, n), comes with it.
+        """
+        places = places.to(CPU)
+        near = torch.from_numpy(nearest(self.places, places, self.K, self._covariance())).long()
+        weights, variances = self._weights(places, self.places, near)
+        near, values = near.to(weights.device), values.to(variances)
+        carried = variances.new_empty(*variances.shape, values.shape[-1])
+        for l in range(self.L):
+            B = weights[:, l % weights.shape[1]].to(values)
+            for r, column in enumerate(values[l].unbind(-1)):
+                carried[l, :, r] = (B * column[near]).sum(1)
+        return carried, variances
+
     def conditionals(self, places: Places) -> Conditionals:
         """Condition other places on the own ones, and on one another as far as they come first."""
         places, N = places.to(CPU), len(self.places)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
+from pnmf_pyro.gp.coupled import conjugate_gradients, times_blocks
 from pnmf_pyro.gp.triangular import in_one_thread
 from pnmf_pyro.gp.vecchia import Array, VecchiaFactor
 
@@ -126,6 +127,26 @@ class VecchiaPosterior:
         of_data = torch.from_numpy(random.normal(size=shape)).to(h) * h.sqrt()[..., None]
         b = self.factor.multiply_transposed(of_prior) + of_data
         return self.solve(h, b, tolerance=tolerance, dtype=self.factor.triangle.weights.dtype).x
+
+    def solve_coupled(
+        self, information: Tensor, told: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Solve (Q + H) x = told, (L, N, R), with blocks H (N, L, L) that couple components.
+
+        With a generator x is a draw: noise of covariance Q is added to the right side.
+        """
+        factor, H = self.factor, information.to(self.factor.variances)
+        b = told.to(H)
+        if generator is not None:
+            noise = torch.randn(told.shape, generator=generator).to(H)
+            b = b + factor.multiply_transposed(noise / factor.variances.sqrt()[..., None])
+        h = factor.ordered(H.diagonal(dim1=-2, dim2=-1).T.clamp_min(0))
+        precondition = _Preconditioner(factor, h)
+        return conjugate_gradients(
+            lambda x: factor.precision(x) + times_blocks(H, x),
+            lambda r: factor.restored(precondition(factor.ordered(r))),
+            b,
+        )
 
     def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""

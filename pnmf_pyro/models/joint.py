@@ -15,9 +15,14 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
 from pnmf_pyro.models.effects import effect_errors
 from pnmf_pyro.models.factorization import PoissonFactorization
-from pnmf_pyro.models.loading_errors import covariance_from_loadings, loading_errors
+from pnmf_pyro.models.joint_fields import field_draws, taken_by_field
+from pnmf_pyro.models.loading_errors import (
+    LoadingErrors,
+    covariance_from_loadings,
+    loading_errors,
+)
 from pnmf_pyro.models.poisson import PoissonFactors
-from pnmf_pyro.priors.joint import diagonal_numbers, joint_covariance, packed_numbers
+from pnmf_pyro.priors.joint import diagonal_numbers, joint_covariance, packed_numbers, scaled
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -77,8 +82,8 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     log then says.
     """
     prior, q = model.prior, model.prior.marginal()
-    prior.joint_covariance = model.loading_blocks = model.loading_coupling = None
-    model.exposure.errors = None
+    prior.joint_covariance = prior.joint_draws = None
+    model.loading_blocks = model.loading_coupling = model.exposure.errors = None
     if any(getattr(type(model), n) is not getattr(PoissonFactorization, n) for n in PROGRAMS):
         return
     with model.apart():
@@ -95,28 +100,37 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
         logger.warning("no joint posterior: the numbers of this fit are too extreme for it")
         return
     if uncertainty is not None:
-        prior.joint_covariance, model.loading_blocks, model.loading_coupling = uncertainty
+        prior.joint_covariance, (model.loading_blocks, model.loading_coupling) = uncertainty[:2]
+        prior.joint_draws = uncertainty[2]
 
 
 def _uncertainty(
     model: PoissonFactorization, found: Information
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Joint covariances of samples, blocks and coupling of the errors of loadings.
+) -> tuple[Tensor, LoadingErrors, Tensor | None] | None:
+    """Joint covariances of samples, errors of loadings, and draws that a field keeps.
 
     Where they are no finite numbers, that is a LinAlgError.
     """
     _check_finite(found.shared, found.expected)
     covariance = joint_covariance(model.prior, found.shared, found.expected)
-    errors = loading_errors(model, found.counts, found.shared)
+    taken = taken_by_field(model, found.shared)
+    errors = loading_errors(model, found.counts, found.shared, taken)
     if covariance is None or errors is None:
         return None
+    drawn = field_draws(model, *found, errors)
+    if drawn is not None:
+        held, at_samples = drawn
+        wider = at_samples.square().mean((1, 2)) / covariance[:, diagonal_numbers(model.L)].mean(0)
+        covariance = scaled(covariance, wider.clamp_min(1).sqrt().to(covariance)[None])
+        _check_finite(covariance, *errors, held)
+        return covariance, errors, held
     if model.W.requires_grad:  # otherwise they are known
         more = covariance_from_loadings(model, found.counts, found.shared, covariance, errors)
         # Errors never take from a variance, as numbers of a fit far from its optimum may say.
         adds = (more[:, diagonal_numbers(model.L)] >= 0).all(1, keepdim=True)
         covariance += torch.where(adds, more, 0)
     _check_finite(covariance, *errors)
-    return covariance, *errors
+    return covariance, errors, None
 
 
 def _check_finite(*tensors: Tensor) -> None:

@@ -18,8 +18,9 @@ solved as it is, in the others by its blocks:
 
 .. math:: S^{-1} \approx D^{-1} + Z [(Z^T S Z)^{-1} - (Z^T D Z)^{-1}] Z^T.
 
-In a field c is that of one place alone. The standard deviation of the prior of W_jl is three times
-W_jl, or one count of the feature in the component where that is more.
+In a field c is that of one place alone, but for the directions Z, where what F takes is solved over
+all of the field (:mod:`~pnmf_pyro.models.joint_fields`). The standard deviation of the prior of
+W_jl is three times W_jl, or one count of the feature in the component where that is more.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class LoadingErrors(NamedTuple):
 
 
 def loading_errors(
-    model: PoissonFactorization, counts: Counts, shared: Tensor
+    model: PoissonFactorization, counts: Counts, shared: Tensor, taken: Tensor | None = None
 ) -> LoadingErrors | None:
     """Return the errors of the loadings of a trained model.
 
@@ -89,6 +90,8 @@ def loading_errors(
         What of each count tells of its rate.
     shared : Tensor of shape (N, L (L + 1) / 2)
         H of each sample, see :mod:`pnmf_pyro.priors.joint`.
+    taken : Tensor of shape (L^2, L^2), optional
+        What F takes from transformations of all loadings, where it is known over a field.
     """
     W, A = model.W.data, model.prior.marginal().loc.exp().T.contiguous()
     apart = model.prior.apart_from_own(torch.zeros(A.T.shape, dtype=torch.float64))
@@ -104,7 +107,7 @@ def loading_errors(
         torch.einsum("jm,jk,jlp->mlkp", W, W, blocks).reshape(L * L, L * L)
         for blocks in (given, alone)
     )
-    joint = of_given - _coupling(A, shared, covariance)
+    joint = of_given - (_coupling(A, shared, covariance) if taken is None else taken)
     coupling = _inverse(joint) - _inverse(of_alone)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(alone))
     rows, columns = packed_numbers(L, W.device)
@@ -135,9 +138,9 @@ def _blocks(counts: Counts, A: Tensor, W: Tensor, covariance: Tensor) -> tuple[T
     return unpacked(given), unpacked(alone)
 
 
-def _per_factor(shared: Tensor, a: Tensor) -> Tensor:
-    """H over exp F of its columns, (n, L, L); nothing where a component is absent, exp F = 0."""
-    return unpacked(shared) / a[:, None, :].clamp_min(torch.finfo(a.dtype).tiny)
+def per_factor(H: Tensor, a: Tensor) -> Tensor:
+    """Return H over exp F of its columns, (n, L, L); nothing where a component is absent."""
+    return H / a[:, None, :].clamp_min(torch.finfo(a.dtype).tiny)
 
 
 def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
     total = torch.zeros(L * L, L * L, dtype=torch.float64, device=A.device)
     for block in torch.arange(N, device=A.device).split(max(1, BLOCK_ENTRIES // L**2)):
         a = A[block].double()
-        E = _per_factor(shared[block], a)
+        E = per_factor(unpacked(shared[block]), a)
         M = E.mT @ unpacked(covariance[block]) @ E
         total += M.flatten(1).T @ (a[:, :, None] * a[:, None, :]).flatten(1)
     return total.reshape(L, L, L, L).permute(0, 2, 1, 3).reshape(L * L, L * L)
@@ -187,7 +190,7 @@ def covariance_from_loadings(
         weight = weight.div_(squared).div_(squared).clamp_max_(largest)
         moved = unpacked(block.matmul(weight, products) * pairs)
         a = a.double()
-        E = _per_factor(shared[index], a)
+        E = per_factor(unpacked(shared[index]), a)
         Q = ((a[:, :, None] * a[:, None, :]).flatten(1) @ coupling).reshape(-1, L, L)
         moved += E @ Q @ E.mT
         P = unpacked(covariance[index])

@@ -7,6 +7,7 @@ and the rooms above that. Begin with :mod:`~pnmf_pyro.plotting.maps`.
 """
 
 from pnmf_pyro.analysis.lengthscales import lengthscale_profile
+from pnmf_pyro.plotting.calibration import plot_calibration
 from pnmf_pyro.plotting.checks import plot_predictive_check, plot_selection
 from pnmf_pyro.plotting.diagnostics import plot_elbo, plot_lengthscale_profile
 from pnmf_pyro.plotting.features import (
@@ -26,6 +27,7 @@ __all__ = [
     "MapStyle",
     "lengthscale_profile",
     "new_figure",
+    "plot_calibration",
     "plot_component_images",
     "plot_elbo",
     "plot_factor_correlation",

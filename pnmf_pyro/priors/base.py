@@ -96,6 +96,9 @@ class Prior(nn.Module):
     joint_covariance : Tensor of shape (N, L (L + 1) / 2) or None
         Covariances of the joint posterior of each sample, packed, where it was found; see
         :mod:`~pnmf_pyro.priors.joint`.
+    joint_draws : Tensor of shape (L, M + 1, R) or None
+        Deviations of all components together from their mean, in what a field is held in, and of
+        their levels, where they were found; see :meth:`coupled`.
     """
 
     L: int
@@ -108,10 +111,12 @@ class Prior(nn.Module):
     watched: Normal | None = None
     attended: bool = False
     joint_covariance: Tensor | None
+    joint_draws: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("joint_covariance", None)
+        self.register_buffer("joint_draws", None)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "watched": None, "attended": False}
@@ -221,6 +226,41 @@ class Prior(nn.Module):
         """
         return None
 
+    def coupled(
+        self, information: Tensor, told: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Solve (Q + H) x = told, Q the precision of the field and H that of each place's counts.
+
+        With a generator noise of covariance Q is added to the right side, so that what counts say
+        with noise of covariance H makes x a draw of the posterior (perturbation, Papandreou and
+        Yuille 2010).
+
+        Parameters
+        ----------
+        information : Tensor of shape (N, L, L)
+            H of each sample, which couples its components.
+        told : Tensor of shape (L, N, R)
+        generator : torch.Generator or None
+            Source of the noise; None for none.
+
+        Returns
+        -------
+        held : Tensor of shape (L, M, R)
+            x in what the field is held in: at inducing points, or at the samples.
+        at_samples : Tensor of shape (L, N, R)
+            x at the samples.
+            None in place of both for a prior that is no field.
+        """
+        return None
+
+    def carry(self, places: Places | None, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Return held values (L, M, R) carried to n places, (L, n, R), and the variance left there.
+
+        The places are those of the samples unless given. The variance, (L, n), is that of the
+        field given all that is held.
+        """
+        raise ValueError("this prior knows nothing of places")
+
     @property
     def natural(self) -> bool:
         """Whether q is held in sites, so that natural-gradient steps can move it."""
@@ -281,8 +321,11 @@ class Prior(nn.Module):
         self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
     ) -> None:
         self.joint_covariance = None
+        self.joint_draws = None
         if f"{prefix}joint_covariance" in state_dict:
             self.joint_covariance = torch.empty(self.N, self.L * (self.L + 1) // 2)
+        if (draws := state_dict.get(f"{prefix}joint_draws")) is not None:
+            self.joint_draws = torch.empty_like(draws)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def watch(self, q: Normal) -> Normal:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.places import Places
 from pnmf_pyro.priors.base import Draws, Field, Prior
 
 # Part of a count by which those of a component are raised before they are divided by.
@@ -63,9 +64,24 @@ class JointPosterior:
         return Normal(q.loc + (q.variance - variance) / 2, variance.sqrt(), validate_args=False)
 
     def draws(self, n_draws: int) -> Draws:
-        """Return a function from the numbers of samples to draws there, (n_draws, L, n)."""
-        of_q = self.prior.draws(n_draws)
-        return lambda index: self.from_draws_of_q(of_q(index), index)
+        """Return a function from the numbers of samples to draws there, (n_draws, L, n).
+
+        Those of a field are of all components over all places together.
+        """
+        kept = self.prior.joint_draws
+        if kept is None:
+            of_q = self.prior.draws(n_draws)
+            return lambda index: self.from_draws_of_q(of_q(index), index)
+        deviations = _deviations(self.prior, kept, None)[0]
+        deviations = deviations / deviations.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-30)
+        mixed = torch.randn(n_draws, kept.shape[-1]).to(deviations)
+
+        def draw(index: Tensor | None) -> Tensor:
+            q = self.marginal(index)
+            own = take(deviations, index, dim=1)
+            return q.loc + q.scale * torch.einsum("lnr,er->eln", own, mixed).to(q.loc)
+
+        return draw
 
     def from_draws_of_q(self, draws: Tensor, index: Tensor | None = None) -> Tensor:
         """Give draws of q(F), (..., L, n), the covariance of each sample.
@@ -74,6 +90,9 @@ class JointPosterior:
         behind the draws, by the symmetric root of the correlation of components, so that no
         component comes before another.
         """
+        if self.prior.joint_draws is not None:  # they have their own
+            shape = draws.shape
+            return self.draws(shape[:-2].numel())(index).reshape(shape)
         q, joint = self.prior.marginal(index), self.marginal(index)
         covariance = self.covariance(index)
         scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -82,7 +101,68 @@ class JointPosterior:
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
         standard = (draws - q.loc) / q.scale
         mixed = torch.einsum("nlk,...kn->...ln", root.to(standard), standard)
-        return joint.loc + joint.scale * mixed
+        return joint.loc + joint.scale * self._skewed(mixed, joint.variance)
+
+    def _skewed(self, standard: Tensor, variance: Tensor) -> Tensor:
+        """Give standard normals the skewness of a posterior of counts, (..., L, n).
+
+        That is -h / (c + h)^(3/2), by the first term of Cornish and Fisher (1938); mean and
+        variance stay. What several places say together is hardly skewed, so fields stay normal.
+        """
+        apart = None if self.prior.places is not None else self.prior.apart_from_own(variance)
+        if apart is None:
+            return standard
+        of_counts = (1 - apart * variance).clamp(0, 1)
+        skewness = (-of_counts * variance.sqrt()).to(standard)
+        moved = standard + skewness / 6 * (standard.square() - 1)
+        return moved / (1 + skewness.square() / 18).sqrt()
+
+
+class JointFieldAt:
+    """The joint posterior of a field at other places than those of its samples."""
+
+    def __init__(self, prior: Prior, places: Places, draws: Tensor):
+        self.prior, self.places, self.kept = prior, places, draws
+        self.L, self.N = prior.L, len(places)
+
+    @torch.no_grad()
+    def marginal(self, index: Tensor | None = None) -> Normal:
+        """Return the marginals at the places `index` (all if None), with loc and scale (L, n)."""
+        places = self.places.take(index)
+        q = self.prior.at(places).marginal()
+        deviations, rest = _deviations(self.prior, self.kept, places)
+        variance = (rest + deviations.square().mean(-1)).to(q.loc)
+        return Normal(q.loc + (q.variance - variance) / 2, variance.sqrt(), validate_args=False)
+
+    @torch.no_grad()
+    def draws(self, n_draws: int) -> Draws:
+        """Return a function from the numbers of places to draws there, (n_draws, L, n).
+
+        Calls for different places belong to the same draws, but for what the samples leave open at
+        each place, which is drawn for each.
+        """
+        mixed = torch.randn(n_draws, self.kept.shape[-1]) / self.kept.shape[-1] ** 0.5
+
+        def draw(index: Tensor | None) -> Tensor:
+            places, loc = self.places.take(index), self.marginal(index).loc
+            deviations, rest = _deviations(self.prior, self.kept, places)
+            found = torch.einsum("lnr,er->eln", deviations, mixed.to(deviations))
+            return loc + (found + rest.sqrt() * torch.randn_like(found)).to(loc)
+
+        return draw
+
+
+def _deviations(prior: Prior, kept: Tensor, places: Places | None) -> tuple[Tensor, Tensor]:
+    """Draws about the mean at places, or at the samples, and the variance left there."""
+    kept = kept.double()
+    carried, rest = prior.carry(places, kept[:, :-1])
+    return carried - kept[:, -1:].to(carried), rest
+
+
+def posterior_at(prior: Prior, places: Places) -> Field:
+    """Return the joint posterior at other places where a field has it, q(F) otherwise."""
+    kept = prior.joint_draws
+    return prior.at(places) if kept is None else JointFieldAt(prior, places, kept)
 
 
 def posterior_of(prior: Prior) -> Field:
@@ -107,7 +187,7 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
         h, the expected counts of components.
     """
     diagonal = diagonal_numbers(prior.L)
-    information = _as_expected(shared, expected)
+    information = as_expected(shared, expected)
     sites = information[:, diagonal].T.double()
     apart = last = None
     for _ in range(ROUNDS):
@@ -122,25 +202,30 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
         last = variance
     assert apart is not None
     skew = expected.square() / (apart + expected) ** 3 / 2
-    return _scaled(packed, (1 + skew).sqrt().T.float())
+    return scaled(packed, (1 + skew).sqrt().T.float())
 
 
-def _as_expected(shared: Tensor, expected: Tensor) -> Tensor:
-    """H with the counts of each component as q expects them rather than as allocated."""
+def expected_ratio(shared: Tensor, expected: Tensor) -> Tensor:
+    """Return the expected counts of each component relative to those allocated, (N, L)."""
     L = len(expected)
     rows, columns = packed_numbers(L, shared.device)
     off = rows != columns
     allocated = shared.new_zeros(len(shared), L).index_add_(1, rows, shared)
     allocated.index_add_(1, columns[off], shared[:, off])
-    ratio = (expected.T + PSEUDOCOUNT) / (allocated + PSEUDOCOUNT)
-    information = _scaled(shared, ratio.sqrt().to(shared))
+    return (expected.T + PSEUDOCOUNT) / (allocated + PSEUDOCOUNT)
+
+
+def as_expected(shared: Tensor, expected: Tensor) -> Tensor:
+    """Return H, packed, with the counts of components as q expects and not as allocated."""
+    ratio = expected_ratio(shared, expected)
+    information = scaled(shared, ratio.sqrt().to(shared))
     more = PSEUDOCOUNT * (ratio - 1).clamp_min(0)
-    information[:, diagonal_numbers(L)] += more.to(shared)
+    information[:, diagonal_numbers(len(expected))] += more.to(shared)
     return information
 
 
-def _scaled(packed: Tensor, r: Tensor) -> Tensor:
-    """Packed matrices (n, ...) times r r^T, r of shape (n, L)."""
+def scaled(packed: Tensor, r: Tensor) -> Tensor:
+    """Return packed matrices (n, ...) times r r^T, r of shape (n, L)."""
     rows, columns = packed_numbers(r.shape[1], r.device)
     return packed * r[:, rows] * r[:, columns]
 

@@ -238,6 +238,21 @@ class LCGP(Prior):
             variance += given_others.square().sum(-1) / APART_DRAWS
         return torch.maximum(1 / variance - h, 1 / prior)
 
+    @torch.no_grad()
+    def coupled(
+        self, information: Tensor, told: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Solve with the precision of the field and H, see the base class."""
+        found = self.neighborhoods.posterior.solve_coupled(information, told, generator)
+        return found, found
+
+    @torch.no_grad()
+    def carry(self, places: Places | None, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the K nearest samples of places predict, and the variance they leave."""
+        if places is None:
+            return held, held.new_zeros(held.shape[:2])
+        return self.neighborhoods.carry(places, held)
+
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""
         q = self._held_in_sites()

@@ -12,9 +12,17 @@ from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
+from pnmf_pyro.gp.coupled import conjugate_gradients, times_blocks
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.priors.base import Draws, Prior, Sites, stating
-from pnmf_pyro.priors.fields import FieldGivenInducing, FieldMarginals, WhitenedPrior, times
+from pnmf_pyro.priors.fields import (
+    FieldGivenInducing,
+    FieldMarginals,
+    WhitenedPrior,
+    each,
+    times,
+    weighted_gram,
+)
 from pnmf_pyro.priors.svgp_posterior import (
     CholeskyInducing,
     DiagonalInducing,
@@ -178,6 +186,53 @@ class SVGP(Prior):
         h = precision.to(A)
         v = spread_of(A, h).variance_at_samples
         return 1 / (v / (1 - h * v).clamp_min(LEAST_OTHERS) + rest)
+
+    @torch.no_grad()
+    def coupled(
+        self, information: Tensor, told: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Solve with the precision of u and of what it leaves, given H; see the base class.
+
+        What u leaves, e of variance R, is taken out: the precision of u is I + A H' A^T with
+        H' = H - H (1 / R + H)^-1 H.
+        """
+        A, rest = self._design(None)
+        H, R = information.to(A), rest.expand(self.L, -1)
+        noise = [torch.zeros(()).to(A)] * 2
+        if generator is not None:
+            shapes = (self.L, self.M, told.shape[-1]), told.shape
+            noise = [torch.randn(shape, generator=generator).to(A) for shape in shapes]
+        of_rest = told + noise[1] / R[..., None].sqrt()
+        left = torch.linalg.inv(H + torch.diag_embed(1 / R.T))
+        reduced = H - H @ left @ H
+        tril = [
+            torch.linalg.cholesky(g + torch.eye(self.M).to(g))
+            for g in weighted_gram(A, reduced.diagonal(dim1=-2, dim2=-1).T.clamp_min(0))
+        ]
+
+        def up(x: Tensor) -> Tensor:  # A x
+            return torch.stack([a @ one for a, one in zip(each(A, self.L), x, strict=True)])
+
+        def down(u: Tensor) -> Tensor:  # A^T u
+            return torch.stack([a.T @ one for a, one in zip(each(A, self.L), u, strict=True)])
+
+        b = noise[0] + up(told - times_blocks(H @ left, of_rest))
+        u = conjugate_gradients(
+            lambda u: u + up(times_blocks(reduced, down(u))),
+            lambda r: torch.stack(
+                [torch.cholesky_solve(x, t) for x, t in zip(r, tril, strict=True)]
+            ),
+            b,
+        )
+        field = down(u)
+        return u, field + times_blocks(left, of_rest - times_blocks(H, field))
+
+    @torch.no_grad()
+    def carry(self, places: Places | None, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A^T u at places, and the variance that u leaves there."""
+        A, rest = self._design(None) if places is None else self._design_at(places)
+        carried = [a.T @ one for a, one in zip(each(A, self.L), held.to(A), strict=True)]
+        return torch.stack(carried), rest.expand(self.L, -1)
 
     def sites(self) -> Sites:
         """Return the sites of all samples, each array of shape (L, N)."""

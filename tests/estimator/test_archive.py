@@ -307,6 +307,7 @@ def test_names_in_a_file_are_a_contract():
         "inducing/coordinates",
         "inducing/groups",
         "factors/joint_covariance",
+        "factors/joint_draws",
         "factors/mean",
         "factors/scale/unconstrained",
         "factors/scale/unit",
