@@ -99,8 +99,8 @@ def training_of(
         plain = [part for part in model.prior.parts if isinstance(part, GaussianPrior)]
         steps += [(ClosedFormScale(part, least_scale), for_W) for part in plain]
     if moves_factors:
-        own = [*model.own_steps(loadings is None), *effect_steps(model)]
-        steps += [(step, for_W) for step in own]
+        beside = [*model.own_steps(loadings is None), *effect_steps(model)]
+        steps += [(step, for_W) for step in beside]
     by_gradient = _trained_by_gradient(settings, model, moves_factors, loadings is not None)
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)

@@ -5,11 +5,9 @@ The names in a file are those of the table `NAMES`, whatever attributes of the p
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Hashable
 from dataclasses import asdict
-from datetime import date, datetime
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -23,10 +21,10 @@ from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
 from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
+from pnmf_pyro.estimator.plain import label_of, plain_label, plain_parameters
 from pnmf_pyro.estimator.plan import History, likelihood_part
 from pnmf_pyro.estimator.prior import beside_plain, spatial_prior
-from pnmf_pyro.estimator.results import named
-from pnmf_pyro.estimator.stages import plain_stage, stage_of
+from pnmf_pyro.estimator.stages import stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
 from pnmf_pyro.gp.multi_group import check_group_distances
 from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
@@ -117,14 +115,14 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
     """Write a fitted estimator to one file; an object of the user in it is a ValueError."""
     header = {
         "parameters": plain_parameters(model),
-        "groups": None if model.groups_ is None else [_plain_label(g) for g in model.groups_],
+        "groups": None if model.groups_ is None else [plain_label(g) for g in model.groups_],
         "n_samples": model.model_.N,
         "elbo": model.elbo_,
         "elbo_se": model.elbo_se_,
         "stages": model.history_.stages,
         "mean_total": model.mean_total_,
         "likelihood": getattr(model, "likelihood_", None),
-        "design": None if model.design_ is None else model.design_.plain(_plain_label),
+        "design": None if model.design_ is None else model.design_.plain(plain_label),
         "keys": None if model.keys_ is None else asdict(model.keys_),
     }
     state = model.model_.state_dict().items()
@@ -140,66 +138,6 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
             f"this fit cannot be saved, since no use can be made of it: {error}"
         ) from error
     write_archive(path, header, arrays)
-
-
-def plain_parameters(model: Saved) -> dict[str, Any]:
-    """Return the parameters of an estimator as values that JSON can hold.
-
-    An object of the user, for which a file has no name, is a ValueError.
-    """
-    plain = {}
-    for name, value in model.get_params(deep=False).items():
-        if name == "random_state" and not isinstance(value, int | np.integer):
-            value = None  # it is only where a seed came from
-        if name == "init":
-            value = _named_starts(value)
-        try:
-            if name == "stages" and value is not None:
-                value = [plain_stage(one) for one in value]
-            plain[name] = json.loads(json.dumps(value, default=_plain_value))
-        except TypeError as error:
-            raise ValueError(
-                f"{name}={named(value)!r} cannot be saved: it is an object, and a file holds names "
-                "and numbers. Keep model_.state_dict() and the program that made the object."
-            ) from error
-    return plain
-
-
-def _named_starts(init: Any) -> Any:
-    """Return the starts of a fit that have names; loadings that it has left are not kept."""
-    if isinstance(init, list | tuple):
-        return [one for one in init if not isinstance(one, np.ndarray)] or None
-    return None if isinstance(init, np.ndarray) else init
-
-
-def _plain_value(value: object) -> Any:
-    """What JSON holds in the place of a number or array of numpy, or of a set."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    raise TypeError(f"{value!r} is an object")
-
-
-def _plain_label(label: Hashable) -> Any:
-    """The name of a group for JSON: text and numbers as they are, the rest with its kind."""
-    if isinstance(label, bytes):
-        return {"bytes": label.decode("latin-1")}
-    if isinstance(label, date):
-        return {"datetime" if isinstance(label, datetime) else "date": label.isoformat()}
-    return label
-
-
-def _label(plain: Any) -> Hashable:
-    if not isinstance(plain, dict):
-        return plain
-    ((kind, text),) = plain.items()
-    read = {
-        "bytes": lambda text: text.encode("latin-1"),
-        "date": date.fromisoformat,
-        "datetime": datetime.fromisoformat,
-    }
-    return read[kind](text)
 
 
 def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
@@ -235,7 +173,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     check_choice("likelihood", model.likelihood_, LIKELIHOODS)
     model.groups_ = _groups(header["groups"], state)
     plain = header.get("design")
-    model.design_ = None if plain is None else Design.of_plain(plain, _label)
+    model.design_ = None if plain is None else Design.of_plain(plain, label_of)
     y = _shape_of(model, header["n_samples"], state)
     module = PoissonFactorization(
         _prior(model, state, y),
@@ -278,7 +216,7 @@ def _groups(plain: list[Any] | None, state: dict[str, torch.Tensor]) -> list[Has
         return None
     if not isinstance(plain, list) or (distances is not None and len(distances) != len(plain)):
         raise ValueError(f"groups are {str(plain)[:80]}")
-    return [_label(one) for one in plain]
+    return [label_of(one) for one in plain]
 
 
 def _exposure(state: dict[str, torch.Tensor], y: torch.Tensor, design: Design | None) -> Exposure:
@@ -386,7 +324,7 @@ def check_usable(model: Saved) -> None:
     positive |= {
         "size_factors": module.size_factors,
         "scales of q": q.scale,
-        "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
+        "standard deviations of factors": torch.as_tensor(factor_uncertainty(model)),
     }
     never_negative |= {"components": torch.as_tensor(model.components_)}
     found = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,12 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("component")
     for kind in np.unique(number):
         columns = np.flatnonzero(number[order] == kind)
-        where = {"ha": "left", "va": "bottom", "rotation": 25, "rotation_mode": "anchor"}
+        where: dict[str, Any] = {
+            "ha": "left",
+            "va": "bottom",
+            "rotation": 25,
+            "rotation_mode": "anchor",
+        }
         ax.text(columns[0] - 0.3, -0.6, KINDS[kind], fontsize=8, **where)
         if columns[0] > 0:
             ax.axvline(columns[0] - 0.5, color="white", lw=2)
