@@ -229,7 +229,7 @@ class Exposure(nn.Module):
             return ((W @ (A @ A.mT)) * W).sum(1)
         found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
         n, d = len(factors), len(loadings)
-        size = max(1, BLOCK // d)
+        size = max(1, BLOCK // max(1, d))
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             e = self.block(rows)
@@ -242,7 +242,7 @@ class Exposure(nn.Module):
         assert self.design is not None
         assert self.effects is not None
         G, d = len(self.design), len(self.effects)
-        size = max(1, BLOCK // d)
+        size = max(1, BLOCK // max(1, d))
         for start in range(0, G, size):
             rows = slice(start, min(start + size, G))
             yield rows, (self.design[rows] @ self.effects.mT).exp()

@@ -111,14 +111,25 @@ class Kept:
         return Kept().__dict__
 
     def pass_over(
-        self, counts: Counts, A: Tensor, W: Tensor, inverse: Tensor, exposure: Exposure
+        self,
+        counts: Counts,
+        A: Tensor,
+        W: Tensor,
+        inverse: Tensor,
+        exposure: Exposure,
+        some: Tensor,
     ) -> Moments:
-        """Return the moments of factors, loadings and dispersions, from the last pass if equal."""
-        tensors = A, W, inverse
+        """Return the moments of factors, loadings and dispersions, from the last pass if equal.
+
+        The exposure is that of all features, of which `some` are looked at; steps move its effects.
+        """
+        tensors = [A, W, inverse, some]
+        tensors += [] if exposure.effects is None else [exposure.effects]
         known = len(self.given) and self.given[0] is counts and self.given[1] is exposure
         if known and all(map(torch.equal, self.given[2:], tensors)) and self.moments is not None:
             return self.moments
-        self.moments = moments(counts, A, W, inverse, exposure)
+        e = exposure if exposure.of_samples_alone else exposure.of(None, some)
+        self.moments = moments(counts, A, W, inverse, e)
         self.given = (counts, exposure, *(tensor.clone() for tensor in tensors))
         return self.moments
 
@@ -222,10 +233,9 @@ class NegativeBinomialFactors(PoissonFactors):
     def _pass(self, counts: Counts, A: Tensor, W: Tensor, exposure: Exposure) -> Moments:
         """Go over the entries of the dispersed features, whose loadings are W."""
         inverse = self.inverse[self.dispersed].to(A)
-        exposure = exposure if exposure.of_samples_alone else exposure.of(None, self.dispersed)
         seen = self.columns(counts)
         A, W = A.detach().contiguous(), W.detach().contiguous()
-        return self.kept.pass_over(seen, A, W, inverse, exposure)
+        return self.kept.pass_over(seen, A, W, inverse, exposure, self.dispersed)
 
     def columns(self, counts: Counts) -> Counts:
         """Return the counts of the dispersed features."""

@@ -230,7 +230,7 @@ def test_stored_counts_are_those_of_every_kind_of_table():
     dense = X.toarray()
     settings = PNMF(2)
     for table in (X, dense, torch.from_numpy(dense), torch.from_numpy(dense).to_sparse()):
-        counts = read_data(settings, table, None, None, None).counts
+        counts = read_data(settings, table, None, None).counts
         assert number_stored(table) == counts.values.numel()
 
 

@@ -98,6 +98,14 @@ def test_value_and_weighted_sums_are_those_of_dense_rates(dispersed, kind):
     np.testing.assert_allclose(counted(counts, found.exposure), given.X.T @ given.Z)
 
 
+def test_there_may_be_no_feature_of_a_kind():
+    given = Dense()
+    exposure = given.likelihood(False).exposure.of(None, torch.arange(0))
+    A, W = torch.from_numpy(given.A), torch.zeros(0, L, dtype=torch.float64)
+    assert exposure.totals(A).shape == (0, L)
+    assert exposure.weighted(A, W, exposure.design).shape == (0, B + C)
+
+
 def test_batches_of_a_poisson_move_to_the_maximum():
     """Counts of a batch over its expected counts, as a loop over batches and features says."""
     given = Dense(covariates=False)
