@@ -26,7 +26,6 @@ from benchmarks.measure import (
     table,
     timed,
 )
-from benchmarks.selection import select
 from benchmarks.solves import solves
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.hold_out import thin_counts
@@ -52,7 +51,6 @@ SVGP_GROWTH = {
 BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
-BENCHMARKS["select"] = select
 BENCHMARKS["coverage"] = coverage.coverage
 
 

@@ -21,7 +21,7 @@ LEAST_TOTAL = 0.05
 Factors = tuple[np.ndarray, np.ndarray]
 
 # Multiplicative updates of factors from loadings that are given; the fit goes on from there.
-UPDATES = 5
+UPDATES = 30
 
 # Smallest factor kept before taking logs, relative to the component's mean.
 FLOOR = 1e-2

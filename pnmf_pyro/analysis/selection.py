@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.hold_out import HOLD_OUT, Split
 from pnmf_pyro.analysis.matching import match_factors
-from pnmf_pyro.analysis.merging import merged
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count, check_counts, check_size_factors
 from pnmf_pyro.data.counts import CountsLike
@@ -176,8 +175,7 @@ def select_n_components(
     train_fraction : float in (0, 1), optional
         Share of the counts, or of the entries, to fit to; 0.5 and 0.9 unless given.
     n_jobs : int, optional
-        Number of processes that fit at the same time; -1 for all cores, 1 unless given. Without
-        coordinates each has splits of its own, so that there is no use for more than `n_seeds`.
+        Number of processes that fit at the same time; -1 for all cores, 1 unless given.
     random_state : int, RandomState, Generator or None
         Seed of the splits and the fits; None for different ones at each call.
     verbose : bool or int
@@ -188,12 +186,6 @@ def select_n_components(
     Returns
     -------
     ComponentSelection
-
-    Notes
-    -----
-    Without coordinates the largest number of components is fitted first, and each other fit starts
-    from the next larger one, see :mod:`~pnmf_pyro.analysis.merging`: a half to a third of the time,
-    for curves that are as low. In space fits spend their time elsewhere, and each starts afresh.
 
     Examples
     --------
@@ -231,17 +223,14 @@ def select_n_components(
     s = None if s is None else s.numpy()
     seen = None if hidden is None else hidden.numpy().toarray() == 0
     split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, float(fraction))
-    trials = delayed(partial(_trials, split, s, given))
-    afresh = coordinates is not None or "init" in parameters
-    chains = [[number] for number in numbers] if afresh else [numbers]
-    tasks = [trials(chain, seed) for chain in chains for seed in seeds]
-    found: dict[int, list[tuple[float, np.ndarray]]] = {number: [] for number in numbers}
-    with progress_bar(len(numbers) * n_seeds, int(verbose), "fits") as progress:
-        for results in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
-            for number, result in results.items():
-                found[number].append(result)
-                progress.update()
-    by_number = [found[number] for number in numbers]
+    trial = delayed(partial(_trial, split, s, given))
+    tasks = [trial(number, seed) for number in numbers for seed in seeds]
+    found = []
+    with progress_bar(len(tasks), int(verbose), "fits") as progress:
+        for result in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
+            found.append(result)
+            progress.update()
+    by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
     paired = [combinations([W for _, W in results], 2) for results in by_number]
     return ComponentSelection(
         numbers,
@@ -251,17 +240,14 @@ def select_n_components(
     )
 
 
-def _trials(
+def _trial(
     split: Callable[[np.random.RandomState], Split],
     size_factors: np.ndarray | None,
     parameters: dict[str, Any],
-    numbers: list[int],
+    number: int,
     seed: int,
-) -> dict[int, tuple[float, np.ndarray]]:
-    """Fit one part of the counts, predict the other: held-out deviances and loadings (D, L).
-
-    The largest number comes first, and each fit starts from the one before.
-    """
+) -> tuple[float, np.ndarray]:
+    """Fit one part of the counts, predict the other: held-out deviance and loadings (D, L)."""
     parts = split(np.random.RandomState(seed))
     seen = np.flatnonzero(np.asarray(parts.train.sum(0)).ravel() > 0)
     if not len(seen):
@@ -269,20 +255,14 @@ def _trials(
             "X has too few counts to hold some out: none is left to fit. Use a larger "
             "train_fraction."
         )
-    n_features, parts, found = parts.train.shape[1], parts.of_features(seen), {}
+    loadings, parts = np.zeros((parts.train.shape[1], number)), parts.of_features(seen)
     given = {"size_factors": size_factors, "random_state": seed, **parameters}
-    for number in sorted(numbers, reverse=True):
-        model = fit(parts.train, n_components=number, mask=parts.seen, **given)
-        factors, W = np.asarray(get_factors(model)), np.asarray(get_loadings(model))
-        if size_factors is not None:
-            factors = factors * size_factors[:, None].astype(factors.dtype)
-        loadings = np.zeros((n_features, number))
-        loadings[seen] = W
-        found[number] = parts.deviance(factors, W, model.model_.exposure), loadings
-        smaller = [other for other in numbers if other < number]
-        if smaller:
-            given["init"] = merged(W, factors, max(smaller))
-    return found
+    model = fit(parts.train, n_components=number, mask=parts.seen, **given)
+    factors, W = np.asarray(get_factors(model)), np.asarray(get_loadings(model))
+    if size_factors is not None:
+        factors = factors * size_factors[:, None].astype(factors.dtype)
+    loadings[seen] = W
+    return parts.deviance(factors, W, model.model_.exposure), loadings
 
 
 def _checked_numbers(n_components: Iterable[int], largest: int) -> list[int]:

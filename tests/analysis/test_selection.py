@@ -11,7 +11,6 @@ from sklearn.metrics import mean_poisson_deviance
 import pnmf_pyro
 from pnmf_pyro import PNMF, match_factors, select_n_components
 from pnmf_pyro.analysis.hold_out import thin_counts
-from pnmf_pyro.analysis.merging import merged
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors, get_loadings
@@ -119,25 +118,6 @@ def test_deviances(sized):
         for k, number in enumerate((1, 3)):
             twin = [twin_deviance(table, number, int(seed), 0.6, s) for seed in seeds]
             np.testing.assert_allclose(found.deviance[k], twin, rtol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_each_fit_starts_from_the_next_larger():
-    """The largest as it comes, the others from its loadings with components made one."""
-    X = simulate(0, 30, 12, 2)[0]
-    s = np.random.default_rng(0).uniform(0.5, 2, 30)
-    given = {"mode": "lower-bound", "max_iter": 30, "size_factors": s}
-    found = select_n_components(X, [1, 2, 4], n_seeds=2, random_state=0, **given)
-    seed = int(np.random.RandomState(0).randint(2**31 - 1, size=2)[1])
-    train, test = thin_counts(X, 0.5, np.random.RandomState(seed))
-    init = {}
-    for row, number in ((2, 4), (1, 2), (0, 1)):
-        model = pnmf_pyro.fit(train, n_components=number, random_state=seed, **given, **init)
-        factors = s[:, None] * get_factors(model)
-        rate = factors @ model.components_
-        expected = mean_poisson_deviance(test.ravel(), rate.ravel())
-        assert found.deviance[row, 1] == pytest.approx(expected, rel=1e-3)
-        init = {"init": merged(get_loadings(model), factors, max(number // 2, 1))}
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

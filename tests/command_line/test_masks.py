@@ -156,6 +156,13 @@ def test_errors_name_the_mask(arguments, message, folder, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_mask_is_not_overwritten(folder, seen, tmp_path, capsys):
+    sp.save_npz(tmp_path / "mask.npz", sp.csr_matrix(seen))
+    masked = (folder / "counts.csv", "--mask", tmp_path / "mask.npz")
+    assert run("fit", *masked, "--out", tmp_path / "mask.npz", *SHORT) == 2
+    assert "--out would overwrite --mask" in capsys.readouterr().err
+
+
 def test_missing_cells_that_are_not_hidden_are_refused(folder, seen, tmp_path, capsys):
     more = seen.copy()
     more[np.argwhere(~seen)[0][0], np.argwhere(~seen)[0][1]] = True
