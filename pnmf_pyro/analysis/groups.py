@@ -124,11 +124,12 @@ class GroupLevels:
         """Kind, groups that stand out, fold and tau of a component of these levels, (G,)."""
         order = np.argsort(-levels, kind="stable")
         ranked = np.maximum(levels[order], max(LEAST * levels.max(), np.finfo(float).tiny))
-        ratios = ranked[:-1] / ranked[1:]
-        n, G = int(ratios.argmax()) + 1, len(levels)
+        G = len(levels)
+        ratios = (ranked[:-1] / ranked[1:])[: G // 2]
+        n = int(ratios.argmax()) + 1
         tau = float((1 - ranked / ranked[0]).sum() / (G - 1))
         fold = float(ratios[n - 1])
-        if fold < self.fold or n > G / 2:
+        if fold < self.fold:
             return UNIVERSAL, (), fold, tau
         kind = SPECIFIC if n == 1 else ENRICHED
         return kind, tuple(self.groups[g] for g in order[:n]), fold, tau
@@ -138,8 +139,8 @@ def group_levels(fit: PNMF, fold: float = 2.0) -> GroupLevels:
     """Return the levels of components in groups, and which are universal, enriched or specific.
 
     Groups are ranked by the level of a component and divided where the ratio of one level to the
-    next is the largest. Where that is `fold` at least, and at most half of the groups are above it,
-    the component is *specific* to the one group above, or *enriched* in the several; any other is
+    next is the largest, with at most half of them above. Where that is `fold` at least the
+    component is *specific* to the one group above, or *enriched* in the several; any other is
     *universal*.
 
     Parameters

@@ -105,11 +105,10 @@ def default_stages(settings: Settings, prior: Prior) -> Sequence[Stage]:
     has settled. So is the part of q(F) that is correlated over places that have neighbours. Where
     only some components are of fields, a warm-up says which.
     """
-    sorts = 0 < len(prior.fields) < len(prior.parts)
-    stages: list[Stage] = [WarmUp(), Settle()] if sorts else [Settle()]
+    stages: list[Stage] = [WarmUp(), Settle()] if prior.is_mixed else [Settle()]
     if learned(settings) or (settings.spatial and isinstance(settings.kernel, list | tuple)):
         no_bound = not closed_form(settings)
-        first = WarmUp() if no_bound or sorts else Settle(mode="lower-bound")
+        first = WarmUp() if no_bound or prior.is_mixed else Settle(mode="lower-bound")
         stages = [first, LearnHyperparameters(), Settle()]
     if any(isinstance(part, LCGP) for part in prior.parts):
         stages += [Correlate(), Settle()]

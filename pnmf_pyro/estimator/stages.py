@@ -170,13 +170,14 @@ class WarmUp:
                 run.prepare = partial(hand_down, *last, coarse, level.centres)
             runs.append(run)
             last = coarse, level
-        ordered = Run("order", prepare=partial(arrange, draft.trained, model.prior))
+        order = Run("order", prepare=partial(arrange, draft.trained, model.prior))
+        ordered = [order] if model.prior.is_mixed else []
         if last is None:
-            return [self._early(draft, draft.trained), ordered]
+            return [self._early(draft, draft.trained), *ordered]
         samples = self._run(draft, "samples", draft.trained, loadings=None)
         samples.prepare = partial(hand_down, *last, draft.trained, np.arange(model.N))
         samples.most_steps = SAMPLE_STEPS
-        return [*runs, samples, ordered]
+        return [*runs, samples, *ordered]
 
     def _early(self, draft: Draft, model: PoissonFactorization) -> Run:
         """A run that ends early: settled, factors of single samples fit their noise."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -41,13 +41,8 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("component")
     for kind in np.unique(number):
         columns = np.flatnonzero(number[order] == kind)
-        where: dict[str, Any] = {
-            "ha": "left",
-            "va": "bottom",
-            "rotation": 25,
-            "rotation_mode": "anchor",
-        }
-        ax.text(columns[0] - 0.3, -0.6, KINDS[kind], fontsize=8, **where)
+        text = ax.text(columns[0] - 0.3, -0.6, KINDS[kind], fontsize=8, va="bottom")
+        text.set(rotation=25, rotation_mode="anchor")
         if columns[0] > 0:
             ax.axvline(columns[0] - 0.5, color="white", lw=2)
     bar = ax.figure.colorbar(image, ax=ax)

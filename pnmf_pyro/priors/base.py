@@ -136,6 +136,11 @@ class Prior(nn.Module):
         """Parts that are over places."""
         return tuple(part for part in self.parts if part.places is not None)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some parts are over places and others are not."""
+        return 0 < len(self.fields) < len(self.parts)
+
     def of_parts(self) -> Iterator[tuple[Prior, slice]]:
         """Return each part with the numbers of its components."""
         start = 0

@@ -58,7 +58,7 @@ def arrangement(prior: Prior, log_factors: Tensor) -> Tensor | None:
         Log-factors of the components in the order that they have.
     """
     places = prior.places
-    if places is None or len(prior.fields) == len(prior.parts):
+    if places is None or not prior.is_mixed:
         return None
     of_field = torch.cat(
         [torch.full((part.L,), part.places is not None) for part in prior.parts]
