@@ -121,7 +121,8 @@ def check_coordinates(
             f"coordinates must be finite; {len(bad)} samples have NaN or infinity there, the first "
             f"is sample {bad[0]}. Remove these samples."
         )
-    far, span = np.abs(values).max(initial=0), np.ptp(values, axis=0).max(initial=0)
+    far = np.abs(values).max(initial=0)
+    span = np.ptp(values, axis=0).max() if len(values) else 0.0
     if far > FARTHEST or 0 < span < 1 / FARTHEST:
         raise ValueError(
             f"coordinates must be from {1 / FARTHEST:g} to {FARTHEST:g} apart, since distances "

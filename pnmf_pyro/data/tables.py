@@ -99,7 +99,7 @@ def number_stored(X: Any) -> int:
     if isinstance(X, Tensor):
         return X.numel() if X.layout == torch.strided else int(X._nnz())
     if _is_sparse_frame(X):
-        return round(X.sparse.density * X.size)
+        return round(X.sparse.density * X.size) if X.size else 0
     return int(X.nnz) if sp.issparse(X) else X.shape[0] * X.shape[1]
 
 

@@ -153,6 +153,8 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
     """
     X = plain_table(X)
     columns = getattr(X, "columns", None)
+    if columns is not None and 0 in X.shape:
+        raise ValueError(f"X must have a sample and a feature at least; got a table of {X.shape}.")
     if not getattr(columns, "is_unique", True):
         raise ValueError("X has columns of one name. Name each feature once, or pass an array.")
     if isinstance(X, torch.Tensor):
@@ -164,13 +166,13 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
             X = checked_csr(X)
         try:
             X = validate_data(settings, X, reset=reset, accept_sparse="csr", dtype="numeric")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if "contains NaN" in str(error):
                 raise ValueError(
                     "X must be finite, and contains NaN. Say with mask= which entries are observed "
                     "(True) and which are hidden (False), or remove their samples or features."
                 ) from error
-            if "could not convert" not in str(error):
+            if isinstance(error, ValueError) and "could not convert" not in str(error):
                 raise
             raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
     if names is not None:

@@ -245,7 +245,7 @@ _LIMITS = {
     "scheduler_div_factor": (1.0, inf),
     "scheduler_final_div_factor": (1.0, inf),
     "min_lr": (0.0, inf),
-    "group_diff_param": (0.0, inf),
+    "group_diff_param": (0.0, 1e100),
 }
 _FLAGS = (
     *("shuffle", "spatial", "local", "multigroup", "train_lengthscale", "diagonal_only"),

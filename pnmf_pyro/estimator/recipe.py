@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
     "scale_pf": "auto",
     "E": "fixed",
     "init": (None, "biwhitened"),
-    "max_iter": 600,
+    "max_iter": 4000,
     "tol": 1e-3,
     "random_state": 0,
     "stages": (WarmUp(), Settle()),

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 
+from pnmf_pyro.data.checks import check_choice
 from pnmf_pyro.data.counts import SparseCounts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places
@@ -26,7 +27,7 @@ from pnmf_pyro.estimator.results import named
 from pnmf_pyro.estimator.stages import plain_stage, stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
 from pnmf_pyro.gp.multi_group import check_group_distances
-from pnmf_pyro.models import PoissonFactorization
+from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior, Prior
 from pnmf_pyro.transforms import factor_uncertainty, get_factors
 
@@ -206,8 +207,8 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     check_parameters(model)
     state = {held: torch.from_numpy(arrays[name]) for name, held in NAMES.items() if name in arrays}
     model.likelihood_ = header.get("likelihood") or "poisson"
-    groups = header["groups"]
-    model.groups_ = None if groups is None else [_label(plain) for plain in groups]
+    check_choice("likelihood", model.likelihood_, LIKELIHOODS)
+    model.groups_ = _groups(header["groups"], state)
     y = _shape_of(model, header["n_samples"], state)
     module = PoissonFactorization(
         _prior(model, state, y),
@@ -233,6 +234,16 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.mean_total_ = _mean_total(header.get("mean_total"))
     model.keys_ = _keys(header.get("keys"))
     return model
+
+
+def _groups(plain: list[Any] | None, state: dict[str, torch.Tensor]) -> list[Hashable] | None:
+    """The names of groups, of which there are as many as a kernel has distances."""
+    distances = state.get("prior.kernel.group_distances")
+    if plain is None:
+        return None
+    if not isinstance(plain, list) or (distances is not None and len(distances) != len(plain)):
+        raise ValueError(f"groups are {str(plain)[:80]}")
+    return [_label(one) for one in plain]
 
 
 def _exposure(state: dict[str, torch.Tensor], D: int) -> Exposure:
@@ -303,9 +314,14 @@ def check_usable(model: Saved) -> None:
     """Raise a ValueError unless all that a fitted estimator is asked for is a number."""
     module = model.model_
     kernel = getattr(module.prior, "kernel", None)
+    width = getattr(module.prior, "scale_pf", None)
+    with torch.no_grad():
+        q = module.prior.marginal()
     positive = {
         "size_factors": module.size_factors,
-        "prior/scale": getattr(module.prior, "scale_pf", None),
+        "prior/scale, squared,": None if width is None else width.square(),
+        "scales of q": q.scale,
+        "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
         **{name: getattr(kernel, name, None) for name in ("lengthscale", "sigma")},
     }
     never_negative = {
@@ -316,7 +332,6 @@ def check_usable(model: Saved) -> None:
         **module.state_dict(),
         **_elsewhere(module.prior),
         "factors": get_factors(model, return_tensor=True),
-        "standard deviations of factors": factor_uncertainty(model, return_tensor=True),
         "history": torch.tensor(model.history_, dtype=torch.float64),
         "elbo": torch.tensor(float(model.elbo_)),
         **positive,

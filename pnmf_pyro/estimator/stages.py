@@ -212,7 +212,7 @@ class WarmUp:
             loadings=loadings,
             least_scale=LEAST_SCALE,
         )
-        training.warns = False
+        training.warns = model is draft.model
         return Run(name, training)
 
 

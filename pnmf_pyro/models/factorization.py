@@ -144,7 +144,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
                 f"prior must be over L={L} components and N={self.N} samples, like y and L; it is "
                 f"over L={prior.L} and N={prior.N}."
             )
-        self.L = L
+        self.L = prior.L
         self.prior = prior
         self.loadings_mode = loadings_mode
         self.mode = mode

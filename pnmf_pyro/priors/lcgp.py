@@ -146,7 +146,7 @@ class LCGP(Prior):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.L, self.N = L, len(places)
+        self.L, self.N = int(L), len(places)
         self.kernel, self.dtype, self.seed = as_spatial_kernel(kernel), dtype, seed
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)

@@ -107,8 +107,8 @@ class SVGP(Prior):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.L, self.N, self.M = L, len(places), len(inducing)
-        self.matrix_entries = L * self.M * self.N
+        self.L, self.N, self.M = int(L), len(places), len(inducing)
+        self.matrix_entries = self.L * self.M * self.N
         self.kernel, self.jitter, self.dtype = as_spatial_kernel(kernel), jitter, dtype
         self.register_buffer("place_coordinates", places.coordinates)
         self.register_buffer("place_groups", places.groups)

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
 
 logger = logging.getLogger("pnmf_pyro")
+
+# Relative change of a hyperparameter that is a move.
+MOVED = 1e-4
 
 # Values from which on groups share all there is or nothing; and what to say of ends.
 ENDS = {"group_diff_param": (0.01, 1000.0)}
@@ -32,12 +36,14 @@ TOLD_BY = {
 
 
 def warn_of_ends(
-    learned: Mapping[str, Tensor], grids: Mapping[str, Sequence[float] | np.ndarray]
+    learned: Mapping[str, Tensor],
+    grids: Mapping[str, Sequence[float] | np.ndarray],
+    start: Mapping[str, Tensor],
 ) -> None:
     """Warn of lengthscales and differences between groups that the samples do not tell.
 
-    That is where all components are at an end. Some that hardly vary over the places are no fault
-    of a fit, and the log names them.
+    That is where all components are at an end, or did not move. Some that hardly vary over the
+    places are no fault of a fit, and the log names them.
 
     Parameters
     ----------
@@ -45,9 +51,17 @@ def warn_of_ends(
         Values by name, of each component.
     grids : dict of sequence of float
         What was tried, by name, rising.
+    start : dict of Tensor of shape (C,)
+        Values from which the search set out.
     """
     said = []
     for name, values in learned.items():
+        if torch.allclose(values, start[name], rtol=MOVED, atol=0):
+            said.append(
+                f"The {name} did not move from {start[name][0]:.3g}, where its search began: no "
+                "other value that was tried predicts samples better, so the counts do not tell it."
+            )
+            continue
         low, high = ENDS.get(name) or (grids[name][0], grids[name][-1])
         ends = values <= 1.01 * low, values >= 0.99 * high
         for at_end, told in zip(ends, TOLD_BY[name], strict=True):

@@ -125,7 +125,8 @@ class HyperparameterSearch:
         self.observe(source)
         values, mean = self._best_of_grid()
         values, mean = self._descend(self._apart(values, mean), mean)
-        warn_of_ends({k: values[k] for k in LENGTHS if k in self.names}, self._grids())
+        learned = {k: values[k] for k in LENGTHS if k in self.names}
+        warn_of_ends(learned, self._grids(), self.kernel.hyperparameters)
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self.kernel, name).copy_(value)

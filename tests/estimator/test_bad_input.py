@@ -3,12 +3,14 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from pnmf_pyro import PNMF
+from pnmf_pyro.transforms import get_factors
 from tests.support.data import with_entry
 from tests.support.settings import NATURAL
 
@@ -33,8 +35,11 @@ def test_entries(convert, entry, message):
         (np.full((4, 3), "gene"), "strings|text"),
         ("counts.csv", "array"),
         (None, "array|None"),
+        (np.full((4, 3), 1j, dtype=object), "X must hold numbers"),
+        (pd.DataFrame(), "a sample and a feature at least"),
+        (pd.DataFrame.sparse.from_spmatrix(sp.csr_matrix((0, 0))), "a sample and a feature"),
     ],
-    ids=["no samples", "no features", "vector", "words", "path", "none"],
+    ids=["no samples", "no features", "vector", "words", "path", "none", "complex", "frame", "sp"],
 )
 def test_tables(table, message):
     with pytest.raises(ValueError, match=message):
@@ -64,11 +69,22 @@ def test_tables(table, message):
         ("scheduler_pct_start", 2),
         ("random_state", "seed"),
         ("random_state", -1),
+        ("group_diff_param", float("inf")),
     ],
 )
 def test_parameters(parameter, value):
     with pytest.raises(ValueError, match=parameter):
         PNMF(**{parameter: value}).fit(X)
+
+
+def test_numbers_of_a_small_type_and_no_places():
+    places = np.random.default_rng(0).uniform(size=(20, 2))
+    settings = {"spatial": True, "num_inducing": 8, "lengthscale": 0.3, "max_iter": 5, "tol": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = PNMF(np.uint8(3), **settings).fit(X, coordinates=places)
+    assert get_factors(model).shape == (20, 3)
+    assert model.transform(None, places[:0]).shape == (0, 3)
 
 
 def test_too_many_components_names_both_sizes():

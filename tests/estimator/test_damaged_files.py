@@ -346,3 +346,29 @@ def test_loadings_and_components_must_agree(saved, tmp_path):
     refused(tmp_path / "a.npz", data, "not those of its loadings")
     data = with_member(saved[0]["plain"], "loadings/unconstrained", npy(-components.T))
     refused(tmp_path / "a.npz", data, "components")
+
+
+@pytest.mark.parametrize("likelihood", [-1, "gamma", [1]])
+def test_likelihoods_that_the_package_does_not_name(likelihood, saved, tmp_path):
+    data = with_header(saved[0]["natural"], lambda header: header | {"likelihood": likelihood})
+    refused(tmp_path / "a.npz", data, "likelihood must be one of")
+
+
+@pytest.mark.parametrize("groups", ["x" * 10**4, ["a"], list(range(10**4)), {"a": 1}])
+def test_groups_that_are_not_those_of_the_kernel(groups, saved, tmp_path):
+    data = with_header(saved[0]["groups"], lambda header: header | {"groups": groups})
+    refused(tmp_path / "a.npz", data, "groups are")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("natural", "prior/scale", 1e-300),
+        ("plain", "factors/scale/unconstrained", -1e30),
+        ("groups", "factors/joint_covariance", 0.0),
+    ],
+)
+def test_spreads_of_nothing(kind, name, value, saved, tmp_path):
+    held = np.load(io.BytesIO(members(saved[0][kind])[f"{name}.npy"]))
+    data = with_member(saved[0][kind], name, npy(np.full_like(held, value)))
+    refused(tmp_path / "a.npz", data, "must not be negative or too small")

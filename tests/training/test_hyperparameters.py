@@ -130,10 +130,21 @@ def test_an_end_that_all_components_reach_is_said_and_that_of_one_logged(
     )
     both, one = (torch.tensor([other, value], dtype=torch.float64) for other in (value, 0.3))
     with pytest.warns(ConvergenceWarning, match=f"The {name} was learned as .*{said}"):
-        warn_of_ends({name: both}, search._grids())
+        warn_of_ends({name: both}, search._grids(), {name: one})
     with caplog.at_level("INFO", logger="pnmf_pyro"):
-        warn_of_ends({name: one}, search._grids())
+        warn_of_ends({name: one}, search._grids(), {name: both})
     assert f"The {name} of components [1] was learned as" in caplog.text
+
+
+def test_a_lengthscale_that_did_not_move_is_said(data):
+    X, x, *_ = data
+    module = PNMF(2, **{**STEPS, "max_iter": 5, "tol": 0}).fit(X, coordinates=x).model_
+    search = HyperparameterSearch(
+        module, as_counts(X), ["lengthscale"], "leave-one-out", np.random.RandomState(0)
+    )
+    search.loss = lambda values, mean: mean.sum() * 0 + values["lengthscale"].sum() * 0
+    with pytest.warns(ConvergenceWarning, match="The lengthscale did not move from"):
+        search.learn_from(module)
 
 
 def refit_given_loadings(X, x, W):
