@@ -18,14 +18,15 @@ class FitFacts:
         Distribution of the counts.
     n_components : int
         Number of components.
-    sized, spatial : bool
-        Whether it has size factors, and places.
+    sized, spatial, batched : bool
+        Whether it has size factors, places, and effects of batches or covariates.
     """
 
     likelihood: str
     n_components: int
     sized: bool
     spatial: bool
+    batched: bool
 
     @classmethod
     def of(cls, module: PoissonFactorization) -> FitFacts:
@@ -40,6 +41,7 @@ class FitFacts:
             module.L,
             module.size_factors is not None,
             module.prior.places is not None,
+            module.exposure.design is not None,
         )
 
     @property
@@ -108,8 +110,9 @@ def meanings(name: str, of: str, fit: FitFacts) -> tuple[str, str, str]:
         )
     if name == "correlation":
         noise = fit.varied if fit.likelihood == "poisson" else fit.fewer
+        beside = "" if fit.batched else ", or pass batches= where samples were made in batches"
         return (
-            f"features go together more than the components explain: {fit.more}",
+            f"features go together more than the components explain: {fit.more}{beside}",
             "features go together less than the model says, as noise beyond its likelihood makes "
             f"them: {noise}",
             follow + fit.more,

@@ -17,6 +17,7 @@ from pnmf_pyro.analysis.matching import match_factors
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count, check_counts, check_size_factors
 from pnmf_pyro.data.counts import CountsLike
+from pnmf_pyro.data.design import Covariates, Labels, from_obs
 from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
@@ -139,6 +140,8 @@ def select_n_components(
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     size_factors: ArrayLike | None = None,
+    batches: Labels = None,
+    covariates: Covariates = None,
     mask: Mask = None,
     hold_out: str = "thinning",
     n_seeds: int = 5,
@@ -166,6 +169,8 @@ def select_n_components(
         Numbers to try.
     coordinates, groups, size_factors : array-like, optional
         Places, groups and size factors of the samples, as for :func:`~pnmf_pyro.fit`.
+    batches, covariates : array-like, str or list of str, optional
+        What has effects on features, as for :func:`~pnmf_pyro.fit`.
     mask : array-like or sparse matrix of shape (n_samples, n_features), optional
         True where an entry is observed; what is hidden is neither fitted nor predicted.
     hold_out : {'thinning', 'entries'}
@@ -200,11 +205,7 @@ def select_n_components(
     """
     from joblib import Parallel, delayed
 
-    if named := [name for name in ("batches", "covariates") if parameters.get(name) is not None]:
-        raise ValueError(
-            f"{named[0]} is not for select_n_components, whose held-out counts know no effects; "
-            "leave it out to choose the number, and fit with it then."
-        )
+    beside = dict(zip(("batches", "covariates"), from_obs(X, batches, covariates), strict=True))
     keys = AnnDataKeys(**{key: parameters.pop(key) for key in READ & parameters.keys()})
     X, coordinates, groups = keys.take_apart(X, coordinates, groups, parameters.get("spatial"))
     X, hidden = hide(X, mask)
@@ -219,7 +220,7 @@ def select_n_components(
         raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
-    given = {"coords": coordinates, "groups": groups} | FAST | parameters
+    given = {"coords": coordinates, "groups": groups} | beside | FAST | parameters
     s = None if s is None else s.numpy()
     seen = None if hidden is None else hidden.numpy().toarray() == 0
     split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, float(fraction))

@@ -328,7 +328,7 @@ def check_usable(model: Saved) -> None:
     }
     never_negative |= {"components": torch.as_tensor(model.components_)}
     found = {
-        **module.state_dict(),
+        **{name: held.float() for name, held in module.state_dict().items()},  # draws are float32
         **_elsewhere(module.prior),
         "factors": get_factors(model, return_tensor=True),
         "history": torch.tensor(model.history_, dtype=torch.float64),
@@ -340,7 +340,7 @@ def check_usable(model: Saved) -> None:
         if values is not None and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite numbers")
         if values is not None and values.numel() and name in {*positive, *never_negative}:
-            lowest = float(values.min())
+            lowest = float(values.float().min())
             if lowest < 0 or (lowest == 0 and name in positive):
                 raise ValueError(f"{name} must not be negative or too small; got {lowest:g}")
     _check_names(model)

@@ -29,11 +29,11 @@ from pnmf_pyro.priors.joint import as_expected, expected_ratio, unpacked
 
 # Draws that a field keeps, at most and at least, as many as there are numbers for; and their seed.
 MOST_DRAWS, FEWEST_DRAWS = 48, 8
-MOST_NUMBERS = 1 << 23
+MOST_NUMBERS = 1 << 21
 SEED = 0
 
 # Numbers in the right sides for all L^2 directions, beyond which places are taken one by one.
-MOST_DIRECTIONS = 1 << 25
+MOST_DIRECTIONS = 1 << 22
 
 
 @torch.no_grad()

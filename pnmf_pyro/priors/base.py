@@ -330,7 +330,8 @@ class Prior(nn.Module):
         if f"{prefix}joint_covariance" in state_dict:
             self.joint_covariance = torch.empty(self.N, self.L * (self.L + 1) // 2)
         if (draws := state_dict.get(f"{prefix}joint_draws")) is not None:
-            self.joint_draws = torch.empty_like(draws)
+            rows = getattr(self, "M", self.N) + 1
+            self.joint_draws = torch.empty(self.L, rows, draws.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def watch(self, q: Normal) -> Normal:

@@ -127,27 +127,35 @@ class JointFieldAt:
 
     @torch.no_grad()
     def marginal(self, index: Tensor | None = None) -> Normal:
-        """Return the marginals at the places `index` (all if None), with loc and scale (L, n)."""
+        """Return the marginals at the places `index` (all if None), with loc and scale (L, n).
+
+        No place is less sure than the prior.
+        """
         places = self.places.take(index)
         q = self.prior.at(places).marginal()
         deviations, rest = _deviations(self.prior, self.kept, places)
-        variance = (rest + deviations.square().mean(-1)).to(q.loc)
+        most = self.prior.kernel.variance(places.to(rest.device))
+        variance = torch.minimum(rest + deviations.square().mean(-1), most).to(q.loc)
         return Normal(q.loc + (q.variance - variance) / 2, variance.sqrt(), validate_args=False)
 
     @torch.no_grad()
     def draws(self, n_draws: int) -> Draws:
         """Return a function from the numbers of places to draws there, (n_draws, L, n).
 
-        Calls for different places belong to the same draws, but for what the samples leave open at
-        each place, which is drawn for each.
+        Calls for different places belong to the same draws. What the samples leave open goes
+        together over places as in draws of q(F).
         """
+        of_q = self.prior.at(self.places).draws(n_draws)
         mixed = torch.randn(n_draws, self.kept.shape[-1]) / self.kept.shape[-1] ** 0.5
 
         def draw(index: Tensor | None) -> Tensor:
-            places, loc = self.places.take(index), self.marginal(index).loc
+            places, joint = self.places.take(index), self.marginal(index)
+            q = self.prior.at(places).marginal()
             deviations, rest = _deviations(self.prior, self.kept, places)
             found = torch.einsum("lnr,er->eln", deviations, mixed.to(deviations))
-            return loc + (found + rest.sqrt() * torch.randn_like(found)).to(loc)
+            found += rest.sqrt() * ((of_q(index) - q.loc) / q.scale)
+            spread = (rest + deviations.square().mean(-1)).sqrt()
+            return joint.loc + joint.scale * (found / spread).to(joint.loc)
 
         return draw
 

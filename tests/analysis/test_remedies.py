@@ -17,9 +17,9 @@ from tests.support.data import simulate
 
 KNOWN = {*inspect.signature(pnmf_pyro.fit).parameters, *PNMF().get_params()}
 EVERY = [
-    FitFacts(likelihood, L, sized, spatial)
-    for likelihood, L, sized, spatial in itertools.product(
-        ("poisson", "negative-binomial", "own"), (1, 5), (False, True), (False, True)
+    FitFacts(likelihood, L, *has)
+    for likelihood, L, *has in itertools.product(
+        ("poisson", "negative-binomial", "own"), (1, 5), *[(False, True)] * 3
     )
 ]
 
@@ -36,6 +36,7 @@ def test_each_side_names_an_argument_that_exists(name, fit):
             assert f'likelihood="{fit.likelihood}"' not in words
             assert not (fit.sized and "size_factors" in words)
             assert not (fit.spatial and "coords" in words)
+            assert not (fit.batched and "batches" in words)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,10 @@ def test_facts_of_fits(overdispersed):
     places = np.random.default_rng(0).uniform(size=(100, 2))
     short = {"n_components": 2, "max_iter": 3, "tol": 0}
     plain = pnmf_pyro.fit(overdispersed, size_factors="total", **short)
-    other = pnmf_pyro.fit(overdispersed, places, likelihood="negative-binomial", **short)
-    assert FitFacts.of(plain.model_) == FitFacts("poisson", 2, True, False)
-    assert FitFacts.of(other.model_) == FitFacts("negative-binomial", 2, False, True)
+    how = {"likelihood": "negative-binomial", "batches": np.arange(100) % 2}
+    other = pnmf_pyro.fit(overdispersed, places, **how, **short)
+    assert FitFacts.of(plain.model_) == FitFacts("poisson", 2, True, False, False)
+    assert FitFacts.of(other.model_) == FitFacts("negative-binomial", 2, False, True, True)
 
     class Own(PoissonFactorization):
         def likelihood(self, F, batch):

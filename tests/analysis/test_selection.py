@@ -3,6 +3,7 @@
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from sklearn.exceptions import NotFittedError
@@ -248,3 +249,16 @@ def test_six_components_are_found():
         X = simulate(seed, 120, 40, 6)[0]
         found = select_n_components(X[:, X.sum(0) > 0], range(2, 13), random_state=seed)
         assert 5 <= found.chosen <= 7
+
+
+def test_effects_of_batches_are_predicted():
+    X, _, _ = simulate(0, 120, 30, 2)
+    batches = np.arange(120) % 2
+    X = np.random.default_rng(1).binomial(X.astype(int), np.where(batches, 0.9, 0.3)[:, None])
+    X[batches == 1, :15] //= 3
+    settings = {"n_seeds": 2, "random_state": 0, "max_iter": 60, "tol": 1e-4}
+    alone = select_n_components(X, [2], **settings)
+    known = select_n_components(X, [2], batches=batches, **settings)
+    assert known.mean_deviance[0] < alone.mean_deviance[0]
+    named = select_n_components(pd.DataFrame(X), [2], batches=list("ab") * 60, **settings)
+    np.testing.assert_allclose(named.deviance, known.deviance, rtol=1e-6)

@@ -366,9 +366,10 @@ def test_groups_that_are_not_those_of_the_kernel(groups, saved, tmp_path):
         ("natural", "prior/scale", 1e-300),
         ("plain", "factors/scale/unconstrained", -1e30),
         ("groups", "factors/joint_covariance", 0.0),
+        ("groups", "sites/precision", 1e300),
     ],
 )
 def test_spreads_of_nothing(kind, name, value, saved, tmp_path):
     held = np.load(io.BytesIO(members(saved[0][kind])[f"{name}.npy"]))
     data = with_member(saved[0][kind], name, npy(np.full_like(held, value)))
-    refused(tmp_path / "a.npz", data, "must not be negative or too small")
+    refused(tmp_path / "a.npz", data, "must not be negative or too small|must be finite")

@@ -16,7 +16,7 @@ from pnmf_pyro.estimator.stages import WarmUp
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.training.loop import evaluate_elbo
 from tests.support.data import simulate
-from tests.support.settings import NATURAL
+from tests.support.settings import NATURAL, unconverged
 
 
 def expanded_elbo(model, X):
@@ -105,6 +105,7 @@ def test_the_warm_up_comes_before_the_tighter_bound(counts):
     assert model.elbo_ > lower.elbo_
 
 
+@unconverged
 def test_a_spatial_fit_begins_with_steps_of_one_without_space(counts, monkeypatch):
     """They are not extrapolated, and end before they settle."""
     places = np.random.default_rng(0).uniform(size=(80, 2))

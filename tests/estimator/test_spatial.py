@@ -54,7 +54,7 @@ def test_prediction_at_the_samples_is_the_fit(model, data):
         model.transform(None, coordinates=data[1]), get_factors(model), rtol=1e-6
     )
     for function in (log_factors, factor_uncertainty):
-        there = function(model, coordinates=data[1])
+        there = function(model, coordinates=data[1], **Q)
         np.testing.assert_allclose(there, function(model, **Q), rtol=1e-4, atol=1e-6)
 
 
@@ -111,7 +111,7 @@ def test_transforms_take_groups(grouped, data):
     _, x, labels, *_ = data
     swapped = np.where(labels == "a", "b", "a")
     for function in (log_factors, factor_uncertainty):
-        mine, other = (function(grouped, coordinates=x, groups=g) for g in (labels, swapped))
+        mine, other = (function(grouped, coordinates=x, groups=g, **Q) for g in (labels, swapped))
         np.testing.assert_allclose(mine, function(grouped, **Q), rtol=1e-4, atol=1e-6)
         assert np.abs(mine - other).max() > 0.01
     draws = factor_samples(grouped, 3, coordinates=x, groups=labels, random_state=0)
