@@ -123,15 +123,14 @@ def page(found: dict[Key, Calibration], settings: dict) -> str:
             "",
             f"Tables of {sizes.samples} samples, {sizes.features} features and "
             f"{sizes.components} components, mean count {sizes.mean_count:g}, are drawn from "
-            "models of known loadings and hyperparameters, and their log-factors inferred by each "
-            "mode. "
+            "models of known loadings and hyperparameters. Each mode infers their log-factors. "
             f"Fields have a {sizes.kernel} kernel of lengthscale {sizes.lengthscale:g} in the unit "
-            "square; SVGP has an inducing point at each place, LCGP "
+            "square. SVGP has an inducing point at each place, LCGP "
             f"{sizes.neighbours} neighbours.",
             "",
             "Columns of levels have the share of log-factors in central intervals, with its "
-            "standard error over tables. p is the probability of ranks as far from uniform, over "
-            "all components and the log-likelihood of a sample (see "
+            "standard error over tables. p is the probability of ranks as far from uniform. It is "
+            "over all components and the log-likelihood of a sample (see "
             "{mod}`pnmf_pyro.analysis.calibration`).",
             "",
             *lines,

@@ -39,6 +39,9 @@ EXEMPT = {
     "performance.md": "benchmarks, minutes to hours each",
 }
 
+# Pages about real data, which are skipped where these are absent.
+ECOLOGY = "ecology.md"
+
 # Packages that one page shows beside ours; .ci/run has them in its last stage. Their own warnings
 # are not ours to mend.
 OTHERS = {"scanpy", "squidpy"}
@@ -116,9 +119,22 @@ def small_data(tmp_path, monkeypatch):
     sys.modules.pop("tissue")
 
 
+def write_mites(file: Path) -> None:
+    """Write the files that R would: counts, environment and places of the mites."""
+    anndata = pytest.importorskip("anndata")
+    mites = anndata.read_h5ad(file)
+    mites.to_df().astype(int).to_csv("mites.csv")
+    mites.obs.to_csv("environment.csv")
+    places = mites.obsm["spatial"]
+    text = [f"{name},{x},{y}" for name, (x, y) in zip(mites.obs_names, places, strict=True)]
+    Path("places.csv").write_text("\n".join(["site,x,y", *text]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_page_runs(page, small_data):
+def test_the_page_runs(page, small_data, data_file):
     matplotlib.use("Agg")
+    if page.name == ECOLOGY:
+        write_mites(data_file("eco_mite"))
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         run_page(page)
 

@@ -22,10 +22,10 @@ HEAD = """\
 
 Every name of the `PNMF` reference: where it lives here, which test holds it, and where we differ.
 Value is the signature, the default, the type or, for an example, its first line. *Same* means that
-it takes and gives what the reference says; *extended*, that and more; *different*, something else,
-with the reason, of which [Differences from PNMF](differences.md) says more.
+it takes and gives what the reference says. *Extended* means that and more. *Different* means
+something else, with the reason. [Differences from PNMF](differences.md) says more.
 
-Written from `docs/api_parity.json` by `python -m tests.support.parity`; tests compare both with the
+Written from `docs/api_parity.json` by `python -m tests.support.parity`. Tests compare both with the
 package.
 """
 
