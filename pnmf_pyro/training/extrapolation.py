@@ -30,6 +30,9 @@ from pnmf_pyro.priors.natural import Step
 # Relative rise of the loss that may be rounding, of log rates in float32.
 ROUNDING = 1e-7
 
+# Fraction of a step that must raise the bound, or nothing does but rounding.
+SMALLEST = 2.0**-10
+
 # beta at first and at most, by what it grows with each step, and by what it shrinks where the
 # bound fell.
 FIRST, MOST, GROWTH, SHRINKAGE = 0.5, 0.9, 1.05, 1.5
@@ -49,7 +52,11 @@ class Checkpoint:
         ELBO at the points that were accepted.
     moved : bool
         Whether the last point was.
+    at_rest : bool
+        Whether no step leads higher, however short.
     """
+
+    at_rest = False
 
     def __init__(self, model: PoissonFactorization):
         self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
@@ -119,6 +126,7 @@ class Extrapolation(Checkpoint):
             self.added = None
         else:
             self.fraction /= 2
+            self.at_rest = self.fraction < SMALLEST
             self._shorten(0.5)
             self.last = None
         return False

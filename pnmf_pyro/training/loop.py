@@ -146,7 +146,8 @@ def train(
             progress.update()
             progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
             on_step(elbo)
-            if checkpoint.moved and convergence.reached(checkpoint.values):
+            settled = checkpoint.moved and convergence.reached(checkpoint.values)
+            if settled or checkpoint.at_rest:
                 result.converged = True
                 break
     checkpoint.finish()
