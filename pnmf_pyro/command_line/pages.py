@@ -47,7 +47,9 @@ class Text:
     text: str
 
     def __str__(self) -> str:
-        wrapped = (textwrap.wrap(line, LINE) for line in self.text.splitlines())
+        wrapped = (
+            textwrap.wrap(line, LINE, break_on_hyphens=False) for line in self.text.splitlines()
+        )
         return "\n".join(part for parts in wrapped for part in parts)
 
     def html(self) -> str:

@@ -217,7 +217,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
                     "X must be finite, and contains NaN. Say with mask= which entries are observed "
                     "(True) and which are hidden (False), or remove their samples or features."
                 ) from error
-            if isinstance(error, ValueError) and "could not convert" not in str(error):
+            if "could not convert" not in str(error) and "'complex'" not in str(error):
                 raise
             raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
     if names is not None:

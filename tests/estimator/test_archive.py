@@ -293,6 +293,10 @@ def test_names_in_a_file_are_a_contract():
         "size_factors",
         "hidden/starts",
         "hidden/columns",
+        "effects/design",
+        "effects/codes",
+        "effects/values",
+        "effects/errors",
         "dispersion/inverse",
         "prior/scale",
         "prior/mean",
@@ -344,7 +348,7 @@ def test_a_file_holds_numbers_and_text_alone(fitted_kind, tmp_path):
         assert all(archive[name].dtype.kind in "fiuU" for name in archive.files)
     assert set(header) == {
         *("format", "format_version", "parameters", "groups", "n_samples"),
-        *("elbo", "elbo_se", "stages", "mean_total", "likelihood", "keys"),
+        *("elbo", "elbo_se", "stages", "mean_total", "likelihood", "keys", "design"),
     }
     stages = header["parameters"]["stages"]
     assert stages is None or stages == [{"stage": "Settle", "mode": None, "kl_weight": 1.0}]
