@@ -257,8 +257,10 @@ _CHOICES: dict[str, Collection[str | None]] = {
 }
 _COUNTS = ("n_components", "max_iter", "batch_size", "y_batch_size", "num_inducing", "K")
 # Positive numbers, and the largest to compute with; a jitter is relative to the variance.
-_POSITIVE = {"learning_rate": 1e20, "lengthscale": 1e100, "sigma": 1e15, "jitter": 1.0}
+_POSITIVE = {"learning_rate": 1e20, "jitter": 1.0}
 _LIMITS = {
+    "lengthscale": (1e-100, 1e100),
+    "sigma": (1e-15, 1e15),
     "tol": (0.0, inf),
     "verbose": (0, inf),
     "scheduler_factor": (0.0, 1.0),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, Index, put, take
-from pnmf_pyro.data.checks import check_count, check_data, check_positive, like_data
+from pnmf_pyro.data.checks import check_count, check_data, check_number, like_data
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.priors.base import Draws, Prior, Sites
 
@@ -131,7 +131,7 @@ class GaussianPrior(Prior):
         self.L = check_count("L", L)
         self.N = int(y.shape[1])
         self.use_natural_gradients = use_natural_gradients
-        check_positive("scale_pf", scale_pf)
+        check_number("scale_pf", scale_pf, 1e-15, 1e15)
         self.register_buffer("scale_pf", torch.tensor(float(scale_pf), dtype=torch.float64))
         self.q: _Natural | _MeanScale = (_Natural if use_natural_gradients else _MeanScale)(
             L, self.N
