@@ -48,7 +48,8 @@ SVGP_GROWTH = {
 }
 
 
-BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.interrupts, trust.threads, solves)}
+BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.damage, trust.interrupts)}
+BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage

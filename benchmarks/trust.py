@@ -1,19 +1,22 @@
-"""What a session can do to a fit: odd calls, interrupts at random times, two threads at once."""
+"""What a session can do to a fit: odd calls, damaged files, interrupts, two threads at once."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.transforms import factor_samples, get_factors
+from tests.support import damaged_models, damaged_tables
 from tests.support.fuzz import cases, verdict
 from tests.support.interrupts import interrupted, same_attributes, shared_state
 
@@ -30,6 +33,35 @@ def fuzz(options: argparse.Namespace) -> None:
                 bad[case.name] = wrong
         seconds = round(time.perf_counter() - began)
         _say(seed=seed, cases=len(every), seconds=seconds, bad=bad)
+
+
+def damage(options: argparse.Namespace) -> None:
+    """Change files of models and of counts at random, each kind `repeats` times."""
+    warnings.simplefilter("ignore")
+    found: dict[str, int] = {"refused": 0, "usable": 0}
+    bad: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as held:
+        folder = Path(held)
+        models, *data = damaged_models.saved_models(folder)
+        tables = damaged_tables.whole_files(folder)
+        kinds = [
+            *((name, models[name], damaged_models.CHANGES, "model.npz") for name in models),
+            *((name, tables[name], damaged_tables.CHANGES, name) for name in damaged_tables.NAMES),
+        ]
+        for seed in range(options.repeats):
+            for number, (name, whole, changes, file) in enumerate(kinds):
+                for change in changes:
+                    random = np.random.default_rng([seed, number, changes.index(change)])
+                    (folder / file).write_bytes(change(whole, random))
+                    try:
+                        if name in models:
+                            refused = damaged_models.use(folder / file, *data) is None
+                        else:
+                            refused = damaged_tables.refused_or_usable(folder / file)
+                        found["refused" if refused else "usable"] += 1
+                    except Exception as error:  # whatever a file leads to that it should not
+                        bad[f"{name}, {change.__name__}, seed {seed}"] = repr(error)[:200]
+    _say(**found, bad=bad)
 
 
 def interrupts(options: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ def test_the_twin_of_the_divergence_is_right():
 
 @pytest.mark.parametrize("scale_pf", [0, -1.0, float("nan"), float("inf"), "wide"])
 def test_bad_prior_scales_are_refused(scale_pf):
-    with pytest.raises(ValueError, match="scale_pf must be a number from 1e-15 to 1e[+]15; got"):
+    with pytest.raises(ValueError, match=r"scale_pf must be a number from 1e-15 to 1e[+]15; got"):
         GaussianPrior(torch.ones(3, 4), 2, scale_pf)
 
 
