@@ -1,6 +1,7 @@
 """Fixtures that several rooms share, and hooks of pytest."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def own_store():
     """A parameter store for each test."""
     with pyro.get_param_store().scope():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    """No figure of a test is open in the next one."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def check_number(
     name: str, value: float, low: float = -float("inf"), high: float = float("inf")
 ) -> float:
     """Return `value` if it is a number from `low` to `high`; raise a ValueError otherwise."""
-    if not isinstance(value, Real) or not low <= value <= high:
+    if not isinstance(value, Real) or not low <= float(value) <= high:
         limits = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be a number {limits}; got {value!r}.")
     return value

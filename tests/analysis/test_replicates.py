@@ -78,6 +78,7 @@ def test_leading_dimensions_of_events(monkeypatch):
     assert total.sum() == 0
 
 
+@pytest.mark.slow
 def test_mean_of_posterior_tables(small):
     draws = np.stack(list(replicated_counts(small, 4000, random_state=0)))
     assert draws.shape == (4000, 7, 5)
@@ -85,6 +86,7 @@ def test_mean_of_posterior_tables(small):
     assert (np.abs(draws.mean(0) - expected(small)) < 5 * error).all()
 
 
+@pytest.mark.slow
 def test_mean_and_variance_of_prior_tables(small):
     """E X = s m a and Var X = E X + s^2 (v - m^2) sum_l W_l^2, with m, v moments of exp F."""
     draws = np.stack(list(replicated_counts(small, 6000, prior=True, random_state=0)))

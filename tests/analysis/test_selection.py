@@ -121,6 +121,7 @@ def test_deviances(sized):
             np.testing.assert_allclose(found.deviance[k], twin, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_give_the_same_numbers():
     X = simulate(0, 30, 12, 2)[0]

@@ -20,6 +20,7 @@ def run(*arguments):
     return main([*map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_what_is_said_and_written(model, tmp_path, capsys, monkeypatch):
     kept = []
 

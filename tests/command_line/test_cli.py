@@ -154,6 +154,7 @@ def test_demo_reports_and_draws(tmp_path, capsys):
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eco_mite", "st_mob_rep11", "iss_ca1_cells"])
 def test_real_data(name, data_file, tmp_path):
     out = tmp_path / "factors.h5ad"

@@ -178,6 +178,7 @@ def test_select_at_the_end_of_the_range(folder, tmp_path, capsys):
     assert "<img" in (tmp_path / "a.html").read_text()
 
 
+@pytest.mark.slow
 def test_select_fits_as_fit_does(folder, tables, capsys):
     """In space, with size factors and parameters; without space on demand."""
     arguments = ("--range", "2,3", "--thinnings", 2, "--set", "tol=0.05")

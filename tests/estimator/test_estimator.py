@@ -223,6 +223,7 @@ def test_a_fit_that_has_not_converged_warns_although_its_loadings_have(counts):
     assert len(caught) == 1
 
 
+@pytest.mark.slow
 def test_minibatches_reach_the_same_bound(counts):
     settings = {"mode": "lower-bound", "loadings_mode": "softplus", "learning_rate": 0.05}
     full = quick(**settings, max_iter=600, tol=0).fit(counts)

@@ -27,6 +27,7 @@ def data():
     return places, random.negative_binomial(2, 2 / (2 + rate)), random.poisson(rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -111,6 +111,7 @@ def test_one_seed_gives_the_same_bits(counts):
     assert global_state() == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("batch_size", [None, 50])
 def test_a_likelihood_of_ones_own_is_learned(batch_size):

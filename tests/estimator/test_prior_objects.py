@@ -216,6 +216,7 @@ def test_a_likelihood_that_is_the_poisson_is_the_poisson(counts):
     assert match_factors(own, poisson).similarity > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 50])
 def test_a_dispersion_is_learned(dispersed, batch_size):
     X, F = dispersed
@@ -235,6 +236,7 @@ def test_a_dispersion_is_learned(dispersed, batch_size):
     assert right(model) > right(poisson) - 0.02
 
 
+@pytest.mark.slow
 def test_the_recipe_takes_a_likelihood(dispersed, caplog):
     X = dispersed[0]
     model = pnmf_pyro.fit(X, n_components=2, likelihood=Dispersed())
@@ -244,6 +246,7 @@ def test_the_recipe_takes_a_likelihood(dispersed, caplog):
     assert settings_of(model)["parameters"]["likelihood"] == "Dispersed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [None, False])
 def test_the_recipe_takes_a_likelihood_in_space(local):
     """Over-dispersed counts of two fields: fields and dispersion are found."""

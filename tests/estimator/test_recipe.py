@@ -121,6 +121,7 @@ def test_a_spatial_fit_begins_with_steps_of_one_without_space(counts, monkeypatc
     assert abs(spatial.history_[alone.n_iter_] / alone.history_[-1] - 1) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [50, 100])
 def test_closed_form_minibatches_reach_the_full_bound(batch_size):
     """Within 0.1%, from the same start."""

@@ -187,6 +187,7 @@ def test_a_search_may_come_again(data):
     assert (np.abs(np.log(lengthscales[0] / lengthscales[1])) < np.log(2)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flat", "SVGP", "few inducing", "LCGP"])
 def test_restored_spread_is_that_of_weight_one_around_the_same_means(data, kind):
     settings = {**KINDS[kind], "max_iter": 300, "tol": 1e-5}

@@ -157,6 +157,7 @@ class Outcome:
         return self.m.prior.guide(batch, batch.plate(self.m.N))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prior", "objective"),
     [

@@ -35,6 +35,7 @@ def data():
 # --- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize(
     "objective",
@@ -57,6 +58,7 @@ def test_svi_reaches_what_fit_model_reaches(data, prior, objective):
         assert float((now - before).detach().abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prior", "highest"),
     [

@@ -1,6 +1,5 @@
 """The picture of a calibration."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -28,13 +27,11 @@ def test_three_panels_show_ranks_and_coverage():
     marked = coverage.lines[-1]
     np.testing.assert_allclose(marked.get_ydata()[2], found.coverage(0.9).share - 0.9)
     assert "p = " in distribution.get_title()
-    plt.close(histogram.figure)
 
 
 def test_what_is_off_is_red():
     axes = plot_calibration(made_up(2.0))
     assert axes[2].title.get_color() == "#d1495b"
     assert axes[1].title.get_color() != "#d1495b"
-    plt.close(axes[0].figure)
     with pytest.raises(ValueError, match="calibration must be"):
         plot_calibration(None)

@@ -11,12 +11,6 @@ plt = pytest.importorskip("matplotlib.pyplot")
 from pnmf_pyro.plotting import plot_predictive_check, plot_selection  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 def results(*sizes: int) -> PredictiveCheck:
     random = np.random.default_rng(0)
     found = []

@@ -1,6 +1,5 @@
 """Names with signs of mathematics in plots: drawn as they are."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,7 +25,6 @@ def test_names_of_features(plot, model):
     ax = np.ravel(plot(model, 4))[0]
     ax.figure.canvas.draw()
     assert drawn(ax.get_yticklabels()) == {(name, False) for name in NAMES}
-    plt.close(ax.figure)
 
 
 def test_names_of_sections_and_panels():
@@ -40,4 +38,3 @@ def test_names_of_sections_and_panels():
     axes[0].figure.canvas.draw()
     assert drawn(ax.title for ax in axes) == {(name, False) for name in NAMES}
     assert {("$1$", False), ("$2$", False)} <= drawn(axes[0].texts)
-    plt.close(axes[0].figure)

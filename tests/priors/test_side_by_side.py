@@ -262,6 +262,7 @@ class Hierarchical(GaussianPrior):
         return super().guide(batch, samples)
 
 
+@pytest.mark.slow
 def test_with_a_prior_of_ones_own(counts, places, caplog):
     """What closed forms do not integrate out is averaged over draws, as it is alone."""
     y = torch.empty(D, N, dtype=torch.float64, device="meta")

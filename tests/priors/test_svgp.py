@@ -117,6 +117,7 @@ def test_a_natural_step_of_size_one_is_the_closed_form():
     torch.testing.assert_close(found, expected.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("M", [30, 10])  # over samples, and over inducing points
 def test_steps_of_the_mean_between_those_of_the_covariance_lead_to_the_same_optimum(M):
     ends = []

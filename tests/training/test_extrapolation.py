@@ -83,6 +83,7 @@ def test_the_bound_never_falls(name, beta, monkeypatch):
     assert elbo_of(model, counts) >= history[-1] - 1e-7 * abs(history[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_extrapolated_steps_come_nearer_to_the_optimum(name, monkeypatch):
     model, counts, steps = problem(name)

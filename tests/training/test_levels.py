@@ -104,6 +104,7 @@ def lowest_correlation(model, F):
     return np.abs(np.corrcoef(F.T, found)[:L, L:]).max(1).min()
 
 
+@pytest.mark.slow
 def test_a_fit_goes_through_its_levels(caplog):
     """Their steps count, and the history is that of the samples alone."""
     X, points, _ = tissue(1400, 40, 30.0, 2, seed=0)
