@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -217,7 +218,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
                     "X must be finite, and contains NaN. Say with mask= which entries are observed "
                     "(True) and which are hidden (False), or remove their samples or features."
                 ) from error
-            if "could not convert" not in str(error) and "'complex'" not in str(error):
+            if not re.search("could not convert|'complex'|bytes/strings", str(error)):
                 raise
             raise ValueError(f"X must hold numbers: {error}. Drop columns of text.") from error
     if names is not None:

@@ -131,7 +131,7 @@ TABLES: dict[str, dict[str, Thing]] = {
         "matrix": lambda a, r: np.matrix(a),
     },
     "refused": {
-        **NUMBERS["refused"],
+        **{kind: make for kind, make in NUMBERS["refused"].items() if kind != "masked"},
         "negative": with_entry(-1.0),
         "nothing": lambda a, r: None,
         "one sample": lambda a, r: a[0],
@@ -139,6 +139,7 @@ TABLES: dict[str, dict[str, Thing]] = {
         "column of words": lambda a, r: pd.DataFrame(a).assign(cell="a"),
     },
     "either": {
+        "masked": masked,  # taken as hidden where there is a mask=
         **{f"all {x:g}": lambda a, r, x=x: a * x for x in (0.0, 1e-310, 1e-20, 1e9, 1e30, 1e300)},
         "one huge": with_entry(1e12),
         "one entry": lambda a, r: a[:1, :1],
