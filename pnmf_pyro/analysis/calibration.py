@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -400,6 +400,7 @@ def _parts(counted: np.ndarray) -> Iterator[np.ndarray]:
     yield from np.array_split(counted, max(1, len(counted) // 500))
 
 
+@cache
 def _uniform_gammas(n: int, n_draws: int) -> np.ndarray:
     """The statistic of sets of n uniform ranks, from a seed of its own."""
     K = n_draws + 1

@@ -47,7 +47,11 @@ def infer_again(
     """
     found = copy.deepcopy(model)
     found.W.freeze()
-    rank = found.prior.low_rank.shape[-1] if isinstance(found.prior, LCGP) else 0
+    ranks = {
+        part: part.low_rank.shape[-1]
+        for part in found.prior.parts
+        if isinstance(part, LCGP) and part.low_rank.shape[-1]
+    }
     if type(found.prior) is GaussianPrior and not found.prior.natural:
         found.prior = _in_sites(found.prior, found)
     counts = counts.to(found.W.device).to(found.W.dtype)
@@ -57,8 +61,9 @@ def infer_again(
         zero = torch.zeros(found.L, found.N, device=found.W.device)
         found.prior.assign(zero, torch.full_like(zero, 0.1))
     _settle(found, counts, generator)
-    if isinstance(found.prior, LCGP) and rank:
-        found.prior.correlate(rank)
+    for part, rank in ranks.items():
+        part.correlate(rank)
+    if ranks:
         _settle(found, counts, generator)
     find_uncertainty(found, counts)
     return found
@@ -91,11 +96,12 @@ def _settle(model: PoissonFactorization, counts: Counts, generator: torch.Genera
     for mode in ("expanded", "simple") if model.mode == "simple" else (model.mode,):
         noisy = mode == "simple"
         draws = DRAWS if noisy else FIXED if mode == "expanded" else 1
+        size = Decreasing() if noisy else Constant()
         train(
             model,
             Batches(counts),
             FactorizationELBO(mode, draws, newton=True),
-            [(SiteSteps(model.prior), Decreasing() if noisy else Constant())],
+            [(SiteSteps(part), size) for part in model.prior.parts],
             generator,
             max_iter=NOISY_STEPS if noisy else MOST_STEPS,
             convergence=None if noisy else Settled(TOL),

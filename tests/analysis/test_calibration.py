@@ -8,14 +8,19 @@ from scipy.stats import binom
 import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis import Calibration, calibrate
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import torch_generator
 from pnmf_pyro.gp.kernels import SpatialKernel
 from pnmf_pyro.models import PoissonFactorization
-from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior
+from pnmf_pyro.models.elbo import FactorizationELBO
+from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior, SideBySide
 from pnmf_pyro.priors.joint import posterior_of
+from pnmf_pyro.priors.natural import SiteSteps
+from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.reinference import infer_again
+from pnmf_pyro.training.schedules import Constant
 from pnmf_pyro.transforms import transform_F
 from tests.support.calibration import separated_loadings
 
@@ -114,9 +119,14 @@ def model_of(prior, mode="lower-bound", overlap=0.3, N=25, D=20, L=2):
         "independent": lambda: GaussianPrior(y, L, 1.0, use_natural_gradients=True),
         "SVGP": lambda: SVGP(kernel, places, places, L, use_natural_gradients=True),
         "LCGP": lambda: LCGP(kernel, places, L, K=10, use_natural_gradients=True),
+        "side by side": lambda: SideBySide(
+            LCGP(kernel, places, L - 1, K=10, use_natural_gradients=True),
+            GaussianPrior(y, 1, 1.0, use_natural_gradients=True),
+        ),
     }[prior]()
-    if prior == "LCGP":
-        made.correlate(10)
+    for part in made.parts:
+        if isinstance(part, LCGP):
+            part.correlate(10)
     model = PoissonFactorization(made, y, L, "multiplicative", mode)
     model.W.assign(torch.from_numpy(W))
     return model
@@ -148,8 +158,21 @@ def test_a_prior_of_either_training_is_inferred_alike(natural):
     torch.testing.assert_close(q.loc, reference.loc, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("prior", ["LCGP", "side by side"])
+def test_inference_again_ends_at_the_optimum_with_the_same_rank(prior):
+    model = model_of(prior)
+    counts = as_counts(np.random.default_rng(1).poisson(2.0, size=(25, 20)).astype(np.float32))
+    found = infer_again(model, counts, torch_generator(0))
+    assert found.prior.parts[0].low_rank.shape[-1] == 10
+    objective = FactorizationELBO("lower-bound", newton=True)
+    steps = [(SiteSteps(part), Constant()) for part in found.prior.parts]
+    args = found, Batches(counts), objective, steps, torch_generator(0)
+    values = train(*args, max_iter=50, monotone=True).history
+    assert values[-1] - values[0] < 1e-5 * abs(values[0])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", ["independent", "SVGP", "LCGP"])
+@pytest.mark.parametrize("prior", ["independent", "SVGP", "LCGP", "side by side"])
 @pytest.mark.parametrize("mode", ["expanded", "simple", "lower-bound"])
 def test_posteriors_are_calibrated(prior, mode):
     """Flagged without a fault: p < 0.01, and coverage beyond three standard errors."""

@@ -1,5 +1,7 @@
 """Extrapolated steps: the bound never falls, and all priors are extrapolated by one rule."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +209,21 @@ def test_a_step_that_lowers_the_bound_is_taken_back():
     half = (before - model.prior.marginal().loc).abs().max()
     assert half > 0
     assert torch.equal(point.saved[0], saved)
+
+
+def test_training_ends_where_no_step_leads_higher():
+    """As where rounding is all that is left; it would go on to `max_iter` otherwise."""
+    model, counts, steps = problem("independent")
+    settled = settle(model, counts, steps, max_iter=400)
+    objective = FactorizationELBO("lower-bound", newton=True)
+    exact, rise = objective.loss_and_grads, iter(range(10**6))
+    objective.loss_and_grads = lambda *args: exact(*args) + next(rise)  # each is lower by 1
+    taken = [(step, Constant()) for step in steps]
+    args = model, Batches(counts), objective, taken, torch_generator(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = train(*args, max_iter=400, monotone=True)
+    assert result.converged
+    assert len(result.history) < 20
+    elbo = evaluate_elbo(model, Batches(counts), objective, torch_generator(0))
+    assert elbo == pytest.approx(settled[-1])
