@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pnmf_pyro.command_line.count_table import CountTable
+from pnmf_pyro.command_line.tables import readable
+from pnmf_pyro.command_line.text_form import is_missing, number_of, read_cells
 from pnmf_pyro.data.checks import some_of
 
 
@@ -57,9 +58,8 @@ def _columns(option: str, given: str | None, table: CountTable) -> dict[str, Any
 
 def _read(option: str, path: Path, table: CountTable) -> dict[str, Any]:
     """Read a table of samples; where its first column has their names, in any order."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=_delimiter(path)) if row]
-    head, body = (rows[0], rows[1:]) if rows else ([], [])
+    with readable(path):
+        (head, *body), decimal = read_cells(path)
     n = table.X.shape[0]
     if len(body) != n or any(len(row) != len(head) for row in body):
         raise ValueError(
@@ -72,16 +72,12 @@ def _read(option: str, path: Path, table: CountTable) -> dict[str, Any]:
         body, head = [by_name[name][1:] for name in table.sample_names], head[1:]
     if not head:
         raise ValueError(f"{option}: {path} must have a column beside the names of samples.")
-    return {name: _numbers([row[j] for row in body]) for j, name in enumerate(head)}
+    return {name: _values([row[j] for row in body], decimal) for j, name in enumerate(head)}
 
 
-def _delimiter(path: Path) -> str:
-    return "," if path.suffix == ".csv" else "\t"
-
-
-def _numbers(words: list[str]) -> np.ndarray:
-    """Return words as numbers where all of them are; empty cells are missing."""
-    try:
-        return np.array([float(word) for word in words])
-    except ValueError:
-        return np.array([word.strip() or None for word in words], dtype=object)
+def _values(cells: list[str], decimal: str) -> np.ndarray:
+    """Return cells as numbers where all of them are, and as words where not; None is missing."""
+    numbers = [number_of(cell, decimal) for cell in cells]
+    if None not in numbers:
+        return np.array(numbers)
+    return np.array([None if is_missing(cell) else cell for cell in cells], dtype=object)

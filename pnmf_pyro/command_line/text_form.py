@@ -143,6 +143,23 @@ def look_at(path: Path, form: TextForm) -> Look:
     )
 
 
+def read_cells(path: Path) -> tuple[list[list[str]], str]:
+    """Return the rows of a small table that may hold words, and the sign before its decimals.
+
+    Separator and decimals are found as those of counts are, and comments are left out.
+    """
+    _, body, before, _, separator = _rows(path, None)
+    with open_text(path) as file:
+        lines = file.readlines()[before:]
+    rows = [row for row in _reader(lines, separator) if any(map(str.strip, row))]
+    return [[cell.strip() for cell in row] for row in rows], _decimal(body)
+
+
+def number_of(cell: str, decimal: str) -> float | None:
+    """Return the number that a cell holds; None where it holds none."""
+    return float(cell.replace(decimal, ".")) if _number(decimal)(cell) else None
+
+
 def _columns_of_words(columns: Sequence[Sequence[str]], is_number: IsNumber) -> tuple[int, int]:
     """Number of columns of names at the left, and of columns without those of words at the right.
 

@@ -79,5 +79,32 @@ def test_what_names_no_samples_is_refused(folder, tmp_path, capsys):
     assert "one row for each of the 60 samples" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decimal", [".", ","])
+def test_files_of_other_signs_are_read_alike(decimal, folder, tmp_path):
+    """Semicolons, decimal commas and a comment above, as spreadsheets and programs write them."""
+    ages = pd.read_csv(folder / "ages.tsv", sep="\t")
+    mean = ages.assign(age=ages["age"] + 0.5, run=["x", "y"] * 30)
+    text = "# from a spreadsheet\n" + mean.to_csv(index=False, sep=";", decimal=decimal)
+    (tmp_path / "other.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    mean.to_csv(tmp_path / "plain.csv", index=False)
+    found = []
+    for name in ("other.csv", "plain.csv"):
+        out = tmp_path / f"{name}.npz"
+        given = ("--covariates", tmp_path / name)
+        assert run("fit", folder / "counts.csv", "--out", out, *given) == 0
+        with np.load(out) as arrays:
+            found.append(arrays["covariate_effects"])
+    assert found[0].shape[1] == 2
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_missing_batch_is_said(folder, tmp_path, capsys):
+    rows = ["run", *["x", "NA"], *["y"] * 58]
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    out = ("--out", tmp_path / "out.npz", "--batches", tmp_path / "runs.csv")
+    assert run("fit", folder / "counts.csv", *out) == 2
+    assert "batches must not be missing" in capsys.readouterr().err
+
+
 def test_a_plan_takes_them(folder):
     assert run("fit", folder / "counts.h5ad", "--plan", "--batches", "run") == 0
