@@ -56,6 +56,11 @@ def results() -> dict[str, np.ndarray]:
     space = pnmf_pyro.fit(X, PLACES, n_components=2, max_iter=8)
     local = pnmf_pyro.fit(X, PLACES, n_components=2, max_iter=8, local=True, K=5)
     check = pnmf_pyro.posterior_predictive_check(flat, X, n_draws=5, random_state=0)
+    groups, short = np.arange(len(X)) % 2, {"n_components": 2, "max_iter": 6}
+    types = pnmf_pyro.fit(X, PLACES, groups, **short)
+    mixed = pnmf_pyro.fit(X, PLACES, non_spatial_components=1, **short)
+    runs = pnmf_pyro.fit(X, batches=groups, **short)
+    again = {"n_seeds": 2, "batches": groups, "max_iter": 4, "random_state": 0}
     found = {f"factors {i}": get_factors(m) for i, m in enumerate((flat, steps, space, local))}
     return found | {
         "draws": factor_samples(space, 3, coordinates=PLACES[:5] + 0.01, random_state=0),
@@ -66,6 +71,12 @@ def results() -> dict[str, np.ndarray]:
         "transform_F": transform_F(X, flat.components_.T, max_iter=5),
         "transform_W": transform_W(X, get_factors(flat), max_iter=5),
         "check": np.asarray(check.table()["replicated"]),
+        "deviance": np.array(pnmf_pyro.deviance(X, (get_factors(flat), flat.components_.T))),
+        "groups": pnmf_pyro.group_levels(types).levels,
+        "importance": np.asarray(pnmf_pyro.importance_of_space(mixed)["importance"]),
+        "effects": np.stack([runs.batch_effects_, runs.batch_effects_se_]),
+        "selection": pnmf_pyro.select_n_components(X, [2], **again).deviance,
+        "calibration": pnmf_pyro.calibrate(mixed, 2, random_state=0).z,
         "elbo": np.array([flat.elbo_, steps.elbo_, space.elbo_, local.elbo_]),
     }
 

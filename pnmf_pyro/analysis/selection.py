@@ -18,6 +18,7 @@ from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice, check_count, check_counts, check_size_factors
 from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.data.design import Covariates, Labels, from_obs
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
@@ -241,6 +242,7 @@ def select_n_components(
     )
 
 
+@isolated
 def _trial(
     split: Callable[[np.random.RandomState], Split],
     size_factors: np.ndarray | None,

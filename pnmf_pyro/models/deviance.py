@@ -11,12 +11,14 @@ from torch import Tensor
 
 from pnmf_pyro.data.checks import check_array, check_matrix
 from pnmf_pyro.data.counts import Counts, CountsLike, SparseCounts
+from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.log_rate import log_rate
 from pnmf_pyro.data.masks import Mask, hide
 
 Numbers: TypeAlias = Tensor | np.ndarray
 
 
+@isolated
 def deviance(X: CountsLike, rate: Numbers | tuple[Numbers, Numbers], *, mask: Mask = None) -> float:
     r"""Return the Poisson deviance of counts from their rates, averaged over all n d entries.
 
