@@ -17,8 +17,17 @@ logger = logging.getLogger("pnmf_pyro")
 # Relative change of a hyperparameter that is a move.
 MOVED = 1e-4
 
-# Values from which on groups share all there is or nothing; and what to say of ends.
-ENDS = {"group_diff_param": (0.01, 1000.0)}
+# Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
+SIGMA_BOUNDS = (0.05, 4.0)
+NUGGET_BOUNDS = (0.001, 2.0)
+
+# Values from which on groups share all there is or nothing, and bounds; of lengthscales they are
+# the ends of what was tried. A small nugget is no fault.
+ENDS = {
+    "group_diff_param": (0.01, 1000.0),
+    "sigma": SIGMA_BOUNDS,
+    "nugget": (0.0, NUGGET_BOUNDS[1]),
+}
 CHECK = (
     "Check that coordinates are those of the samples, in their order, and in one unit for all "
     "sections; or fit without coordinates."
@@ -32,6 +41,14 @@ TOLD_BY = {
         "groups share all there is: fit them without groups.",
         "groups share nothing: check that their coordinates are aligned, or fit them apart.",
     ),
+    "sigma": (
+        "factors hardly vary: try fewer n_components, or check that the counts are raw ones.",
+        "factors vary by more than counts can: look for places or features of extreme counts.",
+    ),
+    "nugget": (
+        "",
+        "factors vary from place to place with no regard to space. " + CHECK,
+    ),
 }
 
 
@@ -40,7 +57,7 @@ def warn_of_ends(
     grids: Mapping[str, Sequence[float] | np.ndarray],
     start: Mapping[str, Tensor],
 ) -> None:
-    """Warn of lengthscales and differences between groups that the samples do not tell.
+    """Warn of hyperparameters that the samples do not tell.
 
     That is where all components are at an end, or did not move. Some that hardly vary over the
     places are no fault of a fit, and the log names them.
@@ -56,7 +73,7 @@ def warn_of_ends(
     """
     said = []
     for name, values in learned.items():
-        if torch.allclose(values, start[name], rtol=MOVED, atol=0):
+        if TOLD_BY[name][0] and torch.allclose(values, start[name], rtol=MOVED, atol=0):
             said.append(
                 f"The {name} did not move from {start[name][0]:.3g}, where its search began: no "
                 "other value that was tried predicts samples better, so the counts do not tell it."

@@ -36,7 +36,7 @@ from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.priors import LCGP, SVGP
-from pnmf_pyro.training.ends import warn_of_ends
+from pnmf_pyro.training.ends import NUGGET_BOUNDS, SIGMA_BOUNDS, warn_of_ends
 from pnmf_pyro.training.site_regression import predict_without, sites
 
 CRITERIA = ("leave-one-out", "elbo")
@@ -53,9 +53,7 @@ GRID_SIGMAS = (0.5, 1.0, 2.0)
 GRID_NUGGETS = (0.001, 0.1, 0.3, 1.0)
 GRID_GROUP_DIFFERENCES = (0.1, 1.0, 10.0, 100.0)
 
-# Bounds of what is learned beside lengthscales. A large sigma makes E exp F explode between places.
-SIGMA_BOUNDS = (0.05, 4.0)
-NUGGET_BOUNDS = (0.001, 2.0)
+# Bounds of what is learned beside lengthscales, sigmas and nuggets.
 GROUP_DIFFERENCE_BOUNDS = (1e-3, 1e4)
 
 # Standard deviation of a component's hyperparameters, in their logarithms, and of its mean around
@@ -131,7 +129,7 @@ class HyperparameterSearch:
         self.observe(source)
         values, mean = self._best_of_grid()
         values, mean = self._descend(self._apart(values, mean), mean)
-        learned = {k: values[k] for k in LENGTHS if k in self.names}
+        learned = {name: values[name] for name in self.names}
         warn_of_ends(learned, self._grids(), self.kernel.hyperparameters)
         with torch.no_grad():
             for name, value in values.items():

@@ -117,6 +117,9 @@ def test_sites_have_the_curvature_of_the_log_likelihood():
     [
         ("lengthscale", 1e9, "longer than the samples extend"),
         ("group_diff_param", 9e3, "share nothing"),
+        ("sigma", 0.05, "hardly vary"),
+        ("sigma", 4.0, "more than counts can"),
+        ("nugget", 2.0, "no regard to space"),
     ],
 )
 def test_an_end_that_all_components_reach_is_said_and_that_of_one_logged(
