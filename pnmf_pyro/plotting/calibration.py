@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from pnmf_pyro.analysis.calibration import FLAGGED, LEVELS, Calibration
 from pnmf_pyro.plotting.checks import ODD, SEEN, USUAL
-from pnmf_pyro.plotting.figures import AxesLike, panels, plain
+from pnmf_pyro.plotting.figures import AxesLike, check_answer, panels, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +41,7 @@ def plot_calibration(calibration: Calibration, axes: AxesLike = None) -> np.ndar
     -------
     ndarray of matplotlib Axes
     """
-    if not isinstance(calibration, Calibration):
-        raise ValueError(
-            f"calibration must be what calibrate returned; got {type(calibration).__name__}."
-        )
+    check_answer("calibration", calibration, Calibration, "calibrate")
     axes = panels(3, (3.6, 3.0), 3, axes)
     for ax, draw in zip(axes, (_histogram, _distribution, _coverage), strict=True):
         draw(ax, calibration)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pnmf_pyro.analysis.predictive_checks import FLAGGED, PredictiveCheck, StatisticCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
-from pnmf_pyro.plotting.figures import AxesLike, panels, plain, verbatim
+from pnmf_pyro.plotting.figures import AxesLike, check_answer, panels, plain, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +37,8 @@ def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.n
     -------
     ndarray of matplotlib Axes
     """
-    if not isinstance(check, PredictiveCheck):
-        raise ValueError(
-            "check must be what posterior_predictive_check or prior_predictive_check returned; got "
-            f"{type(check).__name__}."
-        )
+    makers = "posterior_predictive_check", "prior_predictive_check"
+    check_answer("check", check, PredictiveCheck, *makers)
     axes = panels(len(check.results), (2.9, 2.8), 4, axes)
     for ax, one in zip(axes, check.results, strict=True):
         (_histogram if len(one.observed) == 1 else _scatter)(ax, one)
@@ -91,10 +88,7 @@ def plot_selection(selection: ComponentSelection, axes: AxesLike = None) -> np.n
     -------
     ndarray of matplotlib Axes
     """
-    if not isinstance(selection, ComponentSelection):
-        raise ValueError(
-            f"selection must be what select_n_components returned; got {type(selection).__name__}."
-        )
+    check_answer("selection", selection, ComponentSelection, "select_n_components")
     left, right = panels(2, (4, 3.2), 2, axes)
     numbers = selection.n_components
     mean, error = selection.mean_deviance, selection.standard_error

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.lengthscales import LengthscaleProfile
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.estimator.results import Fit, is_fit, results_of
-from pnmf_pyro.plotting.figures import BLUE, one_axes, plain
+from pnmf_pyro.plotting.figures import BLUE, check_answer, one_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,11 +114,7 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     -------
     matplotlib Axes
     """
-    if not isinstance(profile, LengthscaleProfile):
-        raise ValueError(
-            f"profile must be what lengthscale_profile returned; got {type(profile).__name__}. For "
-            "a spatial model, pass lengthscale_profile(model, X)."
-        )
+    check_answer("profile", profile, LengthscaleProfile, "lengthscale_profile")
     ax = one_axes(ax, (5, 3.2))
     excess = profile.loss - profile.loss.min()
     ax.plot(profile.lengthscales, excess, color=BLUE, lw=1.5, marker="o", ms=3)

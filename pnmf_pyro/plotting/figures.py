@@ -28,6 +28,14 @@ def pyplot() -> ModuleType:
     return import_optional("matplotlib.pyplot", "Plots need matplotlib", "plot")
 
 
+def check_answer(name: str, value: object, kind: type, *makers: str) -> None:
+    """Raise a ValueError unless `value` is of the kind that the functions `makers` return."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{name} must be what {' or '.join(makers)} returned; got {type(value).__name__}."
+        )
+
+
 def new_figure(size: tuple[float, float]) -> Figure:
     """Return a figure of `size` inches that no window manager knows of, for saving to a file."""
     pyplot()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pnmf_pyro.analysis.groups import KINDS, GroupLevels
-from pnmf_pyro.plotting.figures import one_axes, verbatim
+from pnmf_pyro.plotting.figures import check_answer, one_axes, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     -------
     matplotlib Axes
     """
+    check_answer("levels", levels, GroupLevels, "group_levels")
     G, L = levels.levels.shape
     ax = one_axes(ax, (max(3.5, 1.8 + 0.32 * L), max(2.2, 1.2 + 0.2 * G)))
     relative = levels.levels / np.maximum(levels.levels.max(0), np.finfo(float).tiny)

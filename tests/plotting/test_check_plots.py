@@ -8,6 +8,7 @@ from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.analysis.statistics import Statistic
 
 plt = pytest.importorskip("matplotlib.pyplot")
+from pnmf_pyro import plotting  # noqa: E402
 from pnmf_pyro.plotting import plot_predictive_check, plot_selection  # noqa: E402
 
 
@@ -60,3 +61,18 @@ def test_selection():
     assert "4: smallest within" in left.get_title()
     given = plt.subplots(2, 1)[1]
     assert plot_selection(selection, given)[0] is given[0]
+
+
+@pytest.mark.parametrize(
+    ("plot", "maker"),
+    [
+        ("plot_predictive_check", "posterior_predictive_check or prior_predictive_check"),
+        ("plot_selection", "select_n_components"),
+        ("plot_calibration", "calibrate"),
+        ("plot_group_levels", "group_levels"),
+        ("plot_lengthscale_profile", "lengthscale_profile"),
+    ],
+)
+def test_a_plot_of_an_answer_says_what_it_wants(plot, maker):
+    with pytest.raises(ValueError, match=rf"must be what {maker} returned; got int"):
+        getattr(plotting, plot)(3)
