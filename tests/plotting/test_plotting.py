@@ -372,9 +372,7 @@ def test_a_profile_of_lengthscales(spatial):
     np.testing.assert_allclose(ax.lines[0].get_ydata(), profile.loss - profile.loss.min())
     np.testing.assert_array_equal(ax.lines[1].get_xdata(), profile.learned)
     assert ax.get_xscale() == "log"
-    with pytest.raises(
-        ValueError, match=r"got PNMF. For a spatial model, pass lengthscale_profile\(model, X\)"
-    ):
+    with pytest.raises(ValueError, match=r"what lengthscale_profile returned; got PNMF\."):
         plotting.plot_lengthscale_profile(model)
 
 
