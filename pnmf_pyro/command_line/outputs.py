@@ -21,6 +21,7 @@ from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.estimator.anndata_bridge import (
+    COLUMNS,
     add_results,
     import_anndata,
     import_h5py,
@@ -49,8 +50,9 @@ TABLES = {
     "loadings": "feature",
     "elbo_history": "step",
 }
-# Tables of an earlier fit that a later one may not have.
-STALE = [f"PNMF_{name}" for name in EFFECTS]
+# Tables that not each fit has, of which a later one leaves none behind.
+SOME = {**dict.fromkeys(EFFECTS, "feature"), "dispersion": "feature"}
+STALE = [f"PNMF_{name}" for name in EFFECTS]  # in varm of an .h5ad file
 ENDINGS = (".h5ad", ".npz", ".csv")
 
 
@@ -127,6 +129,11 @@ def check_results_path(options: argparse.Namespace) -> None:
             _check_layout(options.out, file)
 
 
+def files_written(path: str) -> list[Path]:
+    """Return those of the files of results that are there."""
+    return [file for file in files_of(path) if file.exists()]
+
+
 def write_results(options: argparse.Namespace, model: PNMF, table: CountTable) -> list[str]:
     """Write factors, their uncertainty, loadings, settings and history of a fit where --out says.
 
@@ -158,7 +165,7 @@ def _csv_files(path: str | Path) -> dict[str, Path]:
     """Files of CSV results: those in a folder, or beside NAME.csv as NAME_factors.csv and so on."""
     path, is_file = Path(path), Path(path).suffix == ".csv" and not os.path.isdir(path)
     folder, start = (path.parent, f"{path.stem}_") if is_file else (path, "")
-    files = {name: folder / f"{start}{name}.csv" for name in TABLES}
+    files = {name: folder / f"{start}{name}.csv" for name in (*TABLES, *SOME)}
     return {**files, "settings": folder / f"{start}settings.json"}
 
 
@@ -166,6 +173,8 @@ def _write_csv(
     path: str, model: PNMF, samples: Sequence[str] | None, features: Sequence[str] | None
 ) -> None:
     found, files = results(model), _csv_files(path)
+    tables = {name: rows for name, rows in (TABLES | SOME).items() if name in found}
+    stale = [files.pop(name) for name in SOME if name not in found]
     names: Mapping[str, Sequence[str] | None] = {"sample": samples, "feature": features}
     folder = files["settings"].parent
     is_new = not folder.exists()
@@ -173,10 +182,9 @@ def _write_csv(
     try:
         with ExitStack() as stack:  # all are written before the first takes its place
             part = {name: stack.enter_context(replacing(file)) for name, file in files.items()}
-            for name, rows in TABLES.items():
+            for name, rows in tables.items():
                 values = found[name].reshape(len(found[name]), -1)
-                columns = [f"component_{l}" for l in range(values.shape[1])]
-                head = [rows, *(columns if rows != "step" else ["elbo"])]
+                head = [rows, *_columns(model, name, values.shape[1])]
                 labels = names.get(rows) or range(len(values))
                 lines = ([label, *row] for label, row in zip(labels, values.tolist(), strict=True))
                 _write_lines(part[name], [head], lines)
@@ -185,6 +193,17 @@ def _write_csv(
         if is_new:
             folder.rmdir()
         raise
+    for file in stale:
+        file.unlink(missing_ok=True)
+
+
+def _columns(model: PNMF, name: str, number: int) -> list[str]:
+    """Heads of the columns of a table of results."""
+    if name in ("elbo_history", "dispersion"):
+        return [name.removesuffix("_history")]
+    if name in EFFECTS:
+        return list(map(str, model.batches_ if name.startswith("batch") else model.covariates_))
+    return [f"component_{l}" for l in range(number)]
 
 
 def _write_lines(path: Path, *tables: Iterable[Sequence[object]]) -> None:
@@ -265,7 +284,8 @@ def _write_into(path: Path, found: AnnData) -> None:
                 for key in new[name]:
                     group.pop(key, None)
                     new.copy(new[name][key], group, key)
-            _replace_columns(file["obs"], new["obs"])
+            for axis, columns in COLUMNS.items():
+                _replace_columns(file[axis], new[axis], {f"pnmf_{name}" for name in columns})
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -295,10 +315,10 @@ def _check_layout(path: str | Path, file: Any, new: Any = None) -> None:
             raise ValueError(f"{path} has changed since it was read: its {axis}_names are others.")
 
 
-def _replace_columns(frame: Any, new: Any) -> None:
+def _replace_columns(frame: Any, new: Any, stale: set[str]) -> None:
     """Set the columns of a table that results bring, and remove those of results before."""
     order = [str(column) for column in frame.attrs["column-order"]]
-    for column in {*new.attrs["column-order"], "pnmf_size_factors"} & set(order):
+    for column in {*new.attrs["column-order"], *stale} & set(order):
         del frame[column]
         order.remove(column)
     for column in new.attrs["column-order"]:

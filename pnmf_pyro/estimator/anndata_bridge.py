@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 MaybeArray = np.ndarray | None
 
+# Columns of obs and var that some fits have, after their key; a later one leaves none behind.
+COLUMNS = {
+    "obs": ("size_factors", "importance_of_space"),
+    "var": ("dispersion", "importance_of_space"),
+}
+
 logger = logging.getLogger("pnmf_pyro")
 
 
@@ -239,12 +245,13 @@ def results(fit: Fit) -> dict[str, np.ndarray]:
         `factors`, E exp F, and `factors_sd`, the standard deviation of exp F under q, of shape
         (n_samples, n_components); `log_factors_sd`, that of F; `loadings`, of shape
         (n_features, n_components); `elbo_history`, of shape (n_iter,), where it is known; and
-        `batch_effects`, `covariate_effects`, and the same with `_se`, where there are any.
+        `batch_effects`, `covariate_effects`, the same with `_se`, and `dispersion`, where there
+        are any.
     """
     found = results_of(fit)
     names = ("factors", "factors_sd", "log_factors_sd", "loadings", "elbo_history")
     arrays = {name: getattr(found, name) for name in names}
-    arrays |= {name: getattr(fit, f"{name}_", None) for name in EFFECTS}
+    arrays |= {name: getattr(fit, f"{name}_", None) for name in (*EFFECTS, "dispersion")}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -324,6 +331,9 @@ def add_results(adata: AnnData, fit: Fitted, key: str = "pnmf") -> None:
         if stages := found.stages:
             columns = zip(STAGE_COLUMNS, zip(*stages, strict=True), strict=True)
             adata.uns[key]["stages"] = {name: np.asarray(column) for name, column in columns}
+        for frame, names in COLUMNS.items():
+            for column in {f"{key}_{name}" for name in names} & set(getattr(adata, frame)):
+                del getattr(adata, frame)[column]
         if "in_space" in adata.uns[key]:
             adata.obs[f"{key}_importance_of_space"] = found.importance_of_space("sample")
             adata.var[f"{key}_importance_of_space"] = found.importance_of_space("feature")

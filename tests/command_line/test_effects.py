@@ -1,5 +1,7 @@
 """--batches and --covariates: columns of obs, and files of samples."""
 
+import pathlib
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -68,6 +70,51 @@ def test_a_later_fit_without_batches_leaves_no_effects_behind(folder, tmp_path):
     assert "PNMF_batch_effects_se" in anndata.read_h5ad(path).varm
     assert run("fit", path, "--out", path) == 0
     assert list(anndata.read_h5ad(path).varm) == ["PNMF_loadings"]
+
+
+SOME = ("batch_effects", "batch_effects_se", "covariate_effects", "covariate_effects_se")
+
+
+@pytest.mark.parametrize("out", ["results/", "results.csv"])
+def test_tables_of_effects_and_dispersion(out, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = out if out.endswith("/") else "results_"
+    given = ("--out", out, "--save-model", "model.npz", "--set", "likelihood=negative-binomial")
+    counts = folder / "counts.h5ad"
+    assert run("fit", counts, *given, "--batches", "run", "--covariates", "age") == 0
+    model = pnmf_pyro.PNMF.load("model.npz")
+    columns = {"batch": ["x", "y"], "covar": ["age"], "dispe": ["dispersion"]}
+    for name in (*SOME, "dispersion"):
+        table = pd.read_csv(f"{start}{name}.csv", index_col=0, float_precision="round_trip")
+        assert list(table.index) == [f"g{j}" for j in range(D)]
+        assert list(table) == columns[name[:5]]
+        expected = np.asarray(getattr(model, f"{name}_")).reshape(D, -1)
+        np.testing.assert_array_equal(table.to_numpy(), expected)
+    assert main(["fit", str(counts), "--out", out, "--components", "1"]) in (0, 1)
+    for name in (*SOME, "dispersion"):
+        assert not pathlib.Path(f"{start}{name}.csv").exists()
+    assert pathlib.Path(f"{start}loadings.csv").exists()
+    said = capsys.readouterr().out
+    assert f"{start}loadings.csv" in said and "dispersion" not in said
+
+
+def test_a_table_of_effects_that_is_an_input_is_not_lost(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "batch_effects.csv"
+    path.write_bytes((folder / "samples.csv").read_bytes())
+    assert run("fit", folder / "counts.csv", "--out", "results/", "--batches", path) == 2
+    assert "--out would overwrite --batches" in capsys.readouterr().err
+    assert path.exists()
+
+
+def test_a_later_fit_without_dispersions_leaves_none_behind(folder, tmp_path):
+    path = tmp_path / "counts.h5ad"
+    path.write_bytes((folder / "counts.h5ad").read_bytes())
+    assert run("fit", path, "--out", path, "--set", "likelihood=negative-binomial") == 0
+    assert len(anndata.read_h5ad(path).var["pnmf_dispersion"]) == D
+    assert run("fit", path, "--out", path) == 0
+    assert "pnmf_dispersion" not in anndata.read_h5ad(path).var
 
 
 def test_what_names_no_samples_is_refused(folder, tmp_path, capsys):
