@@ -63,6 +63,7 @@ def local_fit(options: argparse.Namespace) -> dict[str, Any]:
         seconds=seconds,
         cpu_seconds=time.process_time() - cpu_before,
         stages=[(name, round(after - before, 1)) for (name, before), (_, after) in pairwise(taken)],
+        kernel=str(model.kernel_),
         steps=model.n_iter_,
         elbo=model.elbo_,
         recovery=ours.recovery(model, log_factors),
