@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import pnmf_pyro
-from benchmarks import coverage, forecast, hidden, ours, peers, tables, trust
+from benchmarks import coverage, forecast, hidden, local, ours, peers, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
 from benchmarks.measure import (
@@ -30,7 +30,6 @@ from benchmarks.solves import solves
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.counts import as_counts
-from pnmf_pyro.estimator.stages import Settle
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Any]] = {}
 
@@ -53,6 +52,8 @@ BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage
+BENCHMARKS |= {one.__name__: one for one in (local.lcgp, local.local_fit)}
+BENCHMARKS |= {one.__name__: one for one in (local.local_bound, local.local_step)}
 
 
 def benchmark(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
@@ -328,107 +329,6 @@ def svgp_step(options: argparse.Namespace) -> dict[str, Any]:
         N=options.N,
         L=options.L,
         step_seconds=median(np.diff(times).tolist()),
-        mib_in_all=peak_memory_mib(),
-    )
-
-
-@benchmark
-def lcgp(options: argparse.Namespace) -> None:
-    """Locally conditioned fields on simulated tissues as they grow: time, memory, recovery.
-
-    `--sizes` are numbers of places, `--D`, `--density`, `--L` and `--K` the rest.
-    """
-    rows = [["places", "fit s", "s a step", "steps", "MiB", "recovery: lowest", "mean"]]
-    shape = {"D": options.D, "density": options.density, "L": options.L, "K": options.K}
-    measured = []
-    for N in options.sizes.split(","):
-        line = in_new_process("local_fit", N=int(N), **shape, init=options.init)
-        measured.append(report(**{**line, "benchmark": "lcgp"}))
-        found, seconds = line["recovery"], line["seconds"]
-        numbers = (line["N"], seconds, seconds / line["steps"], line["steps"])
-        numbers += (line["mib_in_all"], min(found), np.mean(found))
-        rows.append([f"{number:.4g}" for number in numbers])
-    sys.stdout.write(table(rows))
-    if len(measured) > 1:
-        x, y = ([line[key] for line in measured] for key in ("N", "seconds"))
-        slope = np.polyfit(np.log(x), np.log(y), 1)[0]
-        sys.stdout.write(f"log-log slope of the time of a fit: {slope:.2f}\n")
-
-
-@benchmark
-def local_fit(options: argparse.Namespace) -> dict[str, Any]:
-    """One fit of a simulated tissue with locally conditioned fields."""
-    X, coordinates, log_factors, _ = tables.tissue(options.N, options.D, options.density, options.L)
-    settings = {"local": True, "K": options.K, "init": options.init}
-    cpu_before = time.process_time()
-    seconds, model = timed(
-        lambda: ours.quietly(
-            lambda: pnmf_pyro.fit(X, coordinates, n_components=options.L, **settings)
-        )
-    )
-    return report(
-        benchmark="local_fit",
-        N=options.N,
-        D=options.D,
-        stored=X.nnz,
-        L=options.L,
-        K=options.K,
-        seconds=seconds,
-        cpu_seconds=time.process_time() - cpu_before,
-        steps=model.n_iter_,
-        elbo=model.elbo_,
-        recovery=ours.recovery(model, log_factors),
-        mib_in_all=peak_memory_mib(),
-    )
-
-
-@benchmark
-def local_bound(options: argparse.Namespace) -> dict[str, Any]:
-    """Recovery of a simulated tissue where loadings, levels and kernels are the true ones."""
-    X, coordinates, log_factors, loadings = tables.tissue(
-        options.N, options.D, options.density, options.L
-    )
-    lengthscales = tables.lengthscales(options.L)
-    found = ours.log_factors_given(X, coordinates, loadings, lengthscales, options.K)
-    return report(
-        benchmark="local_bound",
-        N=options.N,
-        K=options.K,
-        recovery=ours.correlations(found, log_factors),
-    )
-
-
-@benchmark
-def local_step(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of what a fit with locally conditioned fields consists of, without learning.
-
-    The start (with neighbours, weights and the first solve), and full steps.
-    """
-    X, coordinates, *_ = tables.tissue(options.N, options.D, options.density, options.L)
-    times = [time.perf_counter()]
-    model = PNMF(
-        options.L,
-        **ours.NATURAL,
-        spatial=True,
-        local=True,
-        K=options.K,
-        lengthscale=8.0,
-        max_iter=options.steps,
-        tol=0,
-        stages=[Settle()],
-        random_state=0,
-    )
-    note = lambda *_: times.append(time.perf_counter())  # noqa: E731 - a callback of three arguments
-    ours.quietly(lambda: model.fit(X, coordinates=coordinates, callback=note, callback_interval=1))
-    taken = np.diff(times)
-    return report(
-        benchmark="local_step",
-        N=options.N,
-        D=options.D,
-        stored=X.nnz,
-        K=options.K,
-        start_and_first_step=taken[0],
-        step_seconds=taken[1:].tolist(),
         mib_in_all=peak_memory_mib(),
     )
 

@@ -48,7 +48,7 @@ def plan_once(options: argparse.Namespace) -> dict[str, Any]:
     X, coords = _data(options.data)
     started = time.process_time()
     planned = pnmf_pyro.plan(X, coords, n_components=options.L)
-    with _stages_timed() as taken:
+    with stages_timed() as taken:
         model = pnmf_pyro.fit(X, coords, n_components=options.L)
     done = time.process_time()
     ready = taken[0][1]
@@ -72,12 +72,18 @@ def plan_once(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _stages_timed() -> Iterator[list[tuple[str, float]]]:
-    """List the stages of a fit and when each began, between its start and its end."""
+def stages_timed(log: bool = False) -> Iterator[list[tuple[str, float]]]:
+    """List the stages of a fit and the CPU seconds at which each began, from its start to its end.
+
+    With `log` each is said on the standard error as it begins, with the largest memory so far.
+    """
     begin, taken = Progress.begin, [("start", time.process_time())]
 
     def noted(progress: Progress, name: str) -> None:
         taken.append((name, time.process_time()))
+        if log:
+            seconds = taken[-1][1] - taken[0][1]
+            sys.stderr.write(f"{name}: at {seconds:.0f} CPU s, {peak_memory_mib():.0f} MiB\n")
         begin(progress, name)
 
     Progress.begin = noted

@@ -244,8 +244,8 @@ class LearnHyperparameters:
         ]
 
         def learn() -> None:
-            if source is not model:
-                start_from(model.prior, source, draft.counts)
+            if source is not model:  # searches start the fields
+                start_from(model.prior, source, draft.counts, fields=False)
             for search in searches:
                 search.learn_from(source)
 

@@ -39,8 +39,8 @@ from pnmf_pyro.priors.base import Draws, Field, Prior
 # Part of a count by which those of a component are raised before they are divided by.
 PSEUDOCOUNT = 0.1
 
-# Rounds in which sites and what is known apart from them settle, and the relative change of a
-# standard deviation of which they make an end.
+# Rounds in which sites and what is known apart from them settle, and the relative change of
+# standard deviations, root mean square over samples, of which they make an end.
 ROUNDS = 5
 SETTLED = 0.01
 
@@ -205,7 +205,7 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
         packed = inverses(information, apart)
         variance = packed[:, diagonal].T.double()
         sites = (1 / variance - apart).clamp_min(0)
-        if last is not None and bool(((variance / last).sqrt() - 1).abs().max() < SETTLED):
+        if last is not None and bool(((variance / last).sqrt() - 1).square().mean() < SETTLED**2):
             break
         last = variance
     assert apart is not None

@@ -168,7 +168,7 @@ class LocalPosterior(Repeated, Normal):
     ):
         self.moments, self.low_rank, self.index = (mean, diagonal), low_rank, index
         m, d, V = take(mean, index), take(diagonal, index), take(low_rank, index, dim=1)
-        variance = d + V.double().square().sum(-1)
+        variance = d + torch.stack([own.double().square().sum(-1) for own in V])
         self._present = m, d, V
         super().__init__(m.to(dtype), variance.sqrt().to(dtype), validate_args=False)
 
@@ -237,8 +237,11 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
 
 def _capacitance(low_rank: Tensor, diagonal: Tensor) -> Tensor:
     """Return I + V^T diag(1 / d) V, (L, R, R); no eigenvalue is below 1, so without jitter."""
-    scaled = low_rank.double() / diagonal.double().sqrt()[..., None]
-    return scaled.mT @ scaled + torch.eye(low_rank.shape[-1], device=scaled.device)
+    products = []
+    for V, d in zip(low_rank, diagonal, strict=True):  # one by one: no copy of V in float64
+        scaled = V.double() / d.double().sqrt()[:, None]
+        products.append(scaled.mT @ scaled)
+    return torch.stack(products) + torch.eye(low_rank.shape[-1], device=low_rank.device)
 
 
 def residuals(factor: VecchiaFactor, x: Tensor, index: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import cast
 
@@ -231,7 +232,7 @@ class HyperparameterSearch:
         return (weights * self.y).sum(1) / weights.sum(1)
 
     def _grids(self) -> dict[str, Sequence[float] | np.ndarray]:
-        low, high = self._limits()["lengthscale"]
+        low, high = self._limits["lengthscale"]
         return {
             "lengthscale": np.geomspace(2 * low, high / 5, GRID_LENGTHSCALES),
             "sigma": GRID_SIGMAS,
@@ -239,6 +240,7 @@ class HyperparameterSearch:
             "group_diff_param": GRID_GROUP_DIFFERENCES,
         }
 
+    @cached_property
     def _limits(self) -> dict[str, tuple[float, float]]:
         return {
             "lengthscale": (spacing(self.places) / 2, 10 * extent(self.places)),
@@ -256,7 +258,7 @@ class HyperparameterSearch:
         """
         values = {k: v[:1].clone() for k, v in self.kernel.hyperparameters.items()}
         for name in self.names:
-            values[name].clamp_(*self._limits()[name])
+            values[name].clamp_(*self._limits[name])
         mean, found = self._start(), {}
         for number in range(len(self.kernel.names)):
             self.kernel.choose(number)
@@ -326,12 +328,11 @@ class HyperparameterSearch:
         return unpack(self._minimum(judge, origin, self._log_limits(mean[mine])))
 
     def _within(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        limits = self._limits()
-        return values | {name: values[name].clamp(*limits[name]) for name in self.names}
+        return values | {name: values[name].clamp(*self._limits[name]) for name in self.names}
 
     def _log_limits(self, mean: Tensor, sets: int = 1) -> list[tuple[float, float]]:
         """Bounds of the logarithms of hyperparameters, and of means."""
-        limits = [tuple(np.log(self._limits()[name])) for name in self.names for _ in range(sets)]
+        limits = [tuple(np.log(self._limits[name])) for name in self.names for _ in range(sets)]
         return [*limits, *((level - 5, level + 5) for level in mean.tolist())]
 
     def _minimum(
@@ -381,11 +382,10 @@ class HyperparameterSearch:
             away = (x / spread).square().sum() / 2
             return weight * self.loss(*unpack(x)) + away
 
-        limits = self._limits()
         bounds = []
         for name in names:  # the factor moves the component in the middle within the bounds
             middle = float(values[name].log().median())
-            bounds.append(tuple(np.log(limits[name]) - middle))
+            bounds.append(tuple(np.log(self._limits[name]) - middle))
         bounds += [(-5.0, 5.0)] * len(origin)
         start = origin.new_zeros(len(names) + len(origin))
         found = self._minimum(judge, start, bounds)

@@ -47,19 +47,22 @@ def sites(
         return q.loc.double() + (slope / h).clamp(-HIGHEST_SITE, HIGHEST_SITE), 1 / h
 
 
-def start_from(prior: Prior, source: PoissonFactorization, counts: Counts) -> None:
+def start_from(
+    prior: Prior, source: PoissonFactorization, counts: Counts, fields: bool = True
+) -> None:
     """Start q(F) of a prior from that of a model of the same samples and loadings.
 
-    Fields start at their posterior given the sites of the model, other parts at its q(F).
+    Fields, unless they are left out, start at their posterior given the sites of the model, other
+    parts at its q(F).
     """
     with torch.no_grad():
         q = source.prior.marginal()
-    if prior.fields:
+    if fields and prior.fields:
         observed, noise = sites(source, counts)
     for part, mine in prior.of_parts():
         if part.places is None:
             part.assign(q.loc[mine], q.scale[mine])
-        else:
+        elif fields:
             part.assign(observed[mine], noise[mine].sqrt())
 
 
