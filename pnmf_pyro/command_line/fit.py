@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.effects import add_effects, effects
-from pnmf_pyro.command_line.outputs import check_results_path, files_written, write_results
+from pnmf_pyro.command_line.outputs import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
@@ -134,8 +134,8 @@ def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[
         except (OSError, ValueError) as error:
             left_out.append(f"the model is not saved: {error}")
     try:
-        odd = write_results(options, model, table)
-        written = [*map(str, files_written(options.out)), *written]
+        files, odd = write_results(options, model, table)
+        written = [*map(str, files), *written]
         if odd:
             left_out.append(f"{options.out} is without {', '.join(odd)}, which cannot be written")
     except Exception:

@@ -129,24 +129,24 @@ def check_results_path(options: argparse.Namespace) -> None:
             _check_layout(options.out, file)
 
 
-def files_written(path: str) -> list[Path]:
-    """Return those of the files of results that are there."""
-    return [file for file in files_of(path) if file.exists()]
-
-
-def write_results(options: argparse.Namespace, model: PNMF, table: CountTable) -> list[str]:
+def write_results(
+    options: argparse.Namespace, model: PNMF, table: CountTable
+) -> tuple[list[Path], list[str]]:
     """Write factors, their uncertainty, loadings, settings and history of a fit where --out says.
 
     Returns
     -------
-    list of str
-        Annotation of the counts that cannot be written, and is left out.
+    written : list of Path
+        Files of the results.
+    left_out : list of str
+        Annotation of the counts that cannot be written.
     """
     path, kind = Path(options.out), _kind(options.out)
     samples, features = table.sample_names, table.feature_names
     if kind == ".csv":
-        _write_csv(options.out, model, samples, features)
-    elif kind == ".npz":
+        return _write_csv(options.out, model, samples, features), []
+    left_out: list[str] = []
+    if kind == ".npz":
         names = {"sample_names": samples, "feature_names": features}
         named = {key: np.asarray(value, dtype=str) for key, value in names.items() if value}
         write_archive(path, {"settings": settings(model)}, results(model) | named)
@@ -157,8 +157,7 @@ def write_results(options: argparse.Namespace, model: PNMF, table: CountTable) -
         image = _image(adata)
         with replacing(path) as part:
             part.write_bytes(image)
-        return left_out
-    return []
+    return [path], left_out
 
 
 def _csv_files(path: str | Path) -> dict[str, Path]:
@@ -171,10 +170,12 @@ def _csv_files(path: str | Path) -> dict[str, Path]:
 
 def _write_csv(
     path: str, model: PNMF, samples: Sequence[str] | None, features: Sequence[str] | None
-) -> None:
+) -> list[Path]:
+    """Write the files, remove those that only an earlier fit had, and return what is written."""
     found, files = results(model), _csv_files(path)
     tables = {name: rows for name, rows in (TABLES | SOME).items() if name in found}
-    stale = [files.pop(name) for name in SOME if name not in found]
+    unused = [files.pop(name) for name in SOME if name not in found]
+    stale = unused if files["settings"].exists() else []  # without settings they are not ours
     names: Mapping[str, Sequence[str] | None] = {"sample": samples, "feature": features}
     folder = files["settings"].parent
     is_new = not folder.exists()
@@ -195,6 +196,7 @@ def _write_csv(
         raise
     for file in stale:
         file.unlink(missing_ok=True)
+    return list(files.values())
 
 
 def _columns(model: PNMF, name: str, number: int) -> list[str]:

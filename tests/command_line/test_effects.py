@@ -99,6 +99,16 @@ def test_tables_of_effects_and_dispersion(out, folder, tmp_path, monkeypatch, ca
     assert "dispersion" not in said
 
 
+def test_a_table_of_the_users_own_beside_results_stays(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    own = tmp_path / "results" / "dispersion.csv"
+    own.write_text("mine")
+    assert main(["fit", str(folder / "counts.h5ad"), "--out", "results/"]) in (0, 1)
+    assert own.read_text() == "mine"
+    assert "dispersion.csv" not in capsys.readouterr().out
+
+
 def test_a_table_of_effects_that_is_an_input_is_not_lost(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
