@@ -43,9 +43,9 @@ def lcgp(options: argparse.Namespace) -> None:
 def local_fit(options: argparse.Namespace) -> dict[str, Any]:
     """One fit of a simulated tissue with locally conditioned fields."""
     X, coordinates, log_factors, _ = tables.tissue(options.N, options.D, options.density, options.L)
-    settings = {"local": True, "K": options.K, "init": options.init}
-    if options.init is None:
-        del settings["init"]  # what `fit` chooses
+    settings = {"local": True, "K": options.K}
+    if options.init is not None:
+        settings["init"] = options.init
     cpu_before = time.process_time()
     with stages_timed(log=True) as taken:
         seconds, model = timed(

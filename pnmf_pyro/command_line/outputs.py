@@ -50,8 +50,8 @@ TABLES = {
     "loadings": "feature",
     "elbo_history": "step",
 }
-# Tables that not each fit has, of which a later one leaves none behind.
-SOME = {**dict.fromkeys(EFFECTS, "feature"), "dispersion": "feature"}
+# Tables that only some fits have. A later fit without them removes those of an earlier one.
+OPTIONAL = {**dict.fromkeys(EFFECTS, "feature"), "dispersion": "feature"}
 STALE = [f"PNMF_{name}" for name in EFFECTS]  # in varm of an .h5ad file
 ENDINGS = (".h5ad", ".npz", ".csv")
 
@@ -164,7 +164,7 @@ def _csv_files(path: str | Path) -> dict[str, Path]:
     """Files of CSV results: those in a folder, or beside NAME.csv as NAME_factors.csv and so on."""
     path, is_file = Path(path), Path(path).suffix == ".csv" and not os.path.isdir(path)
     folder, start = (path.parent, f"{path.stem}_") if is_file else (path, "")
-    files = {name: folder / f"{start}{name}.csv" for name in (*TABLES, *SOME)}
+    files = {name: folder / f"{start}{name}.csv" for name in (*TABLES, *OPTIONAL)}
     return {**files, "settings": folder / f"{start}settings.json"}
 
 
@@ -173,10 +173,11 @@ def _write_csv(
 ) -> list[Path]:
     """Write the files, remove those that only an earlier fit had, and return what is written."""
     found, files = results(model), _csv_files(path)
-    tables = {name: rows for name, rows in (TABLES | SOME).items() if name in found}
-    unused = [files.pop(name) for name in SOME if name not in found]
+    tables = {name: rows for name, rows in (TABLES | OPTIONAL).items() if name in found}
+    unused = [files.pop(name) for name in OPTIONAL if name not in found]
     stale = unused if files["settings"].exists() else []  # without settings they are not ours
     names: Mapping[str, Sequence[str] | None] = {"sample": samples, "feature": features}
+    components, heads = [f"component_{l}" for l in range(model.n_components)], _heads(model)
     folder = files["settings"].parent
     is_new = not folder.exists()
     folder.mkdir(exist_ok=True)
@@ -185,7 +186,7 @@ def _write_csv(
             part = {name: stack.enter_context(replacing(file)) for name, file in files.items()}
             for name, rows in tables.items():
                 values = found[name].reshape(len(found[name]), -1)
-                head = [rows, *_columns(model, name, values.shape[1])]
+                head = [rows, *heads.get(name, components)]
                 labels = names.get(rows) or range(len(values))
                 lines = ([label, *row] for label, row in zip(labels, values.tolist(), strict=True))
                 _write_lines(part[name], [head], lines)
@@ -199,13 +200,11 @@ def _write_csv(
     return list(files.values())
 
 
-def _columns(model: PNMF, name: str, number: int) -> list[str]:
-    """Heads of the columns of a table of results."""
-    if name in ("elbo_history", "dispersion"):
-        return [name.removesuffix("_history")]
-    if name in EFFECTS:
-        return list(map(str, model.batches_ if name.startswith("batch") else model.covariates_))
-    return [f"component_{l}" for l in range(number)]
+def _heads(model: PNMF) -> dict[str, list[str]]:
+    """Heads of the columns of those tables whose columns are not the components."""
+    batches, covariates = (list(map(str, one or ())) for one in (model.batches_, model.covariates_))
+    effects = zip(EFFECTS, (batches, batches, covariates, covariates), strict=True)
+    return {"elbo_history": ["elbo"], "dispersion": ["dispersion"], **dict(effects)}
 
 
 def _write_lines(path: Path, *tables: Iterable[Sequence[object]]) -> None:

@@ -26,8 +26,8 @@ MOST_ITERATIONS = 60
 # Draws from which variances given sites are worked out.
 APART_DRAWS = 30
 
-# Numbers in the arrays that posterior draws are worked out in, and draws at once all the same: one
-# alone takes four times as long.
+# Numbers in the arrays that posterior draws are worked out in, and draws at once at least: each
+# takes less time beside others than alone.
 BLOCK = 1 << 23
 DRAWS_AT_ONCE = 4
 

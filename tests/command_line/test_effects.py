@@ -61,6 +61,7 @@ def test_files_give_the_same_whatever_their_order(folder, tmp_path):
     np.testing.assert_allclose(one, other, atol=1e-3)
     with np.load(tmp_path / "1.out.npz") as arrays:
         np.testing.assert_array_equal(arrays["batch_effects"], other)
+        assert "dispersion" not in arrays
 
 
 def test_a_later_fit_without_batches_leaves_no_effects_behind(folder, tmp_path):
@@ -117,6 +118,15 @@ def test_a_table_of_effects_that_is_an_input_is_not_lost(folder, tmp_path, monke
     assert run("fit", folder / "counts.csv", "--out", "results/", "--batches", path) == 2
     assert "--out would overwrite --batches" in capsys.readouterr().err
     assert path.exists()
+
+
+def test_dispersions_in_an_archive(folder, tmp_path):
+    out, model = tmp_path / "out.npz", tmp_path / "model.npz"
+    given = ("--out", out, "--save-model", model, "--set", "likelihood=negative-binomial")
+    assert run("fit", folder / "counts.h5ad", *given) == 0
+    with np.load(out) as arrays:
+        expected = pnmf_pyro.PNMF.load(model).dispersion_
+        np.testing.assert_array_equal(arrays["dispersion"], expected)
 
 
 def test_a_later_fit_without_dispersions_leaves_none_behind(folder, tmp_path):

@@ -129,6 +129,20 @@ def test_layer_size_factors_and_names():
     assert model.transform(adata.layers["double"], size_factors=s).shape == (60, 2)
 
 
+def test_a_later_fit_leaves_no_columns_of_the_one_before():
+    adata = section()
+    adata.obs["mine"] = 1.0
+    pnmf_pyro.fit(adata, non_spatial_components=1, size_factors="total", **QUICK)
+    assert {"pnmf_size_factors", "pnmf_importance_of_space", "mine"} <= set(adata.obs)
+    assert list(adata.var) == ["pnmf_importance_of_space"]
+    pnmf_pyro.fit(adata, likelihood="negative-binomial", **FLAT)
+    assert list(adata.obs) == ["section", "mine"]
+    assert list(adata.var) == ["pnmf_dispersion"]
+    pnmf_pyro.fit(adata, **FLAT)
+    assert list(adata.obs) == ["section", "mine"]
+    assert list(adata.var) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*zarr v2:UserWarning")
 @pytest.mark.parametrize("format", ["h5ad", "zarr"])
 def test_results_survive_a_file(format, spatial, tmp_path):
