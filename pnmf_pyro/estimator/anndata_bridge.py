@@ -40,6 +40,9 @@ COLUMNS = {
     "var": ("dispersion", "importance_of_space"),
 }
 
+# Where a table of SpatialData says which elements its rows are of.
+ANNOTATION = "spatialdata_attrs"
+
 logger = logging.getLogger("pnmf_pyro")
 
 
@@ -165,10 +168,10 @@ class AnnDataKeys:
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
-            sections = adata.uns.get("spatial")
-            if coordinates is not None and isinstance(sections, dict) and len(sections) > 1:
+            key, sections = _sections(adata)
+            if coordinates is not None and len(sections) > 1:
                 warn(
-                    f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key "
+                    f"adata holds {len(sections)} sections, by uns[{key!r}], and no batch_key "
                     "tells them apart: places of different sections count as neighbours. Pass "
                     "batch_key=."
                 )
@@ -195,6 +198,20 @@ class AnnDataKeys:
             used |= {"spatial_key": self.spatial_key, "batch_key": self.batch_key}
         adata.uns[self.key_added] |= {k: v for k, v in used.items() if v is not None}
         return adata
+
+
+def annotated_regions(table: AnnData) -> list[str]:
+    """Return the elements of SpatialData that the rows of a table are of; none if it is silent."""
+    region = table.uns.get(ANNOTATION, {}).get("region")
+    return [] if region is None else np.atleast_1d(region).tolist()
+
+
+def _sections(adata: AnnData) -> tuple[str, list[str]]:
+    """Return the names of the sections of an AnnData object, and the key of uns that has them."""
+    if regions := annotated_regions(adata):
+        return ANNOTATION, regions
+    sections = adata.uns.get("spatial")
+    return "spatial", list(sections) if isinstance(sections, dict) else []
 
 
 def found_places(names: Sequence[str]) -> tuple[str, str] | None:
