@@ -207,11 +207,13 @@ class Triangle:
     def passed_on(self, x: Tensor) -> Iterator[Tensor]:
         """Let each position, from the last one on, pass all it has to its predecessors.
 
-        Each gets a share in proportion to |B|. Give what the positions of each grid have when all
-        later ones have passed on theirs, (M, L, R), from the finest grid on; x, (N, L, R), changes.
+        Each gets a share in proportion to |B|; without weights none gets anything. Give what the
+        positions of each grid have when all later ones have passed on theirs, (M, L, R), from the
+        finest grid on; x, (N, L, R), changes.
         """
         given = self.flat(x)
-        share = 1 / self.weights.abs().sum(-1).clamp_min(torch.finfo(x.dtype).tiny).view(-1, 1)
+        total = self.weights.abs().sum(-1).view(-1, 1)
+        share = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0)
         with in_one_thread():
             for block in reversed(self.blocks):
                 yield given[: block.stop].view(-1, *x.shape[1:])

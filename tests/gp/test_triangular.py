@@ -142,6 +142,15 @@ def test_what_is_passed_on_to_the_grids(C, device, monkeypatch):
         np.testing.assert_allclose(one.sum(0).cpu(), x.sum(0), rtol=1e-10)
 
 
+def test_a_position_whose_weights_are_0_passes_nothing_on():
+    triangle, _ = triangle_of(dtype=torch.float32)
+    triangle.weights[30:] = 0  # as of places far apart
+    again = Triangle(triangle.predecessors, triangle.weights)
+    *_, coarsest = (one.clone() for one in again.passed_on(torch.full((N, L, 1), 1e5)))
+    assert coarsest.isfinite().all()
+    assert (coarsest.sum(0) < 30.1e5).all()
+
+
 def test_copies_solve_alike():
     triangle, _ = triangle_of()
     for other in (copy.deepcopy(triangle), pickle.loads(pickle.dumps(triangle))):
