@@ -169,7 +169,10 @@ def identity_of(settings: HasParameters, data: Data) -> State:
             "checkpoint needs a seed, since a fit goes on to the bits that it would have had: set "
             f"random_state to a whole number. It is {seed!r}."
         )
-    parameters = plain_parameters(settings)
+    try:
+        parameters = plain_parameters(settings)
+    except ValueError as error:
+        raise ValueError(f"checkpoint cannot keep this fit: {error}") from error
     init = settings.get_params(deep=False)["init"]
     starts = init if isinstance(init, list | tuple) else [init]
     parameters["init"] = [_hash(s) if isinstance(s, np.ndarray) else s for s in starts]
