@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
         check_output_path("--save-model", options.save_model, (".npz",))
     if options.report:
         check_report_path("--report", options.report)
-    checkpoint_of(options.checkpoint, options.every)
+    _check_checkpoint(options)
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}
@@ -125,6 +126,13 @@ def run(options: argparse.Namespace) -> shared.Exit:
         f"wrote {', '.join(written)}",
     )
     return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
+
+
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    """Refuse what cannot be a checkpoint, and say so where there is one."""
+    checkpoint_of(options.checkpoint, options.every)
+    if options.checkpoint and os.path.exists(options.checkpoint) and not options.quiet:
+        sys.stderr.write(f"pnmf-pyro: {options.checkpoint} is there: the fit goes on from it\n")
 
 
 def _plan(options: argparse.Namespace) -> shared.Exit:

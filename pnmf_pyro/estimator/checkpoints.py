@@ -109,7 +109,10 @@ class Checkpoint(Unkept):
                 f"checkpoint: {self.path} is of another fit: {'; '.join(other)}. Go on with what "
                 f"it was written for. {remedy}"
             )
-        state = rebuilt(header["state"], arrays)
+        try:
+            state = rebuilt(header["state"], arrays)
+        except Exception as error:  # a part is missing, or on a device that is not here
+            raise ValueError(f"checkpoint: {self.path} is damaged ({error!r}). {remedy}") from error
         self.made, self.found = state["made"], state["fit"]
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

@@ -97,6 +97,7 @@ class FitCourse(Keeper, Resumable):
         self.begun: Mapping[str, Any] | None = None
         if checkpoint.found is not None:
             self.resume(checkpoint.found)
+            logger.info("goes on from a checkpoint, after %d steps", len(self.history))
 
     @property
     def is_new(self) -> bool:

@@ -13,6 +13,7 @@ import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.estimator import archive, checkpoints
 from pnmf_pyro.estimator.checkpoints import flattened, rebuilt
+from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.priors import GaussianPrior
 from tests.support.checkpoints import FITS, PLACES, X, differing, fit, stopped, writes
 from tests.support.interrupts import shared_state
@@ -128,6 +129,12 @@ def test_objects_of_the_user_are_refused(path):
     prior = GaussianPrior(torch.empty(X.shape[::-1]), 2, use_natural_gradients=True)
     with pytest.raises(ValueError, match="checkpoint cannot keep this fit: prior="):
         fit(NAME, prior=prior, checkpoint=path)
+
+    class Mine(Settle):
+        pass
+
+    with pytest.raises(ValueError, match="checkpoint cannot keep this fit: stages="):
+        fit(NAME, stages=[Mine()], checkpoint=path)
     with pytest.raises(IsADirectoryError):
         fit(NAME, checkpoint=path.parent)
 
@@ -138,9 +145,9 @@ def test_a_damaged_checkpoint_is_refused(path, monkeypatch):
     random = np.random.default_rng(0)
     expected = fit(NAME)
     refused: list[str] = []
-    for number in range(60):
+    for number in range(80):  # half of it in the list of its parts, at the end
         data = bytearray(whole)
-        place = int(random.integers(len(data)))
+        place = int(random.integers(0 if number < 40 else len(data) - 4000, len(data)))
         if number % 2:
             data[place] ^= 1 << int(random.integers(8))
         else:
