@@ -27,6 +27,7 @@ from benchmarks.measure import (
     timed,
 )
 from benchmarks.solves import solves
+from benchmarks.stops import stops
 from pnmf_pyro import PNMF
 from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.counts import as_counts
@@ -48,7 +49,7 @@ SVGP_GROWTH = {
 
 
 BENCHMARKS |= {one.__name__: one for one in (trust.fuzz, trust.damage, trust.interrupts)}
-BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves)}
+BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves, stops)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -23,6 +24,7 @@ from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.recipe import fit, plan
 from pnmf_pyro.models.deviance import deviance
@@ -44,6 +46,7 @@ def add(commands: shared.Commands) -> None:
             "pnmf-pyro fit sections.h5ad --batch-key section --size-factors total "
             "--out factors.h5ad",
             "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
+            "pnmf-pyro fit section.h5ad --checkpoint run.ckpt --out factors.h5ad",
             "pnmf-pyro fit section.h5ad --plan",
         ),
         fine="the fit has settled, and results are written",
@@ -69,6 +72,19 @@ def add(commands: shared.Commands) -> None:
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write the report that plot draws as well, .html")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="keep the fit in FILE; if it is stopped, even killed, the same command goes on from "
+        "there, to the same results",
+    )
+    parser.add_argument(
+        "--every",
+        metavar="SECONDS",
+        type=float,
+        default=EVERY,
+        help=f"from one writing of FILE to the next (default: {EVERY:g})",
+    )
     add_effects(parser)
     shared.add_settings(parser)
 
@@ -84,10 +100,12 @@ def run(options: argparse.Namespace) -> shared.Exit:
         check_output_path("--save-model", options.save_model, (".npz",))
     if options.report:
         check_report_path("--report", options.report)
+    _check_checkpoint(options)
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}
     chosen |= effects(options, table)
+    chosen |= {"checkpoint": options.checkpoint, "every": options.every}
     started = time.perf_counter()
     model, settled = _fit(table, coords, groups, chosen)
     seconds = time.perf_counter() - started
@@ -108,6 +126,13 @@ def run(options: argparse.Namespace) -> shared.Exit:
         f"wrote {', '.join(written)}",
     )
     return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
+
+
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    """Refuse what cannot be a checkpoint, and say so where there is one."""
+    checkpoint_of(options.checkpoint, options.every)
+    if options.checkpoint and os.path.exists(options.checkpoint) and not options.quiet:
+        sys.stderr.write(f"pnmf-pyro: {options.checkpoint} is there: the fit goes on from it\n")
 
 
 def _plan(options: argparse.Namespace) -> shared.Exit:

@@ -40,7 +40,10 @@ READ = {
     **{"counts": "COUNTS", "model": "MODEL", "fit": "FIT", "mask": "--mask"},
     **{"batches": "--batches", "covariates": "--covariates"},
 }
-WRITTEN = {"out": "--out", "save_model": "--save-model", "report": "--report"}
+WRITTEN = {
+    **{"out": "--out", "save_model": "--save-model", "report": "--report"},
+    "checkpoint": "--checkpoint",
+}
 
 # Tables of CSV results, and what their rows are.
 TABLES = {

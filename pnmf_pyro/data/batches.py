@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.resumable import Resumable
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -102,13 +103,9 @@ class Batches:
     scale_kl_NM: bool = True
     generator: torch.Generator | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Stream:
         """Iterate without end, in each pass over every pair of a sample and a feature batch."""
-        N, D = self.counts.shape
-        while True:
-            for features in self._pieces(D, self.y_batch_size):
-                for samples in self._pieces(N, self.batch_size):
-                    yield self.batch(samples, features)
+        return Stream(self)
 
     def one_pass(self) -> Iterator[Batch]:
         """Iterate once over all samples in their order, each batch with all features."""
@@ -129,10 +126,48 @@ class Batches:
         prior_scale = 1.0 if self.scale_kl_NM else n / N
         return Batch(counts, samples, features, likelihood_scale, prior_scale)
 
-    def _pieces(self, size: int, batch_size: int | None) -> Sequence[Tensor | None]:
+    def order(self, size: int, batch_size: int | None) -> Tensor:
+        """Return the order in which a pass visits that many samples or features."""
         if not self.shuffle or batch_size is None or batch_size >= size:
-            return _split(torch.arange(size), batch_size)
-        return _split(torch.randperm(size, generator=self.generator), batch_size)
+            return torch.arange(size)
+        return torch.randperm(size, generator=self.generator)
+
+
+class Stream(Resumable, Iterator[Batch]):
+    """The batches of :class:`Batches`, one after another.
+
+    Attributes
+    ----------
+    samples, features : Tensor of int64
+        Numbers of those that are still to come: samples with the present batch of features, and
+        features of this pass.
+    present : Tensor of int64 or None
+        The present batch of features.
+    """
+
+    carried = ("samples", "features", "present")
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+        self.samples = self.features = torch.arange(0)
+        self.present: Tensor | None = None
+
+    def __next__(self) -> Batch:
+        batches, (N, D) = self.batches, self.batches.counts.shape
+        if not len(self.samples):
+            if not len(self.features):
+                self.features = batches.order(D, batches.y_batch_size)
+            self.present, self.features = _cut(self.features, batches.y_batch_size, D)
+            self.samples = batches.order(N, batches.batch_size)
+        samples, self.samples = _cut(self.samples, batches.batch_size, N)
+        return batches.batch(samples, self.present)
+
+
+def _cut(order: Tensor, size: int | None, whole: int) -> tuple[Tensor | None, Tensor]:
+    """Cut off the first `size`; a piece that is the whole is no index at all."""
+    if size is None or size >= whole:
+        return None, order[:0]
+    return order[:size], order[size:]
 
 
 def _split(order: Tensor, size: int | None) -> Sequence[Tensor | None]:

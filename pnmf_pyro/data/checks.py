@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TypeVar
@@ -30,12 +31,28 @@ NAMED_AT_MOST = 5
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
+# Who takes note of warnings, the last one first.
+_listening: list[list[tuple[str, str]]] = []
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn of something at the line of the user's code that led to it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame, level = frame.f_back, level + 1
+    if _listening:
+        _listening[-1].append((message, category.__name__))
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextmanager
+def noting(said: list[tuple[str, str]]) -> Iterator[None]:
+    """Take note in `said` of the messages of warnings in a block, and their categories' names."""
+    _listening.append(said)
+    try:
+        yield
+    finally:
+        _listening.pop()
 
 
 def check_choice(name: str, value: Choice, choices: Collection[object]) -> Choice:

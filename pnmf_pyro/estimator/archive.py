@@ -30,7 +30,10 @@ class _OtherFormat(ValueError):
 
 
 def write_archive(
-    path: str | os.PathLike, header: dict[str, Any], arrays: Mapping[str, ArrayLike]
+    path: str | os.PathLike,
+    header: dict[str, Any],
+    arrays: Mapping[str, ArrayLike],
+    compressed: bool = True,
 ) -> None:
     """Write arrays and a JSON header to one file, which appears whole or not at all.
 
@@ -45,17 +48,20 @@ def write_archive(
     text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **header})
     content: dict[str, Any] = {_HEADER: np.array(text), **held}
     with replacing(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **content)
+        (np.savez_compressed if compressed else np.savez)(file, **content)
 
 
 def read_archive(
-    path: str | os.PathLike, known: Collection[str] | None = None
+    path: str | os.PathLike,
+    known: Collection[str] | None = None,
+    what: str = "a model saved by pnmf_pyro",
+    remedy: str = "Save it again with PNMF.save.",
 ) -> tuple[dict[str, Any], Arrays]:
     """Return header and arrays of a file that :func:`write_archive` wrote.
 
     Only arrays with `known` names are read, all of them if None. A file that is damaged, of another
     kind, or of a newer version is a ValueError; sizes that it claims are checked before anything
-    of that size is read.
+    of that size is read. The error says of `what` kind it should be, and a `remedy`.
     """
     with open(_checked(path), "rb") as file:
         try:
@@ -64,10 +70,7 @@ def read_archive(
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # a damaged file fails in any way
             why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(
-                f"{path} is not a model saved by pnmf_pyro, or it is damaged ({why}). "
-                "Save it again with PNMF.save."
-            ) from error
+            raise ValueError(f"{path} is not {what}, or it is damaged ({why}). {remedy}") from error
 
 
 def _checked(path: str | os.PathLike) -> Path:
@@ -135,7 +138,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, kind = readers[version](file)
-        if kind.hasobject or kind.kind not in "fiuU":
+        if kind.hasobject or kind.kind not in "fiubU":
             raise ValueError(f"{member.filename!r} holds neither numbers nor text, but {kind}")
         if file.tell() + math.prod(shape) * kind.itemsize != member.file_size:
             raise ValueError(f"{member.filename!r} has another size than its shape")

@@ -22,17 +22,10 @@ import torch
 from pnmf_pyro.data.batches import Batches, take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.estimator.course import TRIAL_STEPS, train_run
 from pnmf_pyro.estimator.inputs import Data
 from pnmf_pyro.estimator.parameters import Settings, learned
-from pnmf_pyro.estimator.plan import (
-    FINAL_DRAWS,
-    LAST,
-    TRIAL_STEPS,
-    make_model,
-    make_runs,
-    make_starts,
-    train_run,
-)
+from pnmf_pyro.estimator.plan import FINAL_DRAWS, LAST, make_model, make_runs, make_starts
 from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.size import Size
 from pnmf_pyro.estimator.stages import SAMPLE_STEPS

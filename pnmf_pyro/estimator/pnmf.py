@@ -18,6 +18,7 @@ from pnmf_pyro.data.design import Covariates, Labels
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask
 from pnmf_pyro.data.places import Places
+from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.inputs import Scales, encode_places
 from pnmf_pyro.estimator.published import fit_and_publish, publish
 from pnmf_pyro.estimator.saved_models import read_model, write_model
@@ -254,6 +255,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         mask: Mask = None,
         batches: Labels = None,
         covariates: Covariates = None,
+        checkpoint: str | os.PathLike | None = None,
+        every: float = EVERY,
     ) -> Any:
         """Fit the model to counts; return self, or what `return_history` says.
 
@@ -274,11 +277,11 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         callback, callback_interval : callable, int, optional
             Function of (model, iteration, elbo), called every `callback_interval` steps, when
             `components_` and factors are where that step led; `elbo` is of where it began.
-        size_factors, mask, batches, covariates
-            What scales the rates, see :func:`pnmf_pyro.fit`.
+        size_factors, mask, batches, covariates, checkpoint, every
+            What scales the rates, and where the fit is kept, see :func:`pnmf_pyro.fit`.
         """
         scales = Scales(size_factors, mask, batches, covariates)
-        told = callback, callback_interval
+        told = callback, callback_interval, checkpoint_of(checkpoint, every)
         fit_and_publish(self, X, coordinates, groups, scales, *told)
         return (self.history_, self) if return_history else self
 

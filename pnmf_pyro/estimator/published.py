@@ -9,6 +9,7 @@ import numpy as np
 
 from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
 from pnmf_pyro.estimator.inputs import Scales, read_data
@@ -27,6 +28,7 @@ def fit_and_publish(
     scales: Scales,
     callback: Callable[[Any, int, float], None] | None,
     interval: int,
+    checkpoint: Unkept,
 ) -> None:
     """Fit an estimator, see :meth:`PNMF.fit`; one that fails is left as it was."""
     check_callback(callback, interval)
@@ -44,9 +46,10 @@ def fit_and_publish(
         estimator.groups_ = None if data.groups is None else data.groups.names
         estimator.mean_total_, estimator.design_ = data.mean_total, data.design
         estimator.keys_ = None
-        chosen = chosen_likelihood(estimator, data)
+        checkpoint.open(estimator, data)
+        chosen = checkpoint.once("likelihood", lambda: chosen_likelihood(estimator, data))
         estimator.likelihood_, estimator.likelihood_densities_ = chosen
-        fitted = fit_by_plan(estimator, data, report, announced(estimator, data))
+        fitted = fit_by_plan(estimator, data, report, announced(estimator, data), checkpoint)
         model, estimator.history_, (estimator.elbo_, estimator.elbo_se_) = fitted
         estimator._publish(model)
         estimator.n_iter_ = len(estimator.history_)

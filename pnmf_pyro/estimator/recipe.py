@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, unmasked
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
+from pnmf_pyro.estimator.checkpoints import EVERY
 from pnmf_pyro.estimator.cost import Plan, plan_of
 from pnmf_pyro.estimator.effects import without_effect
 from pnmf_pyro.estimator.inputs import Scales, read_data
@@ -122,6 +124,8 @@ def fit(
     batch_key: str | None = None,
     key_added: str = "pnmf",
     copy: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    every: float = EVERY,
     **parameters: Any,
 ) -> Any:
     """Fit a factorisation with settings that need no tuning.
@@ -168,6 +172,12 @@ def fit(
         Name under which the results are written.
     copy : bool
         Write to a copy of the AnnData object, which is returned as well.
+    checkpoint : str or os.PathLike, optional
+        File in which the fit is kept. Where it is there, the fit goes on from it, to the same bits
+        as if it had never been stopped. One of another fit is a ValueError. The file stays when
+        the fit has ended.
+    every : float
+        Seconds from one writing of the checkpoint to the next.
     **parameters
         Any parameter of :class:`PNMF`, in place of the recommended value.
 
@@ -203,11 +213,12 @@ def fit(
     X = _of_table(X, table, spatial_key, parameters)
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
     scales = Scales(size_factors, mask, *from_obs(X, batches, covariates))
+    kept = {"checkpoint": checkpoint, "every": every}
     if is_anndata(X):
         _refuse_places(coords, groups)
-        return _fit_anndata(X, keys, n_components, scales, parameters)
+        return _fit_anndata(X, keys, n_components, scales, parameters, kept)
     keys.refuse()
-    return _fit_arrays(X, coords, groups, n_components, scales, parameters)
+    return _fit_arrays(X, coords, groups, n_components, scales, parameters, kept)
 
 
 @isolated
@@ -290,10 +301,11 @@ def _fit_anndata(
     n_components: int,
     scales: Scales,
     parameters: dict[str, Any],
+    kept: dict[str, Any],
 ) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
     X, coords, groups = keys.read(adata, parameters.get("spatial"))
-    model = _fit_arrays(X, coords, groups, n_components, scales, parameters)
+    model = _fit_arrays(X, coords, groups, n_components, scales, parameters, kept)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -316,11 +328,12 @@ def _fit_arrays(
     n_components: int,
     scales: Scales,
     parameters: dict[str, Any],
+    kept: dict[str, Any],
 ) -> PNMF:
     X, mask = unmasked(X, scales.mask)
     X = plain_table(X)
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
-    given = scales._replace(mask=mask)._asdict()
+    given = scales._replace(mask=mask)._asdict() | kept
     model.fit(X, coordinates=coords, groups=groups, **given)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)

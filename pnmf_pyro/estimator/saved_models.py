@@ -20,9 +20,10 @@ from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import GroupCodes, Places
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
+from pnmf_pyro.estimator.course import History
 from pnmf_pyro.estimator.parameters import FittedEstimator, check_parameters
 from pnmf_pyro.estimator.plain import label_of, plain_label, plain_parameters
-from pnmf_pyro.estimator.plan import History, likelihood_part
+from pnmf_pyro.estimator.plan import likelihood_part
 from pnmf_pyro.estimator.prior import beside_plain, spatial_prior
 from pnmf_pyro.estimator.stages import stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1

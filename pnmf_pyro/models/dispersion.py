@@ -23,6 +23,7 @@ from torch import Tensor
 from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import BLOCK, Exposure
+from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.priors.natural import Step
 
 if TYPE_CHECKING:
@@ -218,9 +219,10 @@ def _trigamma(values: Tensor) -> Tensor:
 
 
 @dataclass
-class Clock:
+class Clock(Resumable):
     """How many passes over the data there were, and entries seen in the present one."""
 
+    carried = ("passes", "seen")
     passes: int = 0
     seen: int = 0
 
@@ -237,6 +239,8 @@ class DispersionSteps(Step):
     model : PoissonFactorization
         Whose likelihood has these dispersions.
     """
+
+    carried = ("tried", "trials", "sums")
 
     def __init__(self, inverse: Tensor, clock: Clock, model: PoissonFactorization):
         self.inverse, self.clock, self.model, self.batch = inverse, clock, model, Batch()

@@ -16,7 +16,7 @@ whose counts vary no more than a Poisson's stay with their stored entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.log_rate import log_rate
+from pnmf_pyro.data.resumable import Resumable, State
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.models.dispersion import (
     FIRST,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from pnmf_pyro.priors.natural import Step
 
 
-class NegativeBinomial(nn.Module):
+class NegativeBinomial(Resumable, nn.Module):
     """The likelihood of over-dispersed counts, as a part of the factorisation.
 
     Parameters
@@ -88,6 +89,14 @@ class NegativeBinomial(nn.Module):
     def forward(self, poisson: PoissonFactors, batch: Batch) -> NegativeBinomialFactors:
         """Return the distribution of the counts of a batch."""
         return NegativeBinomialFactors(poisson, take(self.inverse, batch.features), self.kept)
+
+    def state(self) -> State:
+        """Return how long it has been trained."""
+        return self.clock.state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.clock.resume(state)
 
     def steps(self, model: PoissonFactorization, at_once: bool = False) -> list[Step]:
         """Return the steps that learn the dispersions, from the first on or when all is settled."""

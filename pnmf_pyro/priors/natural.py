@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.priors.base import Prior
 
 
-class Step:
+class Step(Resumable):
     """One kind of steps that training takes: it moves some parameters, given the gradients.
 
     Attributes
@@ -75,6 +76,8 @@ class SiteSteps(Step):
     ValueError
         If the prior does not hold q in sites.
     """
+
+    carried = ("turn",)
 
     def __init__(self, prior: Prior, kl_weight: float = 1.0, every: int = 1):
         prior.check_sites()

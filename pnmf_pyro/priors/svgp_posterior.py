@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pyro.distributions import Independent, MultivariateNormal, Normal, TorchDistribution
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch.distributions import register_kl
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import put, take
+from pnmf_pyro.data.resumable import Resumable, State
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import solve
 from pnmf_pyro.priors.fields import WhitenedPrior, times, weighted_gram
@@ -40,7 +44,7 @@ class InducingPosterior(nn.Module):
         raise NotImplementedError
 
 
-class SiteInducing(InducingPosterior):
+class SiteInducing(Resumable, InducingPosterior):
     """q(u) in sites, for natural-gradient steps.
 
     Parameters
@@ -60,6 +64,19 @@ class SiteInducing(InducingPosterior):
             zeros = torch.zeros(L, N, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
         self._once = Cache()
+        self._moved: Tensor | None = None  # S^{-1} since batches move it
+        self._resumed_at = -1
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_moved": None}
+
+    def state(self) -> State:
+        """Return S^{-1} where batches have moved it: made anew it is rounded in another way."""
+        return {"moved": self._moved}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with the sites that belong to it."""
+        self._moved, self._resumed_at = state["moved"], self.site_precision._version
 
     @torch.no_grad()
     def distribution(self, A: Tensor) -> SiteNormal:
@@ -86,8 +103,10 @@ class SiteInducing(InducingPosterior):
                 moved += weighted_gram(take(A, index), precision - take(self.site_precision, index))
                 put(self.site_precision, precision, index)
                 self._once.renew("precision", (self.site_precision, A), moved)
+                self._moved = moved
             else:
                 put(self.site_precision, precision, index)
+                self._moved = None
         put(self.site_shift, shift, index)
 
     def assign(self, A: Tensor, precision: Tensor, shift: Tensor) -> None:
@@ -98,6 +117,8 @@ class SiteInducing(InducingPosterior):
         """S^{-1} = I + A diag(w) A^T, of shape (L, M, M)."""
 
         def make() -> Tensor:
+            if self._moved is not None and self._resumed_at == self.site_precision._version:
+                return self._moved
             precision = weighted_gram(A, self.site_precision)
             precision.diagonal(dim1=-2, dim2=-1).add_(1)
             return precision

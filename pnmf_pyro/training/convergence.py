@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
+
+from pnmf_pyro.data.resumable import Resumable
 
 # Relative rise of the smoothed ELBO over ten steps that is not worth a warning, however small tol.
 LEAST_TREND = 1e-5
 
 
-class Judge(Protocol):
+class Judge(Resumable):
     """What decides from the values of the ELBO so far whether a fit has settled."""
 
     tol: float
 
     def reached(self, history: Sequence[float]) -> bool:
         """Say whether to stop, given all values so far; to be asked after each step."""
+        raise NotImplementedError
 
     def still_rising(self, history: Sequence[float]) -> bool:
         """Say whether the ELBO still rose at the end."""
+        raise NotImplementedError
 
 
 @dataclass
-class Convergence:
+class Convergence(Judge):
     """Decide from smoothed values of the ELBO whether a fit has converged.
 
     The ELBO is averaged over windows of `window` steps. A window that rises by less than `tol`
@@ -42,6 +46,7 @@ class Convergence:
     window, patience : int
     """
 
+    carried = ("_quiet",)
     tol: float = 1e-4
     start: int = 0
     window: int = 10
@@ -76,7 +81,7 @@ class Convergence:
 
 
 @dataclass
-class Settled:
+class Settled(Judge):
     r"""Decide from values of an ELBO without noise how much of its rise is left.
 
     Of all steps so far the last third raised the ELBO by r, and the third before it by r / q. Where

@@ -35,9 +35,12 @@ class EffectSteps(Step):
     A step of size `lr` below 1 goes that fraction of the way.
     """
 
+    carried = ("sums", "seen", "turn")
+
     def __init__(self, model: PoissonFactorization):
         self.model, self.batch = model, Batch()
         self.told: tuple[Counts, Tensor] | None = None
+        self.sums = torch.empty(0)
         self.seen = self.turn = 0
 
     @property

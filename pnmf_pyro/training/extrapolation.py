@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import Step
 
@@ -38,7 +40,7 @@ SMALLEST = 2.0**-10
 FIRST, MOST, GROWTH, SHRINKAGE = 0.5, 0.9, 1.05, 1.5
 
 
-class Checkpoint:
+class Accepted(Resumable):
     """A copy of the parameters and buffers at the last point that was accepted.
 
     Parameters
@@ -56,10 +58,11 @@ class Checkpoint:
         Whether no step leads higher, however short.
     """
 
+    carried: ClassVar[tuple[str, ...]] = ("saved", "values", "moved")
     at_rest = False
 
     def __init__(self, model: PoissonFactorization):
-        self.state = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
+        self.tensors = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
         self.saved: list[Tensor] | None = None
         self.values: list[float] = []
         self.moved = True
@@ -69,8 +72,8 @@ class Checkpoint:
         """Save the present point, of this loss; or go back and say False."""
         self.values.append(-loss)
         if self.saved is None:
-            self.saved = [torch.empty_like(tensor) for tensor in self.state]
-        _copy(self.saved, self.state)
+            self.saved = [torch.empty_like(tensor) for tensor in self.tensors]
+        _copy(self.saved, self.tensors)
         return True
 
     def go_on(self) -> None:
@@ -83,10 +86,10 @@ class Checkpoint:
     def restore(self) -> None:
         """Go back to the copy."""
         if self.saved is not None:
-            _copy(self.state, self.saved)
+            _copy(self.tensors, self.saved)
 
 
-class Extrapolation(Checkpoint):
+class Extrapolation(Accepted):
     """Points at which the loss never rises, of steps that are extrapolated.
 
     A step that raises the loss without being extrapolated was too long: it is halved, and so are
@@ -101,6 +104,8 @@ class Extrapolation(Checkpoint):
     most : float
         Largest beta; 0 for steps that are not extrapolated.
     """
+
+    carried = (*Accepted.carried, "at_rest", "beta", "fraction", "last", "added")
 
     def __init__(self, model: PoissonFactorization, steps: Sequence[Step], most: float = MOST):
         super().__init__(model)
@@ -161,7 +166,7 @@ class Extrapolation(Checkpoint):
 
     def _shorten(self, fraction: float) -> None:
         assert self.saved is not None
-        for now, before in zip(self.state, self.saved, strict=True):
+        for now, before in zip(self.tensors, self.saved, strict=True):
             moved = now.is_floating_point() and not torch.equal(now, before)
             if moved:  # a copy would count as a change to what depends on it
                 now.copy_(before.lerp(now, fraction))

@@ -120,6 +120,7 @@ class ShrunkLoadings(ClosedFormLoadings):
 
     LARGEST_SHAPE = 1e3
 
+    carried = ("shape",)
     shape: float | None = None
 
     @torch.no_grad()

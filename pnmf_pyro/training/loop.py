@@ -18,11 +18,13 @@ from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.checks import warn
 from pnmf_pyro.data.isolation import isolated, openmp
 from pnmf_pyro.data.random_state import drawing_from, torch_generator
+from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence, Judge
-from pnmf_pyro.training.extrapolation import MOST, Checkpoint, Extrapolation
+from pnmf_pyro.training.course import NOTHING_KEPT, Course, Keeper
+from pnmf_pyro.training.extrapolation import MOST, Accepted, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
 
 logger = logging.getLogger("pnmf_pyro")
@@ -71,6 +73,7 @@ def train(
     warn: bool = True,
     monotone: bool = False,
     extrapolates: bool = True,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> TrainingResult:
     """Train a model and its guide.
 
@@ -100,6 +103,8 @@ def train(
         Halve a step for as long as the ELBO falls; for objectives without noise.
     extrapolates : bool
         Take steps further where they are monotone, see :mod:`~pnmf_pyro.training.extrapolation`.
+    keeper : Keeper
+        What is told after each step where the run stands, and has where it is to go on from.
 
     Returns
     -------
@@ -123,36 +128,57 @@ def train(
     result = TrainingResult([])
     moved = [step for step, _ in steps]
     most = MOST if extrapolates else 0.0
-    checkpoint = Extrapolation(model, moved, most) if monotone else Checkpoint(model)
-    stream = iter(batches)
+    accepted = Extrapolation(model, moved, most) if monotone else Accepted(model)
+    stream, go_on = iter(batches), True
     with _under_way(model, steps), progress_bar(max_iter, verbose, "ELBO") as progress:
         after = [schedule.attach(step, max_iter) for step, schedule in steps]
-        for iteration in range(1, max_iter + 1):
-            batch = next(stream)
-            try:
-                with threads_for(batch, model), drawing_from(generator, model.W.device):
-                    _one_step(model, batch, objective, steps, checkpoint, validate=iteration == 1)
-            except (FloatingPointError, torch.linalg.LinAlgError) as error:
-                result.failure = _describe_failure(error, iteration, model, objective, batch)
-                checkpoint.restore()
-                break
-            except KeyboardInterrupt:
-                checkpoint.restore()
-                raise
-            elbo = checkpoint.values[-1]
-            result.history.append(elbo)
-            for set_next_size in after:
-                set_next_size(elbo)
-            progress.update()
-            progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
-            on_step(elbo)
-            settled = checkpoint.moved and convergence.reached(checkpoint.values)
-            if settled or checkpoint.at_rest:
-                result.converged = True
-                break
-    checkpoint.finish()
-    _report(result, convergence, checkpoint.values, max_iter, warn)
+        streams = [stream] if isinstance(stream, Resumable) else []
+        course = Course(result.history, accepted, convergence, *streams, *moved, *after)
+        if keeper.begun is not None:
+            course.resume(keeper.begun)
+        while go_on and len(result.history) < max_iter:
+            with keeper.whole():
+                elbo = _iterate(model, next(stream), objective, steps, accepted, generator, result)
+                if elbo is None:
+                    break
+                for set_next_size in after:
+                    set_next_size(elbo)
+                progress.update()
+                progress.set_postfix_str(f"{elbo:.6g}", refresh=False)
+                on_step(elbo)
+                settled = accepted.moved and convergence.reached(accepted.values)
+                result.converged = settled or accepted.at_rest
+            go_on = not result.converged
+            if go_on:
+                keeper.passed(course)
+    accepted.finish()
+    _report(result, convergence, accepted.values, max_iter, warn)
     return result
+
+
+def _iterate(
+    model: PoissonFactorization,
+    batch: Batch,
+    objective: FactorizationELBO,
+    steps: Steps,
+    accepted: Accepted,
+    generator: torch.Generator,
+    result: TrainingResult,
+) -> float | None:
+    """Return the ELBO of one more step, which comes into the history; None for a failure."""
+    iteration = len(result.history) + 1
+    try:
+        with threads_for(batch, model), drawing_from(generator, model.W.device):
+            _one_step(model, batch, objective, steps, accepted, validate=iteration == 1)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        result.failure = _describe_failure(error, iteration, model, objective, batch)
+        accepted.restore()
+        return None
+    except KeyboardInterrupt:
+        accepted.restore()
+        raise
+    result.history.append(accepted.values[-1])
+    return result.history[-1]
 
 
 def _check_objective(objective: FactorizationELBO, steps: Steps) -> None:
@@ -182,21 +208,21 @@ def _one_step(
     batch: Batch,
     objective: FactorizationELBO,
     steps: Steps,
-    checkpoint: Checkpoint,
+    accepted: Accepted,
     validate: bool,
 ) -> None:
     """Take gradients; then step with all, or go back half of the last step if it was too long."""
     with pyro.validation_enabled(validate):
         model.zero_grad()
         loss = objective.loss_and_grads(model.model, model.guide, batch)
-    if not checkpoint.accept(loss):
+    if not accepted.accept(loss):
         return
     for step, _ in steps:
         step.prepare(batch)
     for step, _ in steps:
         step.step()
     model.project_parameters()
-    checkpoint.go_on()
+    accepted.go_on()
 
 
 def progress_bar(total: int, verbose: int, label: str) -> tqdm:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
+from pnmf_pyro.data.resumable import Resumable, State
 from pnmf_pyro.priors.natural import Step
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -48,8 +49,20 @@ class GradientSteps(Step):
         """Move the parameters of the optimiser."""
         self.optimizer.step()
 
+    def state(self) -> State:
+        """Return the state of the optimiser."""
+        return {"optimizer": self.optimizer.state_dict()}
 
-AfterStep = Callable[[float], object]
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class AfterStep(Resumable):
+    """What is called with the ELBO after each step, and sets the size of the next one: nothing."""
+
+    def __call__(self, elbo: float) -> None:
+        """Set the size of the next step."""
 
 
 class Schedule(Protocol):
@@ -70,22 +83,43 @@ class Schedule(Protocol):
 
         Returns
         -------
-        callable
+        AfterStep
             Function that sets the size of the next step; to be called with the ELBO after each.
         """
 
 
-def _by_number(step: Step, size: Callable[[int], float]) -> AfterStep:
-    """Set the size of each step from its number, counted from 0."""
-    taken = 0
-    step.lr = size(taken)
+class _ByNumber(AfterStep):
+    """Sets the size of each step from its number, counted from 0."""
 
-    def after(elbo: float) -> None:
-        nonlocal taken
-        taken += 1
-        step.lr = size(taken)
+    carried = ("taken",)
 
-    return after
+    def __init__(self, step: Step, size: Callable[[int], float]):
+        self.step_of, self.size, self.taken = step, size, 0
+        step.lr = size(0)
+
+    def __call__(self, elbo: float) -> None:
+        self.taken += 1
+        self.step_of.lr = self.size(self.taken)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        super().resume(state)
+        self.step_of.lr = self.size(self.taken)
+
+
+class _OnPlateau(AfterStep):
+    """Lets a scheduler of torch set the learning rate of an optimiser."""
+
+    def __init__(self, scheduler: lr_scheduler.ReduceLROnPlateau):
+        self.scheduler = scheduler
+
+    def __call__(self, elbo: float) -> None:
+        self.scheduler.step(-elbo)
+
+    def state(self) -> State:
+        return self.scheduler.state_dict()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.scheduler.load_state_dict(dict(state))
 
 
 @dataclass(frozen=True)
@@ -98,7 +132,7 @@ class Constant:
 
     def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that does nothing."""
-        return lambda elbo: None
+        return AfterStep()
 
 
 @dataclass(frozen=True)
@@ -120,7 +154,7 @@ class Decreasing:
     def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that sets the size of the next step."""
         offset = self.start ** (-1 / self.forgetting)
-        return _by_number(step, lambda n: (offset + n / self.delay) ** -self.forgetting)
+        return _ByNumber(step, lambda n: (offset + n / self.delay) ** -self.forgetting)
 
 
 @dataclass(frozen=True)
@@ -147,7 +181,7 @@ class OneCycle:
 
     def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that sets the size of the next step."""
-        return _by_number(step, lambda n: self.factor(n / max(max_iter - 1, 1)))
+        return _ByNumber(step, lambda n: self.factor(n / max(max_iter - 1, 1)))
 
     def factor(self, progress: float) -> float:
         """Return the learning rate at a fraction of the fit, relative to the highest."""
@@ -184,7 +218,8 @@ class Plateau:
     def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that takes note of the ELBO."""
         assert isinstance(step, GradientSteps)
-        scheduler = lr_scheduler.ReduceLROnPlateau(
-            step.optimizer, factor=self.factor, patience=self.patience, min_lr=self.min_lr
+        return _OnPlateau(
+            lr_scheduler.ReduceLROnPlateau(
+                step.optimizer, factor=self.factor, patience=self.patience, min_lr=self.min_lr
+            )
         )
-        return lambda elbo: scheduler.step(-elbo)

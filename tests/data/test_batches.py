@@ -111,3 +111,24 @@ def test_the_plate_of_a_batch_scales_to_all_samples(counts):
     assert batch.plate(12).size == 12
     assert batch.plate(12).subsample_size == 3
     assert Batch().plate(12).subsample_size == 12
+
+
+@pytest.mark.parametrize("taken", range(9))
+@pytest.mark.parametrize(
+    ("batch_size", "y_batch_size"), [(5, 3), (5, None), (None, 3), (None, None)]
+)
+def test_a_stream_goes_on_from_its_state(counts, batch_size, y_batch_size, taken):
+    """With the generator where it was, which orders are drawn from as they are needed."""
+    generator = torch.Generator().manual_seed(3)
+    batches = Batches(counts, batch_size, y_batch_size, shuffle=True, generator=generator)
+    first, other = iter(batches), iter(batches)
+    for _ in range(taken):
+        next(first)
+    state, drawn = first.state(), generator.get_state()
+    expected = stream(first, 12)
+    generator.set_state(drawn)
+    other.resume(state)
+    for one, two in zip(stream(other, 12), expected, strict=True):
+        for name in ("samples", "features"):
+            a, b = getattr(one, name), getattr(two, name)
+            assert (a is None and b is None) or torch.equal(a, b)
