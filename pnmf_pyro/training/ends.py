@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
+from pnmf_pyro.gp.kernels import OF_GROUPS
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -24,7 +25,7 @@ NUGGET_BOUNDS = (0.001, 2.0)
 # Values from which on groups share all there is or nothing, and bounds; of lengthscales they are
 # the ends of what was tried. A small nugget is no fault.
 ENDS = {
-    "group_diff_param": (0.01, 1000.0),
+    **dict.fromkeys(OF_GROUPS, (0.01, 1000.0)),
     "sigma": SIGMA_BOUNDS,
     "nugget": (0.0, NUGGET_BOUNDS[1]),
 }
@@ -40,6 +41,10 @@ TOLD_BY = {
     "group_diff_param": (
         "groups share all there is: fit them without groups.",
         "groups share nothing: check that their coordinates are aligned, or fit them apart.",
+    ),
+    "group_diff_param_2": (
+        "groups that differ in their second column share all there is: leave that column out.",
+        "groups that differ in their second column share nothing: fit them apart.",
     ),
     "sigma": (
         "factors hardly vary: try fewer n_components, or check that the counts are raw ones.",
