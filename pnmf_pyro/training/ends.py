@@ -42,10 +42,6 @@ TOLD_BY = {
         "groups share all there is: fit them without groups.",
         "groups share nothing: check that their coordinates are aligned, or fit them apart.",
     ),
-    "group_diff_param_2": (
-        "groups that differ in their second column share all there is: leave that column out.",
-        "groups that differ in their second column share nothing: fit them apart.",
-    ),
     "sigma": (
         "factors hardly vary: try fewer n_components, or check that the counts are raw ones.",
         "factors vary by more than counts can: look for places or features of extreme counts.",
@@ -54,6 +50,16 @@ TOLD_BY = {
         "",
         "factors vary from place to place with no regard to space. " + CHECK,
     ),
+}
+
+# The same of groups that are pairs, for the first and the second of these.
+TOLD_OF_PAIRS = {
+    name: (
+        f"groups that differ in their {column} column share all there is: leave that column out.",
+        f"groups that differ in their {column} column share nothing: check that their coordinates "
+        "are aligned, or fit them apart.",
+    )
+    for name, column in zip(OF_GROUPS, ("first", "second"), strict=True)
 }
 
 
@@ -77,8 +83,9 @@ def warn_of_ends(
         Values from which the search set out.
     """
     said = []
+    told_by = TOLD_BY | (TOLD_OF_PAIRS if TOLD_OF_PAIRS.keys() <= start.keys() else {})
     for name, values in learned.items():
-        if TOLD_BY[name][0] and torch.allclose(values, start[name], rtol=MOVED, atol=0):
+        if told_by[name][0] and torch.allclose(values, start[name], rtol=MOVED, atol=0):
             said.append(
                 f"The {name} did not move from {start[name][0]:.3g}, where its search began: no "
                 "other value that was tried predicts samples better, so the counts do not tell it."
@@ -86,7 +93,7 @@ def warn_of_ends(
             continue
         low, high = ENDS.get(name) or (grids[name][0], grids[name][-1])
         ends = values <= 1.01 * low, values >= 0.99 * high
-        for at_end, told in zip(ends, TOLD_BY[name], strict=True):
+        for at_end, told in zip(ends, told_by[name], strict=True):
             if at_end.all():
                 said.append(_of_components(name, values, at_end) + told)
             elif at_end.any():
