@@ -75,16 +75,20 @@ class AnnDataKeys:
 
     layer: str | None = None
     spatial_key: str | None = SPATIAL_KEY
-    batch_key: str | None = None
+    batch_key: str | Sequence[str] | None = None
     key_added: str = "pnmf"
     copy: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.key_added, str) or not self.key_added:
             raise ValueError(f"key_added must be a name; got {self.key_added!r}.")
-        for name in ("layer", "spatial_key", "batch_key"):
+        for name in ("layer", "spatial_key"):
             if not isinstance(given := getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a name or None; got {given!r}.")
+        if not isinstance(keys := self.batch_key, str | None):
+            if not isinstance(keys, list | tuple) or [*map(type, keys)] != [str, str]:
+                raise ValueError(f"batch_key must be a name, two names or None; got {keys!r}.")
+            object.__setattr__(self, "batch_key", tuple(keys))
 
     def refuse(self) -> None:
         """Raise a ValueError where one is given for counts that are not in an AnnData object."""
@@ -176,26 +180,29 @@ class AnnDataKeys:
                     "batch_key=."
                 )
             return None
-        if self.batch_key not in adata.obs:
+        names = [self.batch_key] if isinstance(self.batch_key, str) else [*self.batch_key]
+        for name in {*names} - {*adata.obs}:
             raise ValueError(
-                f"batch_key={self.batch_key!r} is not a column of adata.obs, which has "
-                f"{list(adata.obs)}."
+                f"batch_key={name!r} is not a column of adata.obs, which has {list(adata.obs)}."
             )
         if coordinates is None:
             raise ValueError(
                 "batch_key makes groups of places, and this fit knows no space. Leave it out, or "
                 "name the coordinates with spatial_key."
             )
-        return adata.obs[self.batch_key].to_numpy()
+        return adata.obs[names[0]].to_numpy() if len(names) == 1 else adata.obs[names]
 
     def write(self, adata: AnnData, model: Any) -> AnnData:
         """Write a fit, and return the object written to."""
         if self.copy:
             adata = adata.to_memory() if adata.isbacked else adata.copy()
         add_results(adata, model, self.key_added)
-        used = {"layer": self.layer}
+        used: dict[str, Any] = {"layer": self.layer}
         if model.spatial:
-            used |= {"spatial_key": self.spatial_key, "batch_key": self.batch_key}
+            columns = (
+                self.batch_key if isinstance(self.batch_key, str | None) else [*self.batch_key]
+            )
+            used |= {"spatial_key": self.spatial_key, "batch_key": columns}
         adata.uns[self.key_added] |= {k: v for k, v in used.items() if v is not None}
         return adata
 

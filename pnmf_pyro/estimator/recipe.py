@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +121,7 @@ def fit(
     table: str | None = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     key_added: str = "pnmf",
     copy: bool = False,
     checkpoint: str | os.PathLike | None = None,
@@ -141,9 +141,9 @@ def fit(
         samples are all inducing points; more, or those with another likelihood, are conditioned
         on their neighbours (`local=True`), in time in proportion to their number. The log says
         which.
-    groups : array-like of shape (n_samples,), optional
+    groups : array-like of shape (n_samples,), or DataFrame or array (n_samples, 2), optional
         Slices or types of cells, which share less than their places say: what they share is
-        learned.
+        learned. Of two columns, such as slices and types, what each of them shares is.
     n_components : int
     size_factors : array-like of shape (n_samples,) or 'total', optional
         Positive factor on all rates of a sample; `total` for its total count over their mean.
@@ -165,8 +165,8 @@ def fit(
     spatial_key : str or None
         Name of the coordinates in obsm. Where they are there the fit is spatial, unless this is
         None or `spatial` false.
-    batch_key : str, optional
-        Column of obs that takes the place of `groups`, such as the section of each sample.
+    batch_key : str or two of them, optional
+        Column of obs that takes the place of `groups`, such as the section of each sample, or two.
         Without it all samples are of one section.
     key_added : str
         Name under which the results are written.
@@ -235,7 +235,7 @@ def plan(
     table: str | None = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     **parameters: Any,
 ) -> Plan:
     """Say what :func:`fit` would do, how long it would take on this machine, and in which memory.
