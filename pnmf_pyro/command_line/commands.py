@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from pnmf_pyro import __version__
 from pnmf_pyro.command_line import calibrate, check, demo, fit, markers, plot, select
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.options import epilog, show_warning
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=epilog(EXAMPLES, CODES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = found.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)

@@ -1,6 +1,7 @@
 """The command line, from files of every kind to results that reopen."""
 
 import gzip
+import subprocess
 import sys
 
 import anndata
@@ -11,6 +12,7 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
+import pnmf_pyro
 from pnmf_pyro import plotting
 from pnmf_pyro.command_line.cli import main
 from pnmf_pyro.command_line.tables import read_counts
@@ -139,6 +141,12 @@ def test_set_needs_a_parameter(text, files, capsys):
         fit(files["csv"], "--out", "a.npz", "--set", text)
     assert stop.value.code == 2
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_the_version_and_the_package_as_a_program():
+    call = [sys.executable, "-m", "pnmf_pyro", "--version"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout == f"pnmf-pyro {pnmf_pyro.__version__}\n"
 
 
 def test_demo_reports_and_draws(tmp_path, capsys):
