@@ -44,7 +44,7 @@ ECOLOGY = "ecology.md"
 
 # Packages that one page shows beside ours; .ci/run has them in its last stage. Their own warnings
 # are not ours to mend.
-OTHERS = {"scanpy", "squidpy"}
+OTHERS = {"scanpy", "spatialdata", "squidpy"}
 
 
 @dataclass(frozen=True)

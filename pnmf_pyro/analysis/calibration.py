@@ -41,6 +41,7 @@ from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_count, check_flag
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.places import GroupCodes
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.models import PoissonFactorization
@@ -366,7 +367,7 @@ def _fitted_again(model: PNMF, counts: Tensor) -> PNMF:
     if places is not None and model.spatial:
         where["coordinates"] = places.coordinates.cpu().numpy()
         if places.groups is not None:
-            where["groups"] = np.asarray(model.groups_)[places.groups.cpu().numpy()]
+            where["groups"] = GroupCodes(model.groups_ or ()).decode(places.groups)
     if exposure.size_factors is not None:
         where["size_factors"] = exposure.size_factors.cpu().numpy()
     if exposure.hidden is not None:

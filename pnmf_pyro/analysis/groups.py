@@ -11,15 +11,16 @@ so that groups differ in it by what they are and not by where they are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_number
+from pnmf_pyro.data.places import GroupCodes
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.transforms import get_factors
 
@@ -34,34 +35,52 @@ KINDS = (UNIVERSAL, ENRICHED, SPECIFIC)
 LEAST = 1e-12
 
 
-def predict_as(fit: PNMF, group: Hashable, coordinates: ArrayLike | None = None) -> np.ndarray:
+def predict_as(
+    fit: PNMF,
+    group: Hashable | Mapping[Hashable, Hashable],
+    coordinates: ArrayLike | None = None,
+) -> np.ndarray:
     """Return the factors at all places as if all samples were of one group.
 
     They are E exp F of the field of that group given the counts of all groups; of samples of the
     group as well, to which nothing is added that a place has for itself.
 
+    Of a fit whose groups are pairs, such as a section and a type, a group is a pair, or what all
+    samples are in one column, by its name: `{"type": "neuron"}` leaves each in its section.
+
     Parameters
     ----------
     fit : PNMF
         Fitted estimator with groups.
-    group : label
-        Name of the group, one of `groups_`.
+    group : label, pair of labels, or dict
+        Name of the group, one of `groups_`; or a label by the name of its column, one of
+        `group_columns_`, or by its number where columns have no names.
     coordinates : array-like of shape (n, p), optional
-        Places; those of the samples of the fit unless given.
+        Places; those of the samples of the fit unless given. Not with a label of one column alone.
 
     Returns
     -------
     ndarray of shape (n, n_components)
     """
-    names = _groups_of(fit)
-    if group not in names:
-        raise ValueError(f"group must be one of the groups of the fit, {names}; got {group!r}.")
+    told, codes, places = _told(fit, group), GroupCodes(_groups_of(fit)), fit.model_.prior.places
+    assert places is not None
+    assert places.groups is not None
+    width = len(codes.sizes)
     if coordinates is None:
-        places = fit.model_.prior.places
-        assert places is not None
         coordinates = places.coordinates.cpu().numpy()
-    labels = np.full(len(np.asarray(coordinates)), group, dtype=object)
-    return np.asarray(get_factors(fit, coordinates=coordinates, groups=labels))
+        labels = codes.decode(places.groups).astype(object).reshape(-1, width)
+    elif len(told) == width:
+        labels = np.empty((len(np.asarray(coordinates)), width), dtype=object)
+    else:
+        raise ValueError(
+            "group must say both labels of a pair where coordinates are given, since the samples "
+            f"of other places are not known; got {group!r}."
+        )
+    for column, label in told.items():
+        labels[:, column] = label
+    return np.asarray(
+        get_factors(fit, coordinates=coordinates, groups=labels[:, 0] if width == 1 else labels)
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,7 @@ class GroupLevels:
         return kind, tuple(self.groups[g] for g in order[:n]), fold, tau
 
 
-def group_levels(fit: PNMF, fold: float = 2.0) -> GroupLevels:
+def group_levels(fit: PNMF, fold: float = 2.0, column: Hashable | None = None) -> GroupLevels:
     """Return the levels of components in groups, and which are universal, enriched or specific.
 
     Groups are ranked by the level of a component and divided where the ratio of one level to the
@@ -149,6 +168,10 @@ def group_levels(fit: PNMF, fold: float = 2.0) -> GroupLevels:
         Fitted estimator with two groups at least, such as types of cells.
     fold : float
         Number of times by which groups of a component must stand out, larger than 1.
+    column : str or int, optional
+        Column of groups that are pairs, by its name in `group_columns_` or its number: levels are
+        of what occurs in it, each sample being in the other column what it is. Of all pairs unless
+        given.
 
     Returns
     -------
@@ -156,7 +179,12 @@ def group_levels(fit: PNMF, fold: float = 2.0) -> GroupLevels:
     """
     check_number("fold", fold, 1.0, 1e6)
     names = _groups_of(fit)
-    levels = np.stack([predict_as(fit, name).mean(0, dtype=np.float64) for name in names])
+    asked: list = names
+    if column is not None:
+        number = _number_of_column(fit, column)
+        names = _labels_of(names, number)
+        asked = [{column: name} for name in names]
+    levels = np.stack([predict_as(fit, one).mean(0, dtype=np.float64) for one in asked])
     return GroupLevels(names, levels, fit.components_.T.astype(np.float64), float(fold))
 
 
@@ -169,3 +197,37 @@ def _groups_of(fit: PNMF) -> list[Hashable]:
             f"as the types of cells; it has {'none' if names is None else names}."
         )
     return list(names)
+
+
+def _told(fit: PNMF, group: Any) -> dict[int, Hashable]:
+    """What a group says of a sample, checked: a label for each column that it names, by number."""
+    names = _groups_of(fit)
+    is_pair = isinstance(names[0], tuple)
+    if is_pair and isinstance(group, Mapping) and group:
+        told = {_number_of_column(fit, column): label for column, label in group.items()}
+        for number, label in told.items():
+            known = _labels_of(names, number)
+            if label not in known:
+                raise ValueError(f"group must be of {known} in its column; got {label!r}.")
+        return told
+    if isinstance(group, Mapping) or group not in names:
+        kind = "pairs" if is_pair else "groups"
+        raise ValueError(f"group must be one of the {kind} of the fit, {names}; got {group!r}.")
+    return dict(enumerate(group)) if is_pair else {0: group}
+
+
+def _labels_of(names: Sequence[Any], number: int) -> list[Hashable]:
+    """What occurs in a column of groups that are pairs, in its order."""
+    return list(dict.fromkeys(pair[number] for pair in names))
+
+
+def _number_of_column(fit: PNMF, column: Hashable) -> int:
+    """Number of a column of groups that are pairs, by its name or number."""
+    is_pair = isinstance(_groups_of(fit)[0], tuple)
+    columns = list(fit.group_columns_ or (0, 1)) if is_pair else []
+    if column not in columns:
+        raise ValueError(
+            f"column must be one of the columns of groups, {columns or 'of which there is one'}; "
+            f"got {column!r}."
+        )
+    return columns.index(column)

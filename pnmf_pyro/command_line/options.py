@@ -112,7 +112,12 @@ def add_places(parser: argparse.ArgumentParser, use: str) -> None:
         "features",
     )
     parser.add_argument("--no-space", action="store_true", help="leave coordinates alone")
-    parser.add_argument("--batch-key", help="column of obs of an .h5ad file with sections")
+    parser.add_argument(
+        "--batch-key",
+        type=lambda text: text.split(",") if "," in text else text,
+        metavar="COLUMN",
+        help="column of obs of an .h5ad file with sections, or two: section,type",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

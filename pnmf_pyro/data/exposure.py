@@ -207,12 +207,12 @@ class Exposure(nn.Module):
         found = None if self.size_factors is None else self.size_factors[rows, None]
         if self.effects is not None and self.design is not None and self.codes is not None:
             effects = take(self.effects, features, dim=0)
-            b = (self.design[self.codes[rows]] @ effects.mT).exp_()
-            found = b if found is None else b.mul_(found)
+            b = (self.design[self.codes[rows]] @ effects.mT).exp()  # differentiable
+            found = b if found is None else b * found
         if (hidden := self.hidden) is not None:
             seen = 1 - hidden.rows(rows).to_dense().clamp_max_(1)
             seen = take(seen, features)
-            found = seen if found is None else seen.mul_(found)
+            found = seen if found is None else seen * found
         return found
 
     def at(self, counts: Counts, rows: slice) -> Tensor | None:

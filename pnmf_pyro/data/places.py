@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -132,22 +133,55 @@ def check_coordinates(
 
 
 class GroupCodes:
-    """Names of groups, whose codes 0, 1, ... are their positions in this sequence."""
+    """Names of groups, whose codes 0, 1, ... are their positions in this sequence.
 
-    def __init__(self, names: Sequence[Hashable]):
-        self.names = list(names)
+    Groups of two columns, such as a section and a type of cells, are pairs: all combinations of
+    what occurs in either column. `columns` are the names of these, where they have any.
+    """
+
+    def __init__(self, names: Sequence[Hashable], columns: Sequence[str] | None = None):
+        self.names, self.columns = list(names), columns and tuple(columns)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of groups; of pairs, of what occurs in the first column, and in the second."""
+        if not isinstance(self.names[0], tuple):
+            return (len(self.names),)
+        return tuple(len(set(labels)) for labels in zip(*self.names, strict=True))
 
     @classmethod
     def of(cls, groups: ArrayLike | None, n_samples: int) -> GroupCodes:
         """Return the codes for the groups that occur, in sorted order."""
-        return cls(sorted(set(_group_labels(groups, n_samples)), key=lambda g: (str(type(g)), g)))
+        columns = _columns_of(groups, n_samples)
+        each = [
+            sorted(set(_group_labels(labels, n_samples)), key=lambda g: (str(type(g)), g))
+            for labels in columns.values()
+        ]
+        if len(each) == 1:
+            return cls(each[0])
+        named = all(isinstance(name, str) for name in columns)
+        return cls(list(product(*each)), tuple(map(str, columns)) if named else None)
 
     def encode(self, groups: ArrayLike | None, n_samples: int) -> Tensor:
         """Return the code of each sample's group, int64, (n_samples,).
 
         Groups that are missing, of a wrong length or not among the names raise a ValueError.
         """
-        labels = _group_labels(groups, n_samples)
+        columns = _columns_of(groups, n_samples)
+        if len(columns) != len(self.sizes):
+            raise ValueError(
+                f"groups must have the {len(self.sizes)} columns of the fit"
+                f"{f', {self.columns}' if self.columns else ''}; got {len(columns)}."
+            )
+        given = list(columns)
+        if self.columns and all(isinstance(name, str) for name in given):
+            if {*given} != {*self.columns}:
+                raise ValueError(
+                    f"groups must have the columns of the fit, {self.columns}; got {tuple(given)}."
+                )
+            given = list(self.columns)
+        each = [_group_labels(columns[name], n_samples) for name in given]
+        labels = each[0] if len(each) == 1 else list(zip(*each, strict=True))
         code = {name: number for number, name in enumerate(self.names)}
         unknown = sorted({str(label) for label in labels if label not in code})
         if unknown:
@@ -157,14 +191,38 @@ class GroupCodes:
             )
         return torch.tensor([code[label] for label in labels], dtype=torch.int64)
 
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """Return the names of the groups of these codes, (n,), or of pairs, (n, 2)."""
+        if len(self.sizes) == 1:
+            return np.asarray(self.names)[codes.cpu().numpy()]
+        return np.array(self.names, dtype=object)[codes.cpu().numpy()]
 
-def _group_labels(groups: ArrayLike | None, n_samples: int) -> list[Hashable]:
+
+def _columns_of(groups: Any, n_samples: int) -> dict[Hashable, Any]:
+    """Return the columns of groups by name, or by number where they have no names."""
     if groups is None:
         raise ValueError(
             "groups must be given for a model with multigroup=True, one for each of the "
             f"{n_samples} samples; got None. Pass groups=, or use multigroup=False."
         )
     refuse_masked("groups", groups)
+    if np.ndim(groups) != 2:
+        return {0: groups}
+    names, width = getattr(groups, "columns", None), np.shape(groups)[1]
+    if width != 2 or (names is not None and len(set(names)) != 2):
+        raise ValueError(
+            f"groups must have one entry for each of the {n_samples} samples, shape "
+            f"({n_samples},), or two columns, such as a section and a type, of different names; "
+            f"got shape {np.shape(groups)}{'' if names is None else f' and columns {list(names)}'}."
+        )
+    if names is not None:
+        return {str(name): np.asarray(groups[name]) for name in names}
+    if isinstance(groups, list | tuple):
+        return dict(enumerate(zip(*groups, strict=True)))
+    return {number: groups[:, number] for number in range(2)}
+
+
+def _group_labels(groups: ArrayLike, n_samples: int) -> list[Hashable]:
     if isinstance(groups, list | tuple) and any(_is_missing(label) for label in groups):
         raise ValueError(NO_GROUP)  # in an array of text NaN would be the word
     if isinstance(groups, Tensor):
@@ -243,7 +301,9 @@ def warn_lengthscale(lengthscale: float, places: Places) -> None:
 
 def warn_units(places: Places, names: Sequence[Hashable]) -> None:
     """Warn of groups of which the places of one are far wider apart than those of another."""
-    parts = zip(names, _by_group(places), strict=True)
+    assert places.groups is not None
+    present = [names[code] for code in places.groups.unique().tolist()]
+    parts = zip(present, _by_group(places), strict=True)
     apart = {name: spacing(Places(part.coordinates)) for name, part in parts}
     known = {name: gap for name, gap in apart.items() if gap > 0}
     if known and max(known.values()) > OTHER_UNIT * min(known.values()):

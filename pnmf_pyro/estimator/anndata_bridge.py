@@ -40,6 +40,9 @@ COLUMNS = {
     "var": ("dispersion", "importance_of_space"),
 }
 
+# Where a table of SpatialData says which elements its rows are of.
+ANNOTATION = "spatialdata_attrs"
+
 logger = logging.getLogger("pnmf_pyro")
 
 
@@ -72,16 +75,20 @@ class AnnDataKeys:
 
     layer: str | None = None
     spatial_key: str | None = SPATIAL_KEY
-    batch_key: str | None = None
+    batch_key: str | Sequence[str] | None = None
     key_added: str = "pnmf"
     copy: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.key_added, str) or not self.key_added:
             raise ValueError(f"key_added must be a name; got {self.key_added!r}.")
-        for name in ("layer", "spatial_key", "batch_key"):
+        for name in ("layer", "spatial_key"):
             if not isinstance(given := getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a name or None; got {given!r}.")
+        if not isinstance(keys := self.batch_key, str | None):
+            if not isinstance(keys, list | tuple) or [*map(type, keys)] != [str, str]:
+                raise ValueError(f"batch_key must be a name, two names or None; got {keys!r}.")
+            object.__setattr__(self, "batch_key", tuple(keys))
 
     def refuse(self) -> None:
         """Raise a ValueError where one is given for counts that are not in an AnnData object."""
@@ -165,36 +172,53 @@ class AnnDataKeys:
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
-            sections = adata.uns.get("spatial")
-            if coordinates is not None and isinstance(sections, dict) and len(sections) > 1:
+            key, sections = _sections(adata)
+            if coordinates is not None and len(sections) > 1:
                 warn(
-                    f"adata holds {len(sections)} sections, by uns['spatial'], and no batch_key "
+                    f"adata holds {len(sections)} sections, by uns[{key!r}], and no batch_key "
                     "tells them apart: places of different sections count as neighbours. Pass "
                     "batch_key=."
                 )
             return None
-        if self.batch_key not in adata.obs:
+        names = [self.batch_key] if isinstance(self.batch_key, str) else [*self.batch_key]
+        for name in {*names} - {*adata.obs}:
             raise ValueError(
-                f"batch_key={self.batch_key!r} is not a column of adata.obs, which has "
-                f"{list(adata.obs)}."
+                f"batch_key={name!r} is not a column of adata.obs, which has {list(adata.obs)}."
             )
         if coordinates is None:
             raise ValueError(
                 "batch_key makes groups of places, and this fit knows no space. Leave it out, or "
                 "name the coordinates with spatial_key."
             )
-        return adata.obs[self.batch_key].to_numpy()
+        return adata.obs[names[0]].to_numpy() if len(names) == 1 else adata.obs[names]
 
     def write(self, adata: AnnData, model: Any) -> AnnData:
         """Write a fit, and return the object written to."""
         if self.copy:
             adata = adata.to_memory() if adata.isbacked else adata.copy()
         add_results(adata, model, self.key_added)
-        used = {"layer": self.layer}
+        used: dict[str, Any] = {"layer": self.layer}
         if model.spatial:
-            used |= {"spatial_key": self.spatial_key, "batch_key": self.batch_key}
+            columns = (
+                self.batch_key if isinstance(self.batch_key, str | None) else [*self.batch_key]
+            )
+            used |= {"spatial_key": self.spatial_key, "batch_key": columns}
         adata.uns[self.key_added] |= {k: v for k, v in used.items() if v is not None}
         return adata
+
+
+def annotated_regions(table: AnnData) -> list[str]:
+    """Return the elements of SpatialData that the rows of a table are of; none if it is silent."""
+    region = table.uns.get(ANNOTATION, {}).get("region")
+    return [] if region is None else np.atleast_1d(region).tolist()
+
+
+def _sections(adata: AnnData) -> tuple[str, list[str]]:
+    """Return the names of the sections of an AnnData object, and the key of uns that has them."""
+    if regions := annotated_regions(adata):
+        return ANNOTATION, regions
+    sections = adata.uns.get("spatial")
+    return "spatial", list(sections) if isinstance(sections, dict) else []
 
 
 def found_places(names: Sequence[str]) -> tuple[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +138,10 @@ def _codes_of(prior: Prior | None) -> GroupCodes | None:
     """Groups of a prior that was passed as an object: its codes are their names."""
     if prior is None or prior.places is None or prior.places.groups is None:
         return None
+    kernels = (getattr(part, "kernel", None) for part in prior.fields)
+    for kernel in kernels:
+        if isinstance(kernel, SpatialKernel) and len(kernel.sizes_of_groups) == 2:
+            return GroupCodes(list(product(*map(range, kernel.sizes_of_groups))))
     return GroupCodes(range(int(prior.places.groups.max()) + 1))
 
 
@@ -312,4 +317,5 @@ def encode_places(
     coordinates = check_coordinates(coordinates, n_samples, known.coordinates.shape[1])
     if model.groups_ is None:
         return Places(coordinates)
-    return Places(coordinates, GroupCodes(model.groups_).encode(groups, len(coordinates)))
+    codes = GroupCodes(model.groups_, model.group_columns_)
+    return Places(coordinates, codes.encode(groups, len(coordinates)))

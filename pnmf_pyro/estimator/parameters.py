@@ -106,6 +106,7 @@ class FittedEstimator(Settings, Protocol):
     components_: np.ndarray
     n_components_: int
     groups_: list[Hashable] | None
+    group_columns_: tuple[str, ...] | None
     model_: PoissonFactorization
     elbo_: float
     elbo_se_: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from datetime import date, datetime
 from typing import Any, Protocol
 
@@ -61,6 +61,8 @@ def _plain_value(value: object) -> Any:
 
 def plain_label(label: Hashable) -> Any:
     """Return the name of a group for JSON: text and numbers as they are, the rest with its kind."""
+    if isinstance(label, tuple):
+        return {"pair": [plain_label(one) for one in label]}
     if isinstance(label, bytes):
         return {"bytes": label.decode("latin-1")}
     if isinstance(label, date):
@@ -73,7 +75,8 @@ def label_of(plain: Any) -> Hashable:
     if not isinstance(plain, dict):
         return plain
     ((kind, text),) = plain.items()
-    read = {
+    read: dict[str, Callable[[Any], Hashable]] = {
+        "pair": lambda parts: tuple(label_of(one) for one in parts),
         "bytes": lambda text: text.encode("latin-1"),
         "date": date.fromisoformat,
         "datetime": datetime.fromisoformat,

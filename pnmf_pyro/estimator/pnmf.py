@@ -135,8 +135,10 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     batches_, covariates_, design_ : list or None, list of str or None, Design or None
         Labels of the batches, names of covariates or of their categories, and how these become
         columns of a design.
-    model_, groups_ : PoissonFactorization, list or None
-        The Pyro model and guide, fitted, and the sorted names of its groups.
+    model_ : PoissonFactorization
+        The Pyro model and guide, fitted.
+    groups_, group_columns_ : list or None, tuple of str or None
+        Sorted names of the groups, of two columns all pairs; and the names of the columns.
     mean_total_, keys_ : float or None, AnnDataKeys or None
         Mean total of the samples of a fit with size_factors="total", and what was read of AnnData.
     """
@@ -271,7 +273,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             AnnData object they are its X, and obsm["spatial"] are the coordinates unless given.
         y : ignored
         coordinates, groups : array-like of shape (n_samples, p) and (n_samples,), optional
-            Places of a spatial model, in any unit, and labels of a multi-group model.
+            Places of a spatial model, in any unit, and labels of a multi-group model, or a table of
+            two columns of them, (n_samples, 2).
         return_history : bool
             Whether to return (history, self), where history is the list of ELBO values.
         callback, callback_interval : callable, int, optional

@@ -102,19 +102,19 @@ def spatial_prior(
 def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> SpatialKernel:
     """The covariance of the fields, with hyperparameters for each component where learned."""
     if isinstance(settings.kernel, SpatialKernel):
-        return _own_kernel(settings.kernel, settings, places)
+        return _own_kernel(settings.kernel, settings, places, groups)
     kernels, a = settings.kernel, settings.group_diff_param
-    distances: Tensor | np.ndarray | None = None
+    distances: list[Tensor | np.ndarray | None] = [None, None]
     if isinstance(kernels, MultiGroupKernel):
-        a, distances = float(kernels.group_diff_param.detach()), kernels.group_distances
+        a, distances[0] = float(kernels.group_diff_param.detach()), kernels.group_distances
         kernels = kernels.kern
         if groups is None:
             raise ValueError(
                 "kernel is one over groups, and multigroup=False. Set multigroup=True and pass "
                 "groups to fit, or pass the kernel that it wraps, kernel.kern."
             )
-    if groups is not None:
-        distances = check_group_distances(distances, len(groups.names))
+    for number, size in enumerate(groups.sizes if groups is not None else ()):
+        distances[number] = check_group_distances(distances[number], size)
     start = settings.lengthscale
     if "lengthscale" in learned(settings):
         start = typical_lengthscale(places)
@@ -124,7 +124,8 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
         settings.sigma,
         n_spatial(settings) if learned(settings) else 1,
         group_diff_param=a,
-        group_distances=distances,
+        group_distances=distances[0],
+        group_distances_2=distances[1],
     )
     kernel.check(places)
     for one in check_kernels(kernels):
@@ -137,7 +138,9 @@ def _kernel(settings: Settings, places: Places, groups: GroupCodes | None) -> Sp
     return kernel
 
 
-def _own_kernel(given: SpatialKernel, settings: Settings, places: Places) -> SpatialKernel:
+def _own_kernel(
+    given: SpatialKernel, settings: Settings, places: Places, groups: GroupCodes | None
+) -> SpatialKernel:
     """Copy a covariance that was passed with all its hyperparameters."""
     kernel = copy.deepcopy(given)
     if kernel.is_grouped != settings.multigroup:
@@ -145,6 +148,12 @@ def _own_kernel(given: SpatialKernel, settings: Settings, places: Places) -> Spa
             f"kernel has {'' if kernel.is_grouped else 'no '}group_distances, and multigroup="
             f"{settings.multigroup}. A kernel over groups needs both multigroup=True and "
             "group_distances, any other kernel neither."
+        )
+    if groups is not None and kernel.sizes_of_groups != groups.sizes:
+        raise ValueError(
+            f"kernel is one over {' x '.join(map(str, kernel.sizes_of_groups))} groups, and groups "
+            f"has {' x '.join(map(str, groups.sizes))}. Give it group_distances of these, and "
+            "group_distances_2 where groups has two columns."
         )
     L, n_sets = n_spatial(settings), len(kernel.sigma)
     if n_sets not in (1, L):

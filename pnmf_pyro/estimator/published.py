@@ -44,6 +44,7 @@ def fit_and_publish(
     try:
         data = read_data(estimator, X, coordinates, groups, scales)
         estimator.groups_ = None if data.groups is None else data.groups.names
+        estimator.group_columns_ = None if data.groups is None else data.groups.columns
         estimator.mean_total_, estimator.design_ = data.mean_total, data.design
         estimator.keys_ = None
         checkpoint.open(estimator, data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from pnmf_pyro.estimator.inputs import Scales, read_data
 from pnmf_pyro.estimator.parameters import check_values
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
+from pnmf_pyro.estimator.spatialdata_bridge import is_spatialdata, table_of
 from pnmf_pyro.estimator.stages import (
     Correlate,
     LearnHyperparameters,
@@ -35,6 +36,7 @@ from pnmf_pyro.priors import Prior
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -107,7 +109,7 @@ PRIORS = {
 
 @isolated
 def fit(
-    X: CountsLike | AnnData,
+    X: CountsLike | AnnData | SpatialData,
     coords: MaybeArray = None,
     groups: MaybeArray = None,
     *,
@@ -116,9 +118,10 @@ def fit(
     mask: Mask = None,
     batches: Labels = None,
     covariates: Covariates = None,
+    table: str | None = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     key_added: str = "pnmf",
     copy: bool = False,
     checkpoint: str | os.PathLike | None = None,
@@ -130,15 +133,17 @@ def fit(
     Parameters
     ----------
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features), or AnnData
-        Counts. What the fit finds is written into an AnnData object, see Notes.
+        Counts. What the fit finds is written into an AnnData object, see Notes. Or SpatialData, of
+        which a table is fitted. Where that has no coordinates it receives the centroids of the
+        elements that its rows are of.
     coords : array-like of shape (n_samples, p), optional
         Where the samples are, in any unit: the factors are then smooth in space. Up to 1,500
         samples are all inducing points; more, or those with another likelihood, are conditioned
         on their neighbours (`local=True`), in time in proportion to their number. The log says
         which.
-    groups : array-like of shape (n_samples,), optional
+    groups : array-like of shape (n_samples,), or DataFrame or array (n_samples, 2), optional
         Slices or types of cells, which share less than their places say: what they share is
-        learned.
+        learned. Of two columns, such as slices and types, what each of them shares is.
     n_components : int
     size_factors : array-like of shape (n_samples,) or 'total', optional
         Positive factor on all rates of a sample; `total` for its total count over their mean.
@@ -153,13 +158,15 @@ def fit(
         Numbers whose effect on the logarithm of each feature's rate is learned, centred. A data
         frame may hold words: a column for each of their categories but the first. Of an AnnData
         object names of columns of obs. The mean over samples of all effects of a feature is 0.
+    table : str, optional
+        Name of the table of a SpatialData object; it may be left out where there is only one.
     layer : str, optional
         This and what follows is for AnnData: the layer that holds the counts, X unless given.
     spatial_key : str or None
         Name of the coordinates in obsm. Where they are there the fit is spatial, unless this is
         None or `spatial` false.
-    batch_key : str, optional
-        Column of obs that takes the place of `groups`, such as the section of each sample.
+    batch_key : str or two of them, optional
+        Column of obs that takes the place of `groups`, such as the section of each sample, or two.
         Without it all samples are of one section.
     key_added : str
         Name under which the results are written.
@@ -203,6 +210,7 @@ def fit(
     >>> model.components_.shape
     (2, 20)
     """
+    X = _of_table(X, table, spatial_key, parameters)
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
     scales = Scales(size_factors, mask, *from_obs(X, batches, covariates))
     kept = {"checkpoint": checkpoint, "every": every}
@@ -215,7 +223,7 @@ def fit(
 
 @isolated
 def plan(
-    X: CountsLike | AnnData,
+    X: CountsLike | AnnData | SpatialData,
     coords: MaybeArray = None,
     groups: MaybeArray = None,
     *,
@@ -224,9 +232,10 @@ def plan(
     mask: Mask = None,
     batches: Labels = None,
     covariates: Covariates = None,
+    table: str | None = None,
     layer: str | None = None,
     spatial_key: str | None = SPATIAL_KEY,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     **parameters: Any,
 ) -> Plan:
     """Say what :func:`fit` would do, how long it would take on this machine, and in which memory.
@@ -237,7 +246,7 @@ def plan(
     ----------
     X, coords, groups, n_components, size_factors, mask, batches, covariates
         What `fit` would be given.
-    layer, spatial_key, batch_key, **parameters
+    table, layer, spatial_key, batch_key, **parameters
         What `fit` would be given.
 
     Returns
@@ -259,6 +268,7 @@ def plan(
     >>> plan.prior, plan.n_stored, [stage.name for stage in plan.stages]
     ('GaussianPrior', 1200, ['start', 'warm-up', 'settle', 'ELBO'])
     """
+    X = _of_table(X, table, spatial_key, parameters)
     effects = from_obs(X, batches, covariates)
     if is_anndata(X):
         _refuse_places(coords, groups)
@@ -271,6 +281,18 @@ def plan(
     model = _recommended(np.shape(X), coords, groups, n_components, parameters)
     scales = Scales(size_factors, mask, *effects)
     return plan_of(model, read_data(model, X, coords, groups, scales, limited=False))
+
+
+def _of_table(
+    X: Any, table: str | None, spatial_key: str | None, parameters: dict[str, Any]
+) -> Any:
+    """Return the table of a SpatialData object, with its places; anything else as it is."""
+    if is_spatialdata(X):
+        wanted = spatial_key == SPATIAL_KEY and parameters.get("spatial") is not False
+        return table_of(X, table, places=wanted)
+    if table is not None:
+        raise ValueError("table is for SpatialData objects, and X is none. Leave it out.")
+    return X
 
 
 def _fit_anndata(

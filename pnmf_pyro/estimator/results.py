@@ -20,6 +20,7 @@ from pnmf_pyro.data.checks import check_array, check_counts
 from pnmf_pyro.data.counts import Counts, CountsLike
 from pnmf_pyro.data.design import Design
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.data.places import GroupCodes
 from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.training.fitted import Fitted, fitted_module, module_of
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, get_loadings
@@ -57,7 +58,7 @@ class Results(ABC):
         Size factors; 1 where the fit had none.
     coordinates : ndarray of shape (n_samples, p), or None
         Places of the samples of a spatial fit, or obsm["spatial"] of an AnnData object.
-    groups : ndarray of shape (n_samples,), or None
+    groups : ndarray of shape (n_samples,) or (n_samples, 2), or None
         Groups of the samples of a multi-group fit: their names, or codes where there are none.
     in_space : ndarray of bool, shape (n_components,)
         Whether a component is a field over places.
@@ -147,8 +148,12 @@ class ModelResults(Results):
     def groups(self) -> np.ndarray | None:  # type: ignore[override]  # noqa: D102
         if self.places is None or self.places.groups is None:
             return None
-        codes = self.places.groups.cpu().numpy()
-        return codes if self.group_names is None else np.asarray(self.group_names)[codes]
+        codes = self.places.groups
+        return (
+            codes.cpu().numpy()
+            if self.group_names is None
+            else GroupCodes(self.group_names).decode(codes)
+        )
 
     def counts(self, X: Any = None) -> Any:  # noqa: D102
         if X is None:
@@ -191,7 +196,9 @@ def _stages(columns: Mapping[str, Sequence[Any]]) -> list[tuple[str, int, int]]:
     return [(str(name), int(first), int(last)) for name, first, last in zip(*named, strict=True)]
 
 
-def _column(table: Any, name: str | None) -> np.ndarray | None:
+def _column(table: Any, name: str | Sequence[str] | None) -> np.ndarray | None:
+    if name is not None and not isinstance(name, str):
+        return table[list(name)].to_numpy() if {*name} <= {*table} else None
     return np.asarray(table[name]) if name is not None and name in table else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import asdict
+from math import prod
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from pnmf_pyro.estimator.plan import likelihood_part
 from pnmf_pyro.estimator.prior import beside_plain, spatial_prior
 from pnmf_pyro.estimator.stages import stage_of
 from pnmf_pyro.estimator.version_1 import PREFIX, of_version_1
+from pnmf_pyro.gp.kernels import OF_GROUPS
 from pnmf_pyro.gp.multi_group import check_group_distances
 from pnmf_pyro.models import LIKELIHOODS, PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior, Prior
@@ -73,6 +75,8 @@ NAMES = {
     "prior/kernel/nugget": "prior.kernel.nugget",
     "prior/kernel/group_diff_param": "prior.kernel.group_diff_param",
     "prior/kernel/group_distances": "prior.kernel.group_distances",
+    "prior/kernel/group_diff_param_2": "prior.kernel.group_diff_param_2",
+    "prior/kernel/group_distances_2": "prior.kernel.group_distances_2",
     "prior/kernel/chosen": "prior.kernel.chosen",
     "places/coordinates": "prior.place_coordinates",
     "places/groups": "prior.place_groups",
@@ -117,6 +121,7 @@ def write_model(path: str | os.PathLike, model: Saved) -> None:
     header = {
         "parameters": plain_parameters(model),
         "groups": None if model.groups_ is None else [plain_label(g) for g in model.groups_],
+        "group_columns": model.group_columns_,
         "n_samples": model.model_.N,
         "elbo": model.elbo_,
         "elbo_se": model.elbo_se_,
@@ -173,6 +178,7 @@ def _model_of(kind: type[Model], header: dict[str, Any], arrays: Arrays) -> Mode
     model.likelihood_ = header.get("likelihood") or "poisson"
     check_choice("likelihood", model.likelihood_, LIKELIHOODS)
     model.groups_ = _groups(header["groups"], state)
+    model.group_columns_ = _group_columns(header.get("group_columns"))
     plain = header.get("design")
     model.design_ = None if plain is None else Design.of_plain(plain, label_of)
     y = _shape_of(model, header["n_samples"], state)
@@ -212,12 +218,22 @@ def _beside(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _groups(plain: list[Any] | None, state: dict[str, torch.Tensor]) -> list[Hashable] | None:
     """The names of groups, of which there are as many as a kernel has distances."""
-    distances = state.get("prior.kernel.group_distances")
+    names = (f"prior.kernel.{name}" for name in OF_GROUPS.values())
+    sizes = [len(state[name]) for name in names if name in state]
     if plain is None:
         return None
-    if not isinstance(plain, list) or (distances is not None and len(distances) != len(plain)):
+    if not isinstance(plain, list) or (sizes and prod(sizes) != len(plain)):
         raise ValueError(f"groups are {str(plain)[:80]}")
     return [label_of(one) for one in plain]
+
+
+def _group_columns(plain: Any) -> tuple[str, ...] | None:
+    """The names of the two columns of groups that are pairs."""
+    if plain is None:
+        return None
+    if not isinstance(plain, list) or len(plain) != 2 or not all(type(p) is str for p in plain):
+        raise ValueError(f"group_columns are {str(plain)[:80]}")
+    return tuple(plain)
 
 
 def _exposure(state: dict[str, torch.Tensor], y: torch.Tensor, design: Design | None) -> Exposure:
@@ -261,7 +277,7 @@ def _keys(plain: dict[str, Any] | None) -> AnnDataKeys | None:
     if plain is None:
         return None
     keys = AnnDataKeys(**plain)
-    if not all(isinstance(key, str | bool | None) for key in plain.values()):
+    if not all(isinstance(key, str | bool | list | None) for key in plain.values()):
         raise ValueError(f"keys are {str(plain)[:80]}")
     return keys
 
@@ -290,7 +306,7 @@ def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Pri
     inducing = None
     if "prior.inducing_coordinates" in state:
         inducing = Places(state["prior.inducing_coordinates"], state.get("prior.inducing_groups"))
-    groups = None if model.groups_ is None else GroupCodes(model.groups_)
+    groups = None if model.groups_ is None else GroupCodes(model.groups_, model.group_columns_)
     settings = model
     if "prior.q.u_loc" in state and model.training_mode == "natural":  # of version 0.1
         held = {"training_mode": "standard", "cholesky_mode": "exp"}
@@ -302,7 +318,7 @@ def _prior(model: Saved, state: dict[str, torch.Tensor], y: torch.Tensor) -> Pri
 
 
 # Numbers of priors that are positive, and those that are not negative.
-_SIGNS = ("scale_pf", "lengthscale", "sigma"), ("nugget", "group_diff_param")
+_SIGNS = ("scale_pf", "lengthscale", "sigma"), ("nugget", *OF_GROUPS)
 
 
 def _of_priors(prior: Prior, names: tuple[str, ...]) -> dict[str, torch.Tensor | None]:
@@ -372,6 +388,10 @@ def _check_names(model: Saved) -> None:
     if codes is not None and (int(codes.min()) < 0 or n > len(model.groups_ or ())):
         raise ValueError(f"groups of samples must have names; got {model.groups_}")
     for part in model.model_.prior.fields if is_grouped else ():
-        check_group_distances(part.kernel.group_distances, len(model.groups_ or ()))
+        sizes = GroupCodes(model.groups_ or ()).sizes
+        if sizes != part.kernel.sizes_of_groups:
+            raise ValueError(f"groups must be those of the kernel; got {model.groups_}")
+        for held, size in zip(OF_GROUPS.values(), sizes, strict=False):
+            check_group_distances(getattr(part.kernel, held), size)
     if model.groups_ is not None and len(set(model.groups_)) != len(model.groups_):
         raise ValueError(f"groups must differ; got {model.groups_}")

@@ -37,6 +37,10 @@ from pnmf_pyro.gp.multi_group import (
 
 Hyperparameters = Mapping[str, Tensor]
 
+# Hyperparameters of a kernel over groups, with the distances that go with each; of groups that are
+# pairs, the second is of the second of the pair.
+OF_GROUPS = {"group_diff_param": "group_distances", "group_diff_param_2": "group_distances_2"}
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -123,11 +127,14 @@ class SpatialKernel(nn.Module):
         a, zero or more; the larger, the less groups share.
     group_distances : array-like of shape (G, G), optional
         Distances d between the groups of places; None for places that are in no groups.
+    group_distances_2 : array-like of shape (H, H), optional
+        The same between the second of groups that are pairs, in G H combinations. The code of the
+        pair (s, t) is s H + t. Its a begins with `group_diff_param` as well.
 
     Attributes
     ----------
-    lengthscale, sigma, nugget, group_diff_param : Tensor of shape (C,), float64
-        The last only of a kernel over groups.
+    lengthscale, sigma, nugget, group_diff_param, group_diff_param_2 : Tensor of shape (C,), float64
+        The last two only of a kernel over groups, and over pairs.
     names : tuple of str
         Names of the correlations, the class for a kernel that is passed as an object.
     """
@@ -137,6 +144,7 @@ class SpatialKernel(nn.Module):
     sigma: Tensor
     nugget: Tensor
     group_distances: Tensor | None
+    group_distances_2: Tensor | None
 
     def __init__(
         self,
@@ -148,6 +156,7 @@ class SpatialKernel(nn.Module):
         nugget: float = 0.0,
         group_diff_param: float = 10.0,
         group_distances: ArrayLike | None = None,
+        group_distances_2: ArrayLike | None = None,
     ):
         super().__init__()
         correlations = [Correlation(kernel) for kernel in check_kernels(kernels)]
@@ -158,12 +167,13 @@ class SpatialKernel(nn.Module):
         check_positive("lengthscale", lengthscale)
         check_positive("sigma", sigma)
         values = {"lengthscale": lengthscale, "sigma": sigma, "nugget": nugget}
-        if group_distances is not None:
-            values["group_diff_param"] = group_diff_param
-            group_distances = torch.tensor(np.asarray(group_distances, dtype=np.float64))
+        for name, distances in zip(OF_GROUPS, (group_distances, group_distances_2), strict=True):
+            if distances is not None:
+                values[name] = group_diff_param
+                distances = torch.tensor(np.asarray(distances, dtype=np.float64))
+            self.register_buffer(OF_GROUPS[name], distances)
         for name, value in values.items():
             self.register_buffer(name, torch.full((n_sets,), float(value), dtype=torch.float64))
-        self.register_buffer("group_distances", group_distances)
         self._learnable = tuple(values)
 
     @property
@@ -184,6 +194,24 @@ class SpatialKernel(nn.Module):
     def is_grouped(self) -> bool:
         """Whether it is a kernel over places in groups."""
         return self.group_distances is not None
+
+    @property
+    def sizes_of_groups(self) -> tuple[int, ...]:
+        """G, or G and H where groups are pairs; none for places in no groups."""
+        found = (getattr(self, name) for name in OF_GROUPS.values())
+        return tuple(len(distances) for distances in found if distances is not None)
+
+    def group_parts(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        """Return distances d between groups of these codes, by the name of the a of each."""
+        distances, of_second = self.group_distances, self.group_distances_2
+        assert distances is not None
+        if of_second is None:
+            return {"group_diff_param": distances[first, second]}
+        H = len(of_second)
+        return {
+            "group_diff_param": distances[first // H, second // H],
+            "group_diff_param_2": of_second[first % H, second % H],
+        }
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -252,8 +280,8 @@ class SpatialKernel(nn.Module):
         return across_groups(correlation.at_distance, scaled, v, pairs.dimensions)
 
     def _closeness(self, pairs: Pairs, values: Hyperparameters) -> Tensor:
-        distances = cast(Tensor, self.group_distances)
-        return closeness(pairs.lead(values["group_diff_param"]), distances[pairs.groups])
+        parts = self.group_parts(*cast(tuple[Tensor, Tensor], pairs.groups))
+        return closeness(*((pairs.lead(values[name]), d) for name, d in parts.items()))
 
 
 class ComponentKernel(Kernel):

@@ -7,6 +7,12 @@ Between the groups g and g' its kernel is
 at distance r in p dimensions, where d is the distance between the groups. It is a Gneiting
 construction (Li, Jones, Banerjee and Engelhardt 2021, Multi-group Gaussian processes): a = 0 is one
 field for all groups, a large a an independent field for each.
+
+Groups may be pairs (s, t), such as a section and a type of cells. Then
+
+.. math:: v = 1 / (1 + a d_{ss'}^2 + a_2 d_{tt'}^2),
+
+so that sections and types share each as much as they do.
 """
 
 from __future__ import annotations
@@ -25,9 +31,10 @@ from torch import Tensor
 from pnmf_pyro.gp.correlation import KERNELS, at_distance, is_of_distance
 
 
-def closeness(group_diff_param: Tensor, group_distances: Tensor) -> Tensor:
-    """Return v for distances d between groups, of a shape that broadcasts with that of a."""
-    return 1 / (1 + group_diff_param * group_distances.square())
+def closeness(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Return v for each a with the distances d that go with it, of shapes that broadcast."""
+    apart = (a * distances.square() for a, distances in parts)
+    return 1 / sum(apart, torch.tensor(1.0))
 
 
 def across_groups(
@@ -93,7 +100,7 @@ class MultiGroupKernel(Kernel):
         Z = X if Z is None else self._slice_input(Z)
         rows, columns = X[:, -1].long(), Z[:, -1].long()
         d = self.group_distances[rows[:, None], columns[None, :]].to(X)
-        v = closeness(self.group_diff_param, d)
+        v = closeness((self.group_diff_param, d))
         apart = distances_between(X[:, :-1], Z[:, :-1])
         return across_groups(lambda r: at_distance(self.kern, r), apart, v, X.shape[1] - 1)
 

@@ -173,7 +173,8 @@ class _OfOneSet:
     """Covariance of a kernel of one set of hyperparameters, with the distances of its groups."""
 
     def __init__(self, kernel: SpatialKernel):
-        self.kernel, self.group_distances = kernel, kernel.group_distances
+        self.kernel = kernel
+        self.group_parts = kernel.group_parts if kernel.is_grouped else None
 
     def __call__(self, a: Places, b: Places) -> Tensor:
         return self.kernel(a, b)[0]

@@ -12,7 +12,7 @@ places of the groups at each distance. Every function here takes checked places 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,7 +129,8 @@ def nearest(
         np.zeros(len(p), np.int64) if p.groups is None else p.groups.numpy()
         for p in (places, new_places)
     )
-    classes = {group: _alike(group, groups, covariance) for group in np.unique(new_groups)}
+    present, which = np.unique(groups, return_inverse=True)
+    classes = {group: _alike(group, present, which, covariance) for group in np.unique(new_groups)}
     most = max(map(len, classes.values()), default=0)
     candidates = np.full((len(new_points), most * wanted), -1, np.int32)
     for group, alike in classes.items():
@@ -153,36 +154,48 @@ def nearest(
     return chosen
 
 
-def _alike(group: int, groups: np.ndarray, covariance: Covariance | None) -> list[np.ndarray]:
+def _alike(
+    group: int, present: np.ndarray, which: np.ndarray, covariance: Covariance | None
+) -> list[np.ndarray]:
     """Numbers of the places of groups that are as far from a group, for each such distance.
 
-    Among them the nearest in space have the largest covariance with a place of the group.
+    Among them the nearest in space have the largest covariance with a place of the group. The group
+    of each place is the one of these numbers, `which`, among those `present`.
     """
-    distances = getattr(covariance, "group_distances", None)
-    if distances is None:
-        kinds = groups
-    else:
-        kinds = np.unique(distances.cpu().numpy()[group], return_inverse=True)[1][groups]
+    parts, kinds = getattr(covariance, "group_parts", None), present
+    if parts is not None:
+        codes = torch.from_numpy(present)
+        apart = torch.stack(list(parts(torch.full_like(codes, int(group)), codes).values()))
+        kinds = apart.unique(dim=1, return_inverse=True)[1].numpy()
+    kinds = kinds[which]
     return [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
 
 
-def neighbours_of(places: Places, judged: Tensor, criterion: str) -> Tensor:
+def neighbours_of(
+    places: Places, judged: Tensor, criterion: str, sizes: Sequence[int] = ()
+) -> Tensor:
     """Return the numbers of the samples from which each judged one is predicted, (n, K).
 
-    The nearest of its own group, and of the other groups where there are any. Where there are
-    fewer than asked for, the sample's own number fills up: it is masked.
+    The nearest of its own group, and of the other groups where there are any. Where groups are
+    pairs, of G and H parts, `sizes`, these are such as share the first of the pair, and such as
+    share the second. Where there are fewer than asked for, the sample's own number fills up: it is
+    masked.
     """
     points, chosen = Places(places.coordinates.cpu()), judged.cpu().numpy()
     few = _number_at_place(places.inputs.cpu().numpy()) < AT_A_PLACE
     codes = np.zeros(len(points)) if places.groups is None else places.groups.cpu().numpy()
-    K = NEAREST if places.groups is None else NEAREST + NEAREST_ELSEWHERE
+    parts = [codes // sizes[1], codes % sizes[1]] if len(sizes) == 2 else [np.zeros_like(codes)]
+    K = NEAREST if places.groups is None else NEAREST + NEAREST_ELSEWHERE * len(parts)
     found = np.repeat(chosen[:, None], K, 1)
     for code in np.unique(codes[chosen]):
         rows, mine = codes[chosen] == code, codes == code
         found[rows, :NEAREST] = _nearest_others(points, chosen[rows], mine & few, NEAREST)
-        if not mine.all():
-            elsewhere = _nearest_others(points, chosen[rows], ~mine & few, NEAREST_ELSEWHERE)
-            found[rows, NEAREST:] = elsewhere
+        for number, part in enumerate(parts):
+            others = (part == part[mine][0]) & ~mine
+            if others.any():
+                elsewhere = _nearest_others(points, chosen[rows], others & few, NEAREST_ELSEWHERE)
+                start = NEAREST + number * NEAREST_ELSEWHERE
+                found[rows, start : start + NEAREST_ELSEWHERE] = elsewhere
     if criterion == "elbo":  # each given those before it: the chain rule
         found = np.where(found < chosen[:, None], found, chosen[:, None])
     return torch.from_numpy(found).to(judged.device)

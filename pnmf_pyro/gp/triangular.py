@@ -11,7 +11,7 @@ Positions between one grid and the next, see :mod:`~pnmf_pyro.gp.fronts`, are a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
 
@@ -23,6 +23,8 @@ from torch import Tensor
 from pnmf_pyro.data.isolation import openmp
 from pnmf_pyro.data.sparse_structure import csr_tensor
 from pnmf_pyro.gp.fronts import fronts, grid_sizes
+
+Map = Callable[[Tensor], Tensor]
 
 # Entries of which a product in another precision makes a copy at a time.
 CHUNK = 1 << 18
@@ -57,12 +59,12 @@ class Rows:
         starts = np.arange(n * C + 1, dtype=np.int32 if small else np.int64) * K
         return cls(starts, columns.flatten(), weights.flatten(), n_places * C)
 
-    def part(self, first: int, stop: int, dtype: torch.dtype, squared: bool = False) -> Tensor:
-        """Return the rows from `first` to before `stop` as CSR, perhaps with squared entries."""
+    def part(self, first: int, stop: int, dtype: torch.dtype, entries: Map | None = None) -> Tensor:
+        """Return the rows from `first` to before `stop` as CSR, of a function of the entries."""
         a, b = self.starts[first], self.starts[stop]
         starts = torch.from_numpy((self.starts[first : stop + 1] - a).astype(np.int32))
         values = self.values[a:b].to(dtype)
-        values = values.square() if squared else values
+        values = values if entries is None else entries(values)
         columns, shape = self.columns[a:b], (stop - first, self.width)
         return csr_tensor(starts.to(values.device), columns, values, shape)
 
@@ -77,12 +79,14 @@ class Rows:
         )
         return Rows(turned.indptr, columns, values, stop - first)
 
-    def add_product(self, out: Tensor, x: Tensor, sign: int = 1, squared: bool = False) -> None:
+    def add_product(
+        self, out: Tensor, x: Tensor, sign: int = 1, entries: Map | None = None
+    ) -> None:
         """Add to `out`, (n, E), the product with x, (width, E), or subtract it with sign -1."""
         n = len(out)
-        cuts = np.searchsorted(self.starts, np.arange(CHUNK, self.starts[-1], CHUNK))
+        cuts = np.searchsorted(self.starts, np.arange(CHUNK, self.starts[n], CHUNK))
         for a, b in pairwise(np.unique([0, *cuts, n]).tolist()):
-            add_product(out[a:b], self.part(a, b, x.dtype, squared), x, sign)
+            add_product(out[a:b], self.part(a, b, x.dtype, entries), x, sign)
 
 
 def add_product(out: Tensor, matrix: Tensor, x: Tensor, sign: int = 1) -> None:
@@ -122,6 +126,14 @@ class Block:
             same = x.dtype == self._before.dtype
             before = self._before if same else self.transposed.part(0, self.start, x.dtype)
             add_product(x[: self.start], before, own)
+
+    def pass_on(self, x: Tensor, share: Tensor) -> None:
+        """Add to each position j what those of the block pass on to it, |B_ij| share_i x_i."""
+        passed = torch.zeros_like(x[self.start : self.stop])
+        for a, b in reversed(self.fronts):
+            add_product(x[a:b], self.transposed.part(a, b, x.dtype, torch.abs), passed)
+            passed[a - self.start : b - self.start] = share[a:b] * x[a:b]
+        self.transposed.add_product(x[: self.start], passed, entries=torch.abs)
 
     def _parts_as(self, dtype: torch.dtype) -> list[tuple[int, int, Tensor, Tensor]]:
         same = dtype == self.rows.values.dtype
@@ -192,6 +204,21 @@ class Triangle:
                 block.solve_transposed(out)
         return out.view(x.shape)
 
+    def passed_on(self, x: Tensor) -> Iterator[Tensor]:
+        """Let each position, from the last one on, pass all it has to its predecessors.
+
+        Each gets a share in proportion to |B|; without weights none gets anything. Give what the
+        positions of each grid have when all later ones have passed on theirs, (M, L, R), from the
+        finest grid on; x, (N, L, R), changes.
+        """
+        given = self.flat(x)
+        total = self.weights.abs().sum(-1).view(-1, 1)
+        share = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0)
+        with in_one_thread():
+            for block in reversed(self.blocks):
+                yield given[: block.stop].view(-1, *x.shape[1:])
+                block.pass_on(given, share)
+
     def grid_diagonals(self, D: Tensor) -> Iterator[Tensor]:
         """Return the diagonals of (I - B)_MM^T diag(D) (I - B)_MM for the grids, each (M, L, 1).
 
@@ -200,7 +227,7 @@ class Triangle:
         diagonal = self.flat(D).clone()
         for block in self.blocks:
             own = self.flat(D)[block.start : block.stop]
-            block.transposed.add_product(diagonal[: block.stop], own, squared=True)
+            block.transposed.add_product(diagonal[: block.stop], own, entries=torch.square)
             yield diagonal[: block.stop].clone().view(-1, *D.shape[1:])
 
 

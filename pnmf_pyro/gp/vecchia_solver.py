@@ -14,13 +14,16 @@ columns of the identity,
 
     P^T Q P = (I - B)_MM^T D_MM (I - B)_MM,
 
-the Vecchia precision Q_M of the coarse grid, exactly. P^T diag(h) P is close to diag(P^T h), since
-predictions nearly sum to one. So the sum over coarser and coarser grids M = N, N / 2, N / 4 ...
+the Vecchia precision Q_M of the coarse grid, exactly. P^T diag(h) P is taken to be diagonal, w_M:
+from the last place on, each passes its curvature, and what it was passed, to its neighbours in
+proportion to |B|. So no curvature is lost. P^T h is lumped as well, but predictions have negative
+weights, and where h varies it comes out far too small at some places. The sum over coarser and
+coarser grids M = N, N / 2, N / 4 ...
 
     A^-1 ~ (I - B)^-1 [ (D + diag(w))^-1
-           + sum_M E (I - B)_MM diag(Q_M + P^T h)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
+           + sum_M E (I - B)_MM diag(Q_M + w_M)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
 
-w_i = (P^T h)_i on the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
+w_i that of the coarsest grid that has i, is an additive multilevel preconditioner (Bramble,
 Pasciak and Xu 1990). It costs two triangular solves and no more: a solve with (I - B)^T that has
 come from the end to M leaves (I - B)_MM^T E^T (I - B)^-T of what it was given, and a solve with
 I - B that has come from the start to M takes the share of the grid as it is. They are in the type
@@ -205,10 +208,10 @@ class _Preconditioner:
         dtype = triangle.weights.dtype
         weights, self.inverses = torch.empty_like(h), []
         diagonals = reversed(factor.grid_diagonals)
-        for lumped, diagonal in zip(self._grids(h.to(dtype).clone()), diagonals, strict=True):
-            M = len(lumped)
-            # A prediction may have negative weights.
-            weights[:M] = torch.maximum(lumped, h[:M])
+        passed_on = triangle.passed_on(h.to(dtype).clone())
+        for passed, diagonal in zip(passed_on, diagonals, strict=True):
+            M = len(passed)
+            weights[:M] = passed
             self.inverses.append((1 / (diagonal + weights[:M])).to(dtype))
         self.fine = (1 / (1 / factor._ordered_variances + weights)).to(dtype)
 

@@ -119,8 +119,8 @@ def _uncertainty(
         return None
     drawn = field_draws(model, *found, errors)
     if drawn is not None:
-        held, at_samples = drawn
-        wider = at_samples.square().mean((1, 2)) / covariance[:, diagonal_numbers(model.L)].mean(0)
+        held, variance = drawn
+        wider = variance / covariance[:, diagonal_numbers(model.L)].mean(0)
         covariance = scaled(covariance, wider.clamp_min(1).sqrt().to(covariance)[None])
         _check_finite(covariance, *errors, held)
         return covariance, errors, held

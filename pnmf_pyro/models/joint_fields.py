@@ -27,10 +27,14 @@ from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import LoadingErrors, per_factor
 from pnmf_pyro.priors.joint import as_expected, expected_ratio, unpacked
 
-# Draws that a field keeps, at most and at least, as many as there are numbers for; and their seed.
-MOST_DRAWS, FEWEST_DRAWS = 48, 8
-MOST_NUMBERS = 1 << 21
+# Draws that a field keeps: as many as there are numbers for, at most and at least; and their seed.
+MOST_DRAWS, FEWEST_DRAWS = 48, 20
+NUMBERS = 1 << 21
 SEED = 0
+
+# Log-factors of a field that keeps draws, at most, and numbers in the draws of one solve.
+MOST_FACTORS = 1 << 20
+AT_ONCE = 1 << 22
 
 # Numbers in the right sides for all L^2 directions, beyond which places are taken one by one.
 MOST_DIRECTIONS = 1 << 22
@@ -78,28 +82,33 @@ def field_draws(
     -------
     held : Tensor of shape (L, M + 1, R)
         Draws in what the field is held in, and their levels in the last row.
-    at_samples : Tensor of shape (L, N, R)
-        Draws at the samples, less their levels.
+    variance : Tensor of shape (L,)
+        Mean square of the draws at the samples, less their levels.
     """
-    n_draws = min(MOST_DRAWS, MOST_NUMBERS // (model.L * model.N))
-    if model.prior.places is None or n_draws < FEWEST_DRAWS:
+    factors, learned = model.L * model.N, model.W.requires_grad
+    if model.prior.places is None or factors > MOST_FACTORS:
         return None
     generator = torch.Generator().manual_seed(SEED)
     H = unpacked(as_expected(shared, expected))
     values, vectors = torch.linalg.eigh(H)
     root = vectors * values.clamp_min(0).sqrt()[:, None, :]
-    noise = torch.randn(len(H), model.L, n_draws, generator=generator, dtype=torch.float64)
-    told = torch.einsum("nlk,nkr->lnr", root, noise.to(root))
-    learned = model.W.requires_grad
-    if learned:
-        ratio = expected_ratio(shared, expected).T.double().sqrt()[..., None]
-        told -= ratio * _told_by_loadings(model, counts, shared, errors, n_draws, generator)
-    found = model.prior.coupled(H, told, generator)
-    if found is None:
-        return None
-    held, at_samples = found
-    level = at_samples.mean(1, keepdim=True) if learned else torch.zeros_like(held[:, :1])
-    return torch.cat([held, level], 1).float(), at_samples - level
+    ratio = expected_ratio(shared, expected).T.double().sqrt()[..., None]
+    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, NUMBERS // factors))
+    kept, variance = [], H.new_zeros(model.L)
+    for part in torch.arange(n_draws).split(max(1, AT_ONCE // factors)):
+        n = len(part)
+        noise = torch.randn(model.N, model.L, n, generator=generator, dtype=torch.float64)
+        told = torch.einsum("nlk,nkr->lnr", root, noise.to(root))
+        if learned:
+            told -= ratio * _told_by_loadings(model, counts, shared, errors, n, generator)
+        found = model.prior.coupled(H, told, generator)
+        if found is None:
+            return None
+        held, at_samples = found
+        level = at_samples.mean(1, keepdim=True) if learned else torch.zeros_like(held[:, :1])
+        kept.append(torch.cat([held, level], 1).float())
+        variance += (at_samples - level).square().mean(1).sum(-1) / n_draws
+    return torch.cat(kept, -1), variance
 
 
 def _told_by_loadings(

@@ -70,8 +70,9 @@ def panels(n: int, size: tuple[float, float], columns: int, axes: AxesLike = Non
 
 
 def verbatim(name: object) -> str:
-    """Return a name as matplotlib is to draw it, without mathematics where it has dollar signs."""
-    return str(name).replace("$", r"\$")
+    """Return a name as matplotlib is to draw it, a pair with a comma, dollar signs as such."""
+    text = ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+    return text.replace("$", r"\$")
 
 
 def plain(ax: Axes) -> None:

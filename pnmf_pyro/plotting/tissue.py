@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 
@@ -92,8 +93,9 @@ class Tissue:
         codes = np.zeros(n, dtype=np.int64)
         if labels is not None:
             groups = GroupCodes.of(labels, n)
-            self.names = [str(name) for name in groups.names]
-            codes = groups.encode(labels, n).numpy()
+            present, codes = np.unique(groups.encode(labels, n).numpy(), return_inverse=True)
+            named = groups.decode(torch.from_numpy(present)).reshape(len(present), -1)
+            self.names = [", ".join(map(str, name)) for name in named]
         sections = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
         parts = [points[members] for members in sections]
         self.disc = disc_width(parts)

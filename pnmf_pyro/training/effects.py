@@ -19,11 +19,14 @@ def effect_steps(model: PoissonFactorization) -> list[Step]:
 
 
 class EffectSteps(Step):
-    """Steps that raise the bound in the effects, given q(F) and loadings.
+    r"""Steps that raise the bound in the effects, given q(F) and loadings.
 
     With all data in each step they are those of :func:`~pnmf_pyro.models.effects.improve`. With
     minibatches they add up what these say, and one block of effects moves at the end of each pass.
-    Under a likelihood without a closed form they are those of the Poisson of the same means.
+    Under a likelihood p without a closed form counts x of means m are replaced by
+    :math:`m (1 + \partial \log p(x) / \partial m)` at a draw of F. Where p says what is seen of
+    Poisson counts, these are the counts that are expected given what is seen, and the steps those
+    of EM.
 
     Parameters
     ----------
@@ -60,23 +63,41 @@ class EffectSteps(Step):
         batch, model = self.batch, self.model
         assert batch.counts is not None
         q = model.prior.marginal(batch.samples)
-        F = q.loc + q.variance / 2
+        F, counts = q.loc + q.variance / 2, batch.counts
+        slope = None
+        if not isinstance(model.likelihood(F, batch), PoissonFactors):
+            F = q.sample()
+            slope = self._slope(F)
         likelihood = model.in_closed_form(F, batch)
-        factors, counts = F.exp().mT.contiguous().to(model.W.dtype), batch.counts
+        factors = F.exp().mT.contiguous().to(model.W.dtype)
         before = self.effects.clone()
-        if batch.samples is None and batch.features is None:
+        whole = batch.samples is None and batch.features is None
+        if whole and slope is None:
             if self.told is None or self.told[0] is not counts:
                 self.told = counts, counted(counts, model.exposure)
             improve(likelihood, counts, factors, self.told[1])
         else:
-            self._add(likelihood, factors)
+            self._add(likelihood, factors, slope)
         self.effects.copy_(before.lerp(self.effects, self.lr))
         growth = take_level(model.exposure)
         if growth is not None and model.W.raw.requires_grad:
             model.W.assign(model.W.detach() * growth)
 
-    def _add(self, likelihood: PoissonFactors, factors: Tensor) -> None:
-        """Add what a minibatch says of a block of effects; move that at the end of a pass."""
+    def _slope(self, F: Tensor) -> Tensor | None:
+        """Slope of the log-likelihood of the batch in the effects, (D, P), where it has one."""
+        batch, exposure, kept = self.batch, self.model.exposure, self.effects
+        leaf = kept.clone().requires_grad_()
+        exposure.effects = leaf
+        try:
+            with torch.enable_grad():
+                told = self.model.likelihood(F, batch).log_prob(batch.dense_counts).sum()
+            (slope,) = torch.autograd.grad(told, leaf, allow_unused=True)
+        finally:
+            exposure.effects = kept
+        return slope
+
+    def _add(self, likelihood: PoissonFactors, factors: Tensor, slope: Tensor | None) -> None:
+        """Add what a batch says of a block of effects; move that at the end of a pass."""
         batch, model = self.batch, self.model
         blocks, whole = blocks_of(model.exposure), model.N * model.D
         block = blocks[self.turn % len(blocks)]
@@ -86,9 +107,12 @@ class EffectSteps(Step):
             )
         counts, exposure = batch.counts, model.exposure.of(batch.samples, batch.features)
         assert counts is not None
-        told = counted(counts, exposure)[:, block.columns]
         sums = expected(likelihood, counts, factors, block.weights).sums
-        numbers = torch.arange(model.D, device=told.device)
+        numbers = torch.arange(model.D, device=sums.device)
+        if slope is None:
+            told = counted(counts, exposure)[:, block.columns]
+        else:  # of the counts that the likelihood makes us expect
+            told = take(slope, batch.features, dim=0)[:, block.columns] + sums[:, : block.size]
         self.sums.index_add_(0, take(numbers, batch.features), torch.cat([told, sums], 1))
         self.seen += counts.numel()
         if self.seen < whole:

@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.data.checks import warn
+from pnmf_pyro.gp.kernels import OF_GROUPS
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -24,7 +25,7 @@ NUGGET_BOUNDS = (0.001, 2.0)
 # Values from which on groups share all there is or nothing, and bounds; of lengthscales they are
 # the ends of what was tried. A small nugget is no fault.
 ENDS = {
-    "group_diff_param": (0.01, 1000.0),
+    **dict.fromkeys(OF_GROUPS, (0.01, 1000.0)),
     "sigma": SIGMA_BOUNDS,
     "nugget": (0.0, NUGGET_BOUNDS[1]),
 }
@@ -51,6 +52,16 @@ TOLD_BY = {
     ),
 }
 
+# The same of groups that are pairs, for the first and the second of these.
+TOLD_OF_PAIRS = {
+    name: (
+        f"groups that differ in their {column} column share all there is: leave that column out.",
+        f"groups that differ in their {column} column share nothing: check that their coordinates "
+        "are aligned, or fit them apart.",
+    )
+    for name, column in zip(OF_GROUPS, ("first", "second"), strict=True)
+}
+
 
 def warn_of_ends(
     learned: Mapping[str, Tensor],
@@ -72,8 +83,9 @@ def warn_of_ends(
         Values from which the search set out.
     """
     said = []
+    told_by = TOLD_BY | (TOLD_OF_PAIRS if TOLD_OF_PAIRS.keys() <= start.keys() else {})
     for name, values in learned.items():
-        if TOLD_BY[name][0] and torch.allclose(values, start[name], rtol=MOVED, atol=0):
+        if told_by[name][0] and torch.allclose(values, start[name], rtol=MOVED, atol=0):
             said.append(
                 f"The {name} did not move from {start[name][0]:.3g}, where its search began: no "
                 "other value that was tried predicts samples better, so the counts do not tell it."
@@ -81,7 +93,7 @@ def warn_of_ends(
             continue
         low, high = ENDS.get(name) or (grids[name][0], grids[name][-1])
         ends = values <= 1.01 * low, values >= 0.99 * high
-        for at_end, told in zip(ends, TOLD_BY[name], strict=True):
+        for at_end, told in zip(ends, told_by[name], strict=True):
             if at_end.all():
                 said.append(_of_components(name, values, at_end) + told)
             elif at_end.any():

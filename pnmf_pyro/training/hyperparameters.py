@@ -31,7 +31,7 @@ from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
-from pnmf_pyro.gp.kernels import Pairs, fill_symmetric
+from pnmf_pyro.gp.kernels import OF_GROUPS, Pairs, fill_symmetric
 from pnmf_pyro.gp.neighbors import neighbours_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.deviance import deviance
@@ -69,7 +69,7 @@ APART = 1.0
 SHARES = (0.0, 0.5, 1.0)
 
 # What components differ in, and what a factor on all of them may change.
-LENGTHS = ("lengthscale", "group_diff_param")
+LENGTHS = ("lengthscale", *OF_GROUPS)
 
 # Nats by which samples must be predicted better for components to differ.
 TOLD = 2.0
@@ -112,11 +112,13 @@ class HyperparameterSearch:
         N = len(self.places)
         chosen = np.sort(self.random.permutation(N)[:JUDGED])
         self.judged = torch.from_numpy(chosen).to(self.counts.device)
-        self.neighbours = neighbours_of(self.places, self.judged, self.criterion)
+        of = self.places, self.judged, self.criterion, self.kernel.sizes_of_groups
+        self.neighbours = neighbours_of(*of)
         together = torch.cat([self.neighbours, self.judged[:, None]], 1)
         self.pairs = Pairs.within(self.places[together])
         self._once = Cache()
-        self.names = [name for name in self.names if name in self.kernel.hyperparameters]
+        wanted = [*self.names, *(OF_GROUPS if "group_diff_param" in self.names else ())]
+        self.names = [n for n in dict.fromkeys(wanted) if n in self.kernel.hyperparameters]
         self.seen = self.counts if len(chosen) == N else self.counts.rows(self.judged)
 
     def learn_from(self, source: PoissonFactorization) -> None:
@@ -237,16 +239,15 @@ class HyperparameterSearch:
             "lengthscale": np.geomspace(2 * low, high / 5, GRID_LENGTHSCALES),
             "sigma": GRID_SIGMAS,
             "nugget": GRID_NUGGETS,
-            "group_diff_param": GRID_GROUP_DIFFERENCES,
+            **dict.fromkeys(OF_GROUPS, GRID_GROUP_DIFFERENCES),
         }
 
     @cached_property
     def _limits(self) -> dict[str, tuple[float, float]]:
         return {
             "lengthscale": (spacing(self.places) / 2, 10 * extent(self.places)),
-            "sigma": SIGMA_BOUNDS,
-            "nugget": NUGGET_BOUNDS,
-            "group_diff_param": GROUP_DIFFERENCE_BOUNDS,
+            **{"sigma": SIGMA_BOUNDS, "nugget": NUGGET_BOUNDS},
+            **dict.fromkeys(OF_GROUPS, GROUP_DIFFERENCE_BOUNDS),
         }
 
     @torch.no_grad()
@@ -279,7 +280,7 @@ class HyperparameterSearch:
             for name, grid in self._grids().items()
             if name in values
         }
-        for alike in (("lengthscale", "nugget"), ("sigma",), ("group_diff_param",)):
+        for alike in (("lengthscale", "nugget"), ("sigma",), tuple(OF_GROUPS)):
             names = [name for name in alike if name in self.names]
             if not names:
                 continue

@@ -305,6 +305,8 @@ def test_names_in_a_file_are_a_contract():
         "prior/kernel/nugget",
         "prior/kernel/group_diff_param",
         "prior/kernel/group_distances",
+        "prior/kernel/group_diff_param_2",
+        "prior/kernel/group_distances_2",
         "prior/kernel/chosen",
         "places/coordinates",
         "places/groups",
@@ -347,7 +349,7 @@ def test_a_file_holds_numbers_and_text_alone(fitted_kind, tmp_path):
         header = json.loads(str(archive["header"]))
         assert all(archive[name].dtype.kind in "fiuU" for name in archive.files)
     assert set(header) == {
-        *("format", "format_version", "parameters", "groups", "n_samples"),
+        *("format", "format_version", "parameters", "groups", "group_columns", "n_samples"),
         *("elbo", "elbo_se", "stages", "mean_total", "likelihood", "keys", "design"),
     }
     stages = header["parameters"]["stages"]

@@ -51,6 +51,43 @@ def test_multi_group_kernel_is_its_formula_and_a_covariance(name):
     assert np.linalg.eigvalsh(found)[0] > -1e-8
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_kernel_of_pairs_is_its_formula_and_a_covariance(name, p):
+    """1 / v = 1 + a d^2 + a2 d2^2: one construction over points in the product of both spaces."""
+    places, of = scattered(40, p, groups=6), np.array([[0, 1, 2.0], [1, 0, 1.5], [2, 1.5, 0]])
+    apart = {"group_distances": 1 - np.eye(2), "group_distances_2": of}
+    kernel = SpatialKernel(name, 0.7, 1.5, nugget=0.4, **apart)
+    kernel.group_diff_param.fill_(2.5)
+    kernel.group_diff_param_2.fill_(0.8)
+    places.coordinates[1] = places.coordinates[0]
+    x, g = as_numpy(places)
+    square = np.array(
+        [
+            [2.5 * (s != u) + 0.8 * of[t, w] ** 2 for u in (0, 1) for w in range(3)]
+            for s in (0, 1)
+            for t in range(3)
+        ]
+    )
+    expected = dense_fields.covariance(name, x, x, 0.7, 1.5, g, g, 1.0, np.sqrt(square), nugget=0.4)
+    found = kernel(places, places)[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.linalg.eigvalsh(found)[0] > -1e-8
+
+
+def test_pairs_that_differ_in_one_part_alone_are_groups_of_that_part():
+    places = scattered(12, groups=3)
+    one = SpatialKernel("Matern32", 0.7, group_diff_param=0.4, group_distances=1 - np.eye(3))
+    here = {"group_diff_param": 0.4, "group_distances": 1 - np.eye(2)}
+    two = SpatialKernel("Matern32", 0.7, group_distances_2=1 - np.eye(3), **here)
+    second = Places(places.coordinates, places.groups + 3)  # all of the second first part
+    torch.testing.assert_close(two(second, second), one(places, places))
+    first = Places(places.coordinates, 3 * (places.groups > 0))
+    grouped = Places(places.coordinates, (places.groups > 0).long())
+    one = SpatialKernel("Matern32", 0.7, **here)
+    torch.testing.assert_close(two(first, first), one(grouped, grouped))
+
+
 def test_limits_of_the_group_difference():
     places = scattered(10, groups=2)
     plain = SpatialKernel("Matern52", 0.7, 1.5)(places, places)[0]

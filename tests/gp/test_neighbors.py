@@ -158,6 +158,40 @@ def test_groups_at_one_distance_are_searched_together(distances):
         np.testing.assert_allclose(np.sort(values[row]), np.sort(values)[-K:], rtol=1e-12)
 
 
+@pytest.mark.parametrize("a", [0.05, 0.7])
+def test_pairs_of_groups_are_searched_by_what_they_share(a):
+    """The K of largest covariance, by brute force, where parts of a pair differ in what they do."""
+    points, random = points_of("plane", 160), np.random.default_rng(1)
+    groups = random.integers(6, size=160)
+    apart = {"group_distances": 1 - np.eye(2), "group_distances_2": 1 - np.eye(3)}
+    kernel = SpatialKernel("Matern32", 0.3, 1.0, 2, group_diff_param=0.7, **apart)
+    kernel.group_diff_param_2.fill_(a)
+    places, K = places_of(points, groups), 8
+    covariance = Neighborhoods(kernel, places, 2, K)._covariance()
+    found = nearest(places[:120], places[120:], K, covariance)
+    matrix = covariance(places[120:], places[:120]).numpy()
+    for row, values in zip(found, matrix, strict=True):
+        assert len(set(row)) == K
+        np.testing.assert_allclose(np.sort(values[row]), np.sort(values)[-K:], rtol=1e-12)
+
+
+def test_samples_are_predicted_from_either_part_of_a_pair():
+    points, codes = points_of("plane", 300), np.random.default_rng(2).integers(6, size=300)
+    judged = torch.arange(0, 300, 7)
+    found = neighbors.neighbours_of(
+        places_of(points, codes), judged, "leave-one-out", (2, 3)
+    ).numpy()
+    own, sections, types = np.split(codes[found], [16, 24], axis=1)
+    mine = codes[judged.numpy()][:, None]
+    assert (own == mine).all()
+    assert ((sections // 3 == mine // 3) & (sections != mine)).all()
+    assert ((types % 3 == mine % 3) & (types != mine)).all()
+    between = distances(points, points)
+    for i, row in zip(judged.tolist(), found[:, 24:], strict=True):
+        pool = np.flatnonzero((codes % 3 == codes[i] % 3) & (codes != codes[i]))
+        assert set(row) == set(pool[np.argsort(between[i, pool])[:8]])
+
+
 def grouped(a: float, N: int = 400):
     points = points_of("plane", N)
     groups = np.random.default_rng(0).integers(3, size=N)

@@ -1,6 +1,7 @@
 """Products and solves front by front against dense matrices (identity 5)."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -123,6 +124,31 @@ def test_diagonals_of_the_grids(C, device):
         A = dense[:, :M, :M]
         Q = A.mT @ (D[:M, :, 0].T[..., None] * A)
         torch.testing.assert_close(one[..., 0].cpu(), Q.diagonal(dim1=1, dim2=2).T)
+
+
+@pytest.mark.parametrize("C", [1, L])
+def test_what_is_passed_on_to_the_grids(C, device, monkeypatch):
+    """From the last position on, all it has, in proportion to the size of its weights."""
+    monkeypatch.setattr("pnmf_pyro.gp.triangular.CHUNK", 50)
+    triangle, dense = triangle_of(C=C, device=device)
+    x = np.random.default_rng(2).gamma(1.0, size=(N, L, 1))
+    found = triangle.passed_on(torch.tensor(x).to(device))
+    for M, one in zip(reversed(grid_sizes(N)), found, strict=True):
+        expected = x[..., 0].T.copy()
+        for l, i in itertools.product(range(L), range(N - 1, M - 1, -1)):
+            shares = dense[l, i, :i].abs().numpy()
+            expected[l, :i] += expected[l, i] * shares / shares.sum()
+        np.testing.assert_allclose(one[..., 0].T.cpu(), expected[:, :M], rtol=1e-10)
+        np.testing.assert_allclose(one.sum(0).cpu(), x.sum(0), rtol=1e-10)
+
+
+def test_a_position_whose_weights_are_0_passes_nothing_on():
+    triangle, _ = triangle_of(dtype=torch.float32)
+    triangle.weights[30:] = 0  # as of places far apart
+    again = Triangle(triangle.predecessors, triangle.weights)
+    *_, coarsest = (one.clone() for one in again.passed_on(torch.full((N, L, 1), 1e5)))
+    assert coarsest.isfinite().all()
+    assert (coarsest.sum(0) < 30.1e5).all()
 
 
 def test_copies_solve_alike():

@@ -60,6 +60,15 @@ def test_posterior_solve(sparse, columns):
     assert (np.diff(values) <= 1e-12).all()
 
 
+def passed_on(A, x, M):
+    """What the first M positions have when all others have passed on theirs; A is I - B."""
+    x = x.clone()
+    for i in range(len(x) - 1, M - 1, -1):
+        shares = A[i, :i].abs()
+        x[:i] += x[i] * shares / shares.sum()
+    return x[:M]
+
+
 def test_the_preconditioner_is_the_sum_over_grids(sparse):
     """Term by term, as at the top of the module."""
     _, factor, _ = sparse
@@ -73,11 +82,10 @@ def test_the_preconditioner_is_the_sum_over_grids(sparse):
         A, inverse = B[l], torch.linalg.inv(B[l])
         weights, total = torch.zeros(60, dtype=torch.float64), torch.zeros(60, 60).double()
         for M in reversed(grid_sizes(60)):
-            prediction = inverse[:, :M] @ A[:M, :M]
-            lumped = torch.maximum(prediction.T @ curvature[l], curvature[l, :M])
-            weights[:M] = lumped
+            passed = passed_on(A, curvature[l], M)
+            weights[:M] = passed
             Q = A[:M, :M].T @ (D[l, :M, None] * A[:M, :M])
-            diagonal = 1 / (Q.diagonal() + lumped)
+            diagonal = 1 / (Q.diagonal() + passed)
             total[:M, :M] += A[:M, :M] @ (diagonal[:, None] * A[:M, :M].T)
         total += (1 / (D[l] + weights)).diag()
         torch.testing.assert_close(found[:, l], inverse @ total @ inverse.T)
@@ -135,6 +143,16 @@ def test_steps_do_not_grow_with_the_lengthscale_or_the_data(h, lengthscale):
     e = found.x - best
     true_error = float((e * (factor.precision(e) + curvature * e)).sum() / 2000) ** 0.5
     assert found.error[0] / 5 < true_error < found.error[0]
+
+
+def test_steps_do_not_grow_where_curvature_varies():
+    """By a factor of 3,000, over the lengthscale; predictions have negative weights there."""
+    points = points_of(6000) * np.sqrt(6000)
+    factor = make(points, 12, [matern32(10.0)])
+    curvature = torch.tensor(np.exp(2 * np.sin(points / 4).sum(1)))[None]
+    draws = VecchiaPosterior(factor).sample(curvature, 1, 0)
+    b = factor.precision(draws) + curvature[..., None] * draws
+    assert VecchiaPosterior(factor).solve(curvature, b, tolerance=0.01).iterations <= 15
 
 
 def test_posterior_draws_have_the_covariance(sparse):
