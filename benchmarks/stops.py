@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -57,32 +56,40 @@ def killed_fits(
 ) -> Iterator[dict[str, Any]]:
     """Kill a process at a random moment of a fit, so many times, and go on in this one.
 
-    Each yields whether the process had `ended` before, and had been `writing`,
-    whether what came out has the `same` bits as a fit without a checkpoint, and whether anything
-    is left (`rests`).
+    A process that ends before is none of these. Each yields whether it had been `writing`, whether
+    what came out has the `same` bits as a fit without a checkpoint, and whether anything is left
+    (`rests`).
     """
     random, path = np.random.default_rng(0), folder / "run.ckpt"
     expected = saved(fitted(name, N, D, L), folder / "model.npz")
     seconds, _ = timed(lambda: fitted(name, N, D, L, checkpoint=path, every=EVERY))
-    call = [sys.executable, "-m", "benchmarks.stops", name, *map(str, (N, D, L, path))]
-    for _ in range(times):
+    while times:
         path.unlink()
-        with subprocess.Popen(call, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()  # the fit begins
-            while not path.exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(random.uniform(0, seconds))
-            ended = process.poll() is not None
-            process.send_signal(signal.SIGKILL)
-        told = {
-            "ended": ended,
-            "writing": any(one.endswith(PART) for one in os.listdir(folder)),
-        }
+        if not killed_once(name, (N, D, L), path, random.uniform(0, seconds)):
+            seconds *= 0.9
+            continue
+        times -= 1
+        writing = bool(parts(folder))
         model = fitted(name, N, D, L, checkpoint=path, every=EVERY)
         same = saved(model, folder / "model.npz") == expected
-        rests = any(one.endswith(PART) for one in os.listdir(folder))
-        yield {**told, "same": same, "rests": rests}
+        yield {"writing": writing, "same": same, "rests": bool(parts(folder))}
+
+
+def killed_once(name: str, sizes: tuple[int, ...], path: Path, seconds: float) -> bool:
+    """Kill a process so long after its first checkpoint; say whether it was still at work."""
+    call = [sys.executable, "-m", "benchmarks.stops", name, *map(str, sizes), str(path)]
+    with subprocess.Popen(call) as process:
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        at_work = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    return at_work
+
+
+def parts(folder: Path) -> list[str]:
+    """Names of files that were being written."""
+    return [name for name in os.listdir(folder) if name.endswith(PART)]
 
 
 def stops(options: argparse.Namespace) -> None:
@@ -99,6 +106,4 @@ def stops(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     kind, *numbers, where = sys.argv[1:]
     warnings.simplefilter("ignore")
-    sys.stdout.write(json.dumps({"begins": kind}) + "\n")
-    sys.stdout.flush()
     fitted(kind, *map(int, numbers), checkpoint=where, every=EVERY)

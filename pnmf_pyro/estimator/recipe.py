@@ -172,12 +172,9 @@ def fit(
         Name under which the results are written.
     copy : bool
         Write to a copy of the AnnData object, which is returned as well.
-    checkpoint : str or os.PathLike, optional
-        File in which the fit is kept. Where it is there, the fit goes on from it, to the same bits
-        as if it had never been stopped. One of another fit is a ValueError. The file stays when
-        the fit has ended.
-    every : float
-        Seconds from one writing of the checkpoint to the next.
+    checkpoint, every : str or os.PathLike, float, optional
+        File in which the fit is kept every so many seconds. Where it is there, the fit goes on from
+        it, to the same bits as if never stopped; one of another fit is a ValueError.
     **parameters
         Any parameter of :class:`PNMF`, in place of the recommended value.
 
