@@ -12,6 +12,8 @@ from pnmf_pyro.data.counts import CountsLike, MaybeArray
 from pnmf_pyro.data.design import Covariates, Labels, from_obs
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, unmasked
+from pnmf_pyro.data.stored import StoredCounts
+from pnmf_pyro.data.stores import is_store
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.cost import Plan, plan_of
@@ -28,6 +30,7 @@ from pnmf_pyro.estimator.stages import (
     SettleLoadings,
     WarmUp,
 )
+from pnmf_pyro.estimator.stored_fit import fit_store
 from pnmf_pyro.models.factorization import has_closed_form
 from pnmf_pyro.priors import Prior
 
@@ -198,6 +201,17 @@ def fit(
     if is_anndata(X):
         _refuse_places(coords, groups)
         return _fit_anndata(X, keys, n_components, scales, parameters)
+    if is_store(X):
+        _refuse_places(coords, groups)
+
+        def train(counts: StoredCounts) -> PNMF:
+            chosen = dict(parameters)
+            if chosen.get("batch_size") is not None:
+                chosen.setdefault("shuffle", False)
+            model = _recommended(counts.shape, None, None, n_components, chosen)
+            return model.fit(counts, size_factors=size_factors)
+
+        return fit_store(X, keys, scales, parameters, train)
     keys.refuse()
     return _fit_arrays(X, coords, groups, n_components, scales, parameters)
 

@@ -24,6 +24,7 @@ from pnmf_pyro.priors.natural import SiteSteps, Step
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.extrapolation import MOST, Checkpoint, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
+from pnmf_pyro.training.slices import loss_and_grads, parts
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -188,7 +189,7 @@ def _one_step(
     """Take gradients; then step with all, or go back half of the last step if it was too long."""
     with pyro.validation_enabled(validate):
         model.zero_grad()
-        loss = objective.loss_and_grads(model.model, model.guide, batch)
+        loss = loss_and_grads(model, objective, batch)
     if not checkpoint.accept(loss):
         return
     for step, _ in steps:
@@ -219,7 +220,7 @@ def evaluate_elbo(
     total = 0.0
     source = drawing_from(generator, batches.counts.device)
     with model.apart(inherit=True), source, pyro.validation_enabled(False):
-        for batch in batches.one_pass():
+        for batch in (part for whole in batches.one_pass() for part in parts(whole)):
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
             with threads_for(batch, model):
@@ -255,7 +256,7 @@ def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
     Threads gain little there, and where other programs keep the cores busy they lose much: each
     product waits for a thread that waits for a core.
     """
-    entries = 0 if batch.counts is None else batch.counts.values.numel()
+    entries = 0 if batch.counts is None else batch.counts.n_entries
     few = entries + model.prior.matrix_entries < FEW_ENTRIES
     with openmp().limit(limits=1 if few else None):
         yield
