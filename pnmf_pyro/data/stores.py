@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -39,11 +40,7 @@ def opened(path: str | os.PathLike, writable: bool = False) -> Iterator[Any]:
         raise ValueError(f"There is no {path}.")
     mode = "r+" if writable else "r"
     if path.suffix == ".zarr":
-        try:
-            yield_from = needed("zarr").open_group(str(path), mode=mode)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{path} is not a zarr store that can be read: {error}") from error
-        yield yield_from
+        yield _zarr_group(path, mode)
         return
     try:
         file = needed("h5py").File(path, mode)
@@ -55,6 +52,25 @@ def opened(path: str | os.PathLike, writable: bool = False) -> Iterator[Any]:
         ) from error
     with file:
         yield file
+
+
+def _zarr_group(path: Path, mode: str) -> Any:
+    zarr = needed("zarr")
+    # What metadata gathered in one place say may be older than the store, and cannot be added to.
+    direct = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
+    try:
+        return zarr.open_group(str(path), mode=mode, **direct)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is no .zarr store that can be read: {error}") from error
+
+
+def gather_metadata(path: Path) -> None:
+    """Gather the metadata of a .zarr store in one place anew, where it had them there."""
+    plain, gathered = path / "zarr.json", path / ".zmetadata"
+    if gathered.exists() or (plain.exists() and "consolidated_metadata" in plain.read_text()):
+        with warnings.catch_warnings():  # that version 3 of zarr does not specify it
+            warnings.simplefilter("ignore")
+            needed("zarr").consolidate_metadata(str(path))
 
 
 def stored_counts(store: Any, name: str, layer: str | None = None) -> StoredCounts:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pnmf_pyro.data.stored import StoredCounts
-from pnmf_pyro.data.stores import needed, opened, stored_counts
+from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, add_results
 from pnmf_pyro.estimator.inputs import Scales
 
@@ -131,7 +131,7 @@ def write_elements(path: str | os.PathLike, elements: dict[str, Any]) -> None:
                 del store[where]
             store.move(f"{where}{NEW}", where)
     if Path(path).suffix == ".zarr":
-        needed("zarr").consolidate_metadata(str(path))
+        gather_metadata(Path(path))
 
 
 def _replace_folder(folder: Path) -> None:
