@@ -34,7 +34,7 @@ def stored(options: argparse.Namespace) -> None:
         counts = stored_counts(store, path.name)
         found["first_pass_seconds"] = time.perf_counter() - start
         found["pass_seconds"] = _pass(counts, options.L)
-        shape, n_stored = counts.shape, counts.n_entries
+        shape, n_stored = counts.shape, counts.values.numel()
     start = time.perf_counter()
     model = pnmf_pyro.fit(
         path, n_components=options.L, max_iter=options.steps, spatial_key=None, init="random"

@@ -99,7 +99,7 @@ def initialize_factors(
     # In float64: what is zero but for rounding must not depend on the type of the numbers.
     if isinstance(matrix, StoredMatrix):
         wide: Table | StoredMatrix = matrix
-        dtype = np.float32 if matrix.counts.dtype == torch.float32 else np.float64
+        dtype = np.dtype(np.float32 if matrix.counts.dtype == torch.float32 else np.float64)
     else:
         wide, dtype = matrix.astype(np.float64, copy=False), matrix.dtype
     exp_F, W = make(wide, n_components, check_random_state(random_state))
@@ -164,7 +164,7 @@ def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
     return exp_F, W
 
 
-def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
+def _nndsvd(X: Any, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
     # Random directions of features: neither a seed nor the order of the samples matters.
     by_passes = isinstance(X, StoredMatrix)
@@ -203,7 +203,7 @@ def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
     return fill(exp_F), fill(W)
 
 
-def _biwhitened(X: Table, L: int, random: np.random.RandomState) -> Factors:
+def _biwhitened(X: Any, L: int, random: np.random.RandomState) -> Factors:
     rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
     a, b = (np.sqrt(one / np.sqrt(rows.sum())) for one in (rows, columns))
     if isinstance(X, StoredMatrix):

@@ -20,6 +20,7 @@ from pnmf_pyro.command_line.effects import add_effects, effects
 from pnmf_pyro.command_line.outputs import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
+from pnmf_pyro.command_line.stored import fit_in_store, stays_in_store
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
@@ -77,6 +78,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
     """Fit, write and say how it went."""
     if options.plan:
         return _plan(options)
+    if stays_in_store(options):
+        return fit_in_store(options)
     if options.out is None:
         raise ValueError("--out must name where to write results; or give --plan, to fit nothing.")
     check_results_path(options)  # before the fit takes its time

@@ -48,11 +48,6 @@ class Counts(ABC):
     shape: tuple[int, int]
 
     @property
-    def n_entries(self) -> int:
-        """Number of stored entries."""
-        return self.values.numel()
-
-    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the values."""
         return self.values.dtype

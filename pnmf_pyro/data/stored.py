@@ -58,13 +58,13 @@ class StoredCounts(Counts):
     """
 
     def __init__(self, read: Read, shape: tuple[int, int], n_stored: int, name: str):
-        self.read, self.shape, self.n_stored, self.name = read, tuple(shape), n_stored, name
+        self.read, self.shape, self.name = read, (int(shape[0]), int(shape[1])), name
         N = shape[0]
         size = max(1, SLICE_ENTRIES * N // max(1, n_stored))
         self._cuts = [*range(0, N, size), N]
         found, dtype = FirstPass(), torch.float32
         column_totals = torch.zeros(shape[1], dtype=torch.float64)
-        for rows, block in self._slices(self._checked):
+        for _, block in self._slices(self._checked):
             dtype = torch.promote_types(dtype, block.dtype)
             totals = block.row_sums(block.values)
             found.row_totals.append(totals)
@@ -73,14 +73,10 @@ class StoredCounts(Counts):
             found.marks.append(_mark(block))
             column_totals += _column_totals(block)
         self._marks = dict(zip(self._cuts[:-1], found.marks, strict=True))
-        self.values = torch.empty(0, dtype=dtype)
+        self.values = torch.zeros(1, dtype=dtype).expand(n_stored)  # which takes no memory
         self.row_totals = torch.cat(found.row_totals)
         self.log_factorials = torch.cat(found.log_factorials)
         self.whole, self.column_totals = found.whole, column_totals
-
-    @property
-    def n_entries(self) -> int:  # noqa: D102
-        return self.n_stored
 
     @property
     def cuts(self) -> list[int]:  # noqa: D102 - the interface says it
@@ -103,7 +99,9 @@ class StoredCounts(Counts):
 
     def matmul(self, entries: Tensor, B: Tensor) -> Tensor:
         """Return X B, of shape (N, L); `entries` must be `values`, which stand for those of X."""
-        return torch.cat([block.matmul(block.values, B.to(block.dtype)) for _, block in self.blocks()])
+        return torch.cat(
+            [block.matmul(block.values, B.to(block.dtype)) for _, block in self.blocks()]
+        )
 
     def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:
         """Return X^T A, of shape (D, L); `entries` must be `values`, which stand for those of X."""
@@ -223,7 +221,9 @@ class StoredMatrix:
         self.a = np.ones(self.shape[0]) if rows is None else rows
         self.b = np.ones(self.shape[1]) if columns is None else columns
 
-    def divided(self, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> StoredMatrix:
+    def divided(
+        self, rows: np.ndarray | None = None, columns: np.ndarray | None = None
+    ) -> StoredMatrix:
         """Return the matrix with rows and columns divided by more."""
         a = self.a if rows is None else self.a * rows
         return StoredMatrix(self.counts, a, self.b if columns is None else self.b * columns)
@@ -263,7 +263,7 @@ def decomposition_by_passes(
     Its steps on a matrix as it is (transpose=False), with two passes over the store for each.
     """
     Q = np.random.RandomState(random_state).normal(size=(X.shape[1], L + 10))
-    for _ in range(7 if 10 * L < min(X.shape) else 4):
+    for _ in range(7 if min(X.shape) > 10 * L else 4):
         Q, _ = linalg.lu(X @ Q, permute_l=True, overwrite_a=True)
         Q, _ = linalg.lu(X.left(Q), permute_l=True)
     Q, _ = linalg.qr(X @ Q, mode="economic", overwrite_a=True)

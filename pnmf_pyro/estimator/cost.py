@@ -134,7 +134,7 @@ def plan_of(settings: Settings, data: Data) -> Plan:
     room = held + available_memory()
     if settings.prior is not None:
         places = settings.prior.places
-    size = Size.of(settings, counts.shape, counts.n_entries, places)
+    size = Size.of(settings, counts.shape, counts.values.numel(), places)
     calibration = Calibration(settings, data, size)
     levels: list[Size] = []
     if places is not None and calibration.warms_up:

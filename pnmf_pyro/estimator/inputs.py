@@ -191,7 +191,7 @@ def read_data(
     return Data(counts, s, hidden, *places, total, design, rows)
 
 
-def _of_store(settings: Settings, counts: StoredCounts, size_factors: ArrayLike | None) -> Data:
+def _of_store(settings: Any, counts: StoredCounts, size_factors: ArrayLike | None) -> Data:
     """Counts in a store, whose entries its first pass has checked, without space or effects."""
     _check_size(settings, counts, limited=False)
     warn_not_whole(counts)

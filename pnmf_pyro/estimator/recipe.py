@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from pnmf_pyro.estimator.stages import (
     SettleLoadings,
     WarmUp,
 )
-from pnmf_pyro.estimator.stored_fit import fit_store
+from pnmf_pyro.estimator.stored_fit import fit_store, large_table
 from pnmf_pyro.models.factorization import has_closed_form
 from pnmf_pyro.priors import Prior
 
@@ -108,7 +110,7 @@ PRIORS = {
 
 @isolated
 def fit(
-    X: CountsLike | AnnData,
+    X: CountsLike | AnnData | str | os.PathLike,
     coords: MaybeArray = None,
     groups: MaybeArray = None,
     *,
@@ -129,7 +131,8 @@ def fit(
     Parameters
     ----------
     X : array-like, Tensor, DataFrame or sparse matrix of shape (n_samples, n_features), or AnnData
-        Counts. What the fit finds is written into an AnnData object, see Notes.
+        Counts. What the fit finds is written into an AnnData object, see Notes. The path of an
+        .h5ad or .zarr file of AnnData is read by slices, without space, and written into.
     coords : array-like of shape (n_samples, p), optional
         Where the samples are, in any unit: the factors are then smooth in space. Up to 1,500
         samples are all inducing points; more, or those with another likelihood, are conditioned
@@ -203,15 +206,14 @@ def fit(
         return _fit_anndata(X, keys, n_components, scales, parameters)
     if is_store(X):
         _refuse_places(coords, groups)
-
-        def train(counts: StoredCounts) -> PNMF:
-            chosen = dict(parameters)
-            if chosen.get("batch_size") is not None:
-                chosen.setdefault("shuffle", False)
-            model = _recommended(counts.shape, None, None, n_components, chosen)
-            return model.fit(counts, size_factors=size_factors)
-
-        return fit_store(X, keys, scales, parameters, train)
+        path = cast(str | os.PathLike, X)
+        train = partial(
+            _fit_stored,
+            n_components=n_components,
+            size_factors=size_factors,
+            parameters=parameters,
+        )
+        return fit_store(path, keys, scales, parameters, train)
     keys.refuse()
     return _fit_arrays(X, coords, groups, n_components, scales, parameters)
 
@@ -284,8 +286,12 @@ def _fit_anndata(
     parameters: dict[str, Any],
 ) -> PNMF | tuple[PNMF, AnnData]:
     """Fit the counts of an AnnData object, and write what is found to it or to a copy."""
-    X, coords, groups = keys.read(adata, parameters.get("spatial"))
-    model = _fit_arrays(X, coords, groups, n_components, scales, parameters)
+    large = large_table(adata, keys, scales, parameters)
+    if large is None:
+        X, coords, groups = keys.read(adata, parameters.get("spatial"))
+        model = _fit_arrays(X, coords, groups, n_components, scales, parameters)
+    else:
+        model = _fit_stored(large, n_components, scales.size_factors, parameters)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -316,6 +322,18 @@ def _fit_arrays(
     model.fit(X, coordinates=coords, groups=groups, **given)
     if model.spatial:
         logger.info("kernel %s", model.kernel_)
+    return model
+
+
+def _fit_stored(
+    counts: StoredCounts, n_components: int, size_factors: MaybeArray, parameters: dict[str, Any]
+) -> PNMF:
+    """Fit counts that stay in a store, whose batches are read in their order."""
+    chosen = dict(parameters)
+    if chosen.get("batch_size") is not None:
+        chosen.setdefault("shuffle", False)
+    model = _recommended(counts.shape, None, None, n_components, chosen)
+    model.fit(counts, size_factors=size_factors)
     return model
 
 

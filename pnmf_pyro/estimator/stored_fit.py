@@ -6,14 +6,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, add_results
 from pnmf_pyro.estimator.inputs import Scales
+from pnmf_pyro.estimator.size import BYTES
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,6 +49,44 @@ def fit_store(
         results.uns[keys.key_added]["layer"] = keys.layer
     write_elements(path, _elements(results, keys.key_added))
     return model
+
+
+def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
+    """Say whether the counts of a store, in memory for a fit, would take more than there is."""
+    with opened(path) as store:
+        table = store.get("X" if layer is None else f"layers/{layer}")
+        if table is None:
+            return False
+        sparse = not hasattr(table, "shape") and "data" in table
+        n_stored = table["data"].shape[0] if sparse else np.prod(getattr(table, "shape", 0))
+    return bool(BYTES["count"] * n_stored > available_memory())
+
+
+def large_table(
+    adata: Any, keys: AnnDataKeys, scales: Scales, parameters: dict[str, Any]
+) -> StoredCounts | None:
+    """Return the counts of an AnnData object in a file that are too many for memory.
+
+    None where they fit, and where X is not in a file.
+    """
+    X = adata.X if keys.layer is None else adata.layers.get(keys.layer)
+    in_file = adata.isbacked or hasattr(X, "dask")
+    if X is None or not in_file:
+        return None
+    name = str(adata.filename) if adata.isbacked else "adata"
+    group = getattr(X, "group", None)
+    n_stored = int(np.prod(X.shape)) if group is None else int(group["data"].shape[0])
+    if BYTES["count"] * n_stored <= available_memory():
+        return None
+    _refuse_what_needs_memory(name, keys, scales, parameters)
+    if keys.spatial_key is not None and keys.spatial_key in adata.obsm:
+        _say_no_space(name, keys.spatial_key)
+
+    def read(start: int, stop: int) -> Any:
+        rows = X[start:stop]
+        return rows.compute() if hasattr(rows, "compute") else rows
+
+    return StoredCounts(read, X.shape, n_stored, name)
 
 
 def _refuse_what_needs_memory(
@@ -83,11 +123,15 @@ def _refuse_places(
 ) -> None:
     places = keys.spatial_key is not None and parameters.get("spatial") is not False
     if places and "obsm" in store and keys.spatial_key in store["obsm"]:
-        raise ValueError(
-            f"{path} has places, obsm[{keys.spatial_key!r}], and a fit by slices knows no space. "
-            "Pass spatial_key=None for a fit without space, or read the store into memory: "
-            "pnmf_pyro.fit(anndata.read_h5ad(path))."
-        )
+        _say_no_space(path, keys.spatial_key)
+
+
+def _say_no_space(name: str | os.PathLike, key: str | None) -> NoReturn:
+    raise ValueError(
+        f"{name} has places, obsm[{key!r}], and a fit by slices knows no space. Pass "
+        "spatial_key=None for a fit without space, or read the store into memory: "
+        "pnmf_pyro.fit(anndata.read_h5ad(path))."
+    )
 
 
 def _without_counts(store: Any) -> AnnData:

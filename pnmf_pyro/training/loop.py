@@ -256,7 +256,7 @@ def threads_for(batch: Batch, model: PoissonFactorization) -> Iterator[None]:
     Threads gain little there, and where other programs keep the cores busy they lose much: each
     product waits for a thread that waits for a core.
     """
-    entries = 0 if batch.counts is None else batch.counts.n_entries
+    entries = 0 if batch.counts is None else batch.counts.values.numel()
     few = entries + model.prior.matrix_entries < FEW_ENTRIES
     with openmp().limit(limits=1 if few else None):
         yield
