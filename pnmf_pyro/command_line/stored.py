@@ -16,11 +16,14 @@ IN_MEMORY = ("mask", "coords", "batch_key", "batches", "covariates", "transpose"
 
 
 def stays_in_store(options: argparse.Namespace) -> bool:
-    """Say whether the counts are read by slices: a .zarr store, or one too large for memory."""
+    """Say whether the counts are read by slices, since they are too large for memory."""
     path = options.counts
     if not is_store(path) or not os.path.exists(path):
         return False
-    return str(path).endswith(".zarr") or exceeds_memory(path, options.layer)
+    try:
+        return exceeds_memory(path, options.layer)
+    except (ImportError, OSError, ValueError):  # of which the reading of a table tells
+        return False
 
 
 def fit_in_store(options: argparse.Namespace) -> shared.Exit:
