@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from pnmf_pyro.analysis.selection import select_n_components
     from pnmf_pyro.estimator.fit_model import fit_model
     from pnmf_pyro.estimator.pnmf import PNMF
-    from pnmf_pyro.estimator.recipe import fit, plan
+    from pnmf_pyro.estimator.fit import fit, plan
     from pnmf_pyro.models.deviance import deviance
 
 _HOMES = {
@@ -68,12 +68,12 @@ _HOMES = {
     "differential_features": "analysis.differential",
     "effects_table": "analysis.effects",
     "feature_scores": "analysis.interpretation",
-    "fit": "estimator.recipe",
+    "fit": "estimator.fit",
     "fit_model": "estimator.fit_model",
     "group_levels": "analysis.groups",
     "importance_of_space": "analysis.importance",
     "match_factors": "analysis.matching",
-    "plan": "estimator.recipe",
+    "plan": "estimator.fit",
     "posterior_predictive_check": "analysis.predictive_checks",
     "predict_as": "analysis.groups",
     "prior_predictive_check": "analysis.predictive_checks",

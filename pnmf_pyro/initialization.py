@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,6 +16,7 @@ from pnmf_pyro.data.checks import check_choice, check_count, check_matrix, check
 from pnmf_pyro.data.counts import Counts, CountsLike, Table
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, check_random_state
+from pnmf_pyro.data.stored import StoredCounts, StoredMatrix, decomposition_by_passes
 
 # Smallest total of a sample or feature that is divided by, relative to their mean.
 LEAST_TOTAL = 0.05
@@ -84,7 +87,7 @@ def initialize_factors(
     check_choice("init", init, (*INITS, None))
     check_count("n_components", n_components)
     check_positive("target_std", target_std)
-    matrix = check_matrix(X).numpy()
+    matrix = X if isinstance(X, StoredMatrix) else check_matrix(X).numpy()
     if init is None:
         init = "nndsvda" if n_components <= min(matrix.shape) else "random"
     make, limit = INITS[init]
@@ -94,12 +97,15 @@ def initialize_factors(
             f"{matrix.shape}; got n_components={n_components}. Use init='random'."
         )
     # In float64: what is zero but for rounding must not depend on the type of the numbers.
-    exp_F, W = make(
-        matrix.astype(np.float64, copy=False), n_components, check_random_state(random_state)
-    )
+    if isinstance(matrix, StoredMatrix):
+        wide: Table | StoredMatrix = matrix
+        dtype = np.dtype(np.float32 if matrix.counts.dtype == torch.float32 else np.float64)
+    else:
+        wide, dtype = matrix.astype(np.float64, copy=False), matrix.dtype
+    exp_F, W = make(wide, n_components, check_random_state(random_state))
     if scale_log_mu:
         W, exp_F = _scale_log(W, exp_F, target_std)
-    return W.astype(matrix.dtype), exp_F.astype(matrix.dtype)
+    return W.astype(dtype), exp_F.astype(dtype)
 
 
 def start_values(
@@ -116,7 +122,7 @@ def start_values(
     """
     if isinstance(init, np.ndarray):
         return _from_loadings(counts, n_components, init, size_factors)
-    matrix = counts.numpy()
+    matrix = StoredMatrix(counts) if isinstance(counts, StoredCounts) else counts.numpy()
     if size_factors is not None:
         matrix = _divide_rows(matrix, size_factors.cpu().numpy())
     W, exp_F = initialize_factors(matrix, n_components, init, random_state)
@@ -143,7 +149,9 @@ def _from_loadings(
     return W, exp_F.maximum(FLOOR * exp_F.mean(0)).clamp_min(tiny)
 
 
-def _divide_rows(matrix: Table, divisors: np.ndarray) -> Table:
+def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
+    if isinstance(matrix, StoredMatrix):
+        return matrix.divided(divisors)
     if isinstance(matrix, np.ndarray):
         return matrix / divisors[:, None]
     return sp.csr_matrix(sp.diags_array(1 / divisors, dtype=matrix.dtype) @ matrix)
@@ -156,10 +164,12 @@ def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
     return exp_F, W
 
 
-def _nndsvd(X: Table, L: int, random: np.random.RandomState) -> Factors:
+def _nndsvd(X: Any, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
     # Random directions of features: neither a seed nor the order of the samples matters.
-    U, S, Vt = randomized_svd(X, L, transpose=False, random_state=0)
+    by_passes = isinstance(X, StoredMatrix)
+    decompose = decomposition_by_passes if by_passes else partial(randomized_svd, transpose=False)
+    U, S, Vt = decompose(X, L, random_state=0)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
     exp_F[:, 0], W[:, 0] = (
         np.sqrt(S[0]) * _without_rounding(np.abs(part)) for part in (U[:, 0], Vt[0])
@@ -193,10 +203,14 @@ def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
     return fill(exp_F), fill(W)
 
 
-def _biwhitened(X: Table, L: int, random: np.random.RandomState) -> Factors:
+def _biwhitened(X: Any, L: int, random: np.random.RandomState) -> Factors:
     rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
     a, b = (np.sqrt(one / np.sqrt(rows.sum())) for one in (rows, columns))
-    exp_F, W = _nndsvda(_divide_rows(_divide_rows(X, a).T, b).T, L, random)
+    if isinstance(X, StoredMatrix):
+        whitened = X.divided(a, b)
+    else:
+        whitened = _divide_rows(_divide_rows(X, a).T, b).T
+    exp_F, W = _nndsvda(whitened, L, random)
     return exp_F * a[:, None], W * b[:, None]
 
 

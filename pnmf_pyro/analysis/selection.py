@@ -22,7 +22,7 @@ from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
-from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.estimator.fit import fit
 from pnmf_pyro.training.loop import progress_bar
 from pnmf_pyro.transforms import get_factors, get_loadings
 

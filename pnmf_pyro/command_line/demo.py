@@ -14,7 +14,7 @@ from pnmf_pyro import plotting
 from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
 from pnmf_pyro.data.atomic import replacing
-from pnmf_pyro.estimator.recipe import fit
+from pnmf_pyro.estimator.fit import fit
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors
 

@@ -21,12 +21,13 @@ from pnmf_pyro.command_line.effects import add_effects, effects
 from pnmf_pyro.command_line.outputs import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
+from pnmf_pyro.command_line.stored import fit_in_store, stays_in_store
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.recipe import fit, plan
+from pnmf_pyro.estimator.fit import fit, plan
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
@@ -93,6 +94,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
     """Fit, write and say how it went."""
     if options.plan:
         return _plan(options)
+    if stays_in_store(options):
+        return fit_in_store(options)
     if options.out is None:
         raise ValueError("--out must name where to write results; or give --plan, to fit nothing.")
     check_results_path(options)  # before the fit takes its time

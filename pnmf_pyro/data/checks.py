@@ -196,12 +196,17 @@ def check_counts(X: CountsLike) -> Counts:
     not whole numbers are warned of.
     """
     counts = check_matrix(X)
+    warn_not_whole(counts)
+    return counts
+
+
+def warn_not_whole(counts: Counts) -> None:
+    """Warn of entries that are not whole numbers."""
     if not counts.whole:
         warn(
             "X is not made of counts (whole numbers). The Poisson likelihood accepts it, but its "
             "uncertainty is right for raw counts only: pass them if you have them.",
         )
-    return counts
 
 
 def check_matrix(X: CountsLike) -> Counts:

@@ -22,6 +22,7 @@ from pnmf_pyro.data.checks import (
     some_of,
     warn,
     warn_empty,
+    warn_not_whole,
 )
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray, SparseCounts, as_counts
 from pnmf_pyro.data.design import NO_DESIGN, Covariates, Design, Labels, as_design, from_obs
@@ -36,6 +37,7 @@ from pnmf_pyro.data.places import (
     warn_units,
 )
 from pnmf_pyro.data.sparse_structure import checked_csr
+from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.tables import is_anndata, number_stored, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.parameters import FittedEstimator, Settings, learned
@@ -175,6 +177,8 @@ def read_data(
     Of an AnnData object the counts are its X, and the coordinates of a spatial fit obsm["spatial"].
     What there is no memory for is a ValueError, if `limited`, before anything is allocated.
     """
+    if isinstance(X, StoredCounts):
+        return _of_store(settings, X, scales.size_factors)
     names = feature_names(X)
     size_factors, mask, batches, covariates = scales
     batches, covariates = from_obs(X, batches, covariates)
@@ -190,6 +194,16 @@ def read_data(
     places = check_places(settings, coordinates, groups, n := counts.shape[0])
     design, rows = Design.of(batches, covariates, n) or (None, None)
     return Data(counts, s, hidden, *places, total, design, rows)
+
+
+def _of_store(settings: Any, counts: StoredCounts, size_factors: ArrayLike | None) -> Data:
+    """Counts in a store, whose entries its first pass has checked, without space or effects."""
+    _check_size(settings, counts, limited=False)
+    warn_not_whole(counts)
+    warn_empty(counts)
+    settings.n_features_in_ = counts.shape[1]
+    s = check_size_factors(size_factors, counts)
+    return Data(counts, s, mean_total=mean_total(counts) if isinstance(size_factors, str) else None)
 
 
 def feature_names(X: object) -> np.ndarray | None:

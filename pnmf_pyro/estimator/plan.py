@@ -16,6 +16,7 @@ import torch
 from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.random_state import check_random_state, torch_generator
+from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.course import FitCourse, History, OnStep, Starts, train_runs
 from pnmf_pyro.estimator.inputs import Data
@@ -133,7 +134,8 @@ def fit_by_plan(
         progress.begin(LAST)
         batches = Batches(counts, settings.batch_size)
         elbo = final_elbo(model, batches, settings.mode, FINAL_DRAWS, course.generator)
-        find_uncertainty(model, counts)
+        if not isinstance(counts, StoredCounts):  # it takes more memory than all the rest
+            find_uncertainty(model, counts)
     warn_of_doubts(model, counts, elbo[0])
     return model.eval(), history, elbo
 

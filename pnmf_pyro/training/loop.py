@@ -26,6 +26,7 @@ from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.course import NOTHING_KEPT, Course, Keeper
 from pnmf_pyro.training.extrapolation import MOST, Accepted, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
+from pnmf_pyro.training.slices import loss_and_grads, parts
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -214,7 +215,7 @@ def _one_step(
     """Take gradients; then step with all, or go back half of the last step if it was too long."""
     with pyro.validation_enabled(validate):
         model.zero_grad()
-        loss = objective.loss_and_grads(model.model, model.guide, batch)
+        loss = loss_and_grads(model, objective, batch)
     if not accepted.accept(loss):
         return
     for step, _ in steps:
@@ -245,7 +246,7 @@ def evaluate_elbo(
     total = 0.0
     source = drawing_from(generator, batches.counts.device)
     with model.apart(inherit=True), source, pyro.validation_enabled(False):
-        for batch in batches.one_pass():
+        for batch in (part for whole in batches.one_pass() for part in parts(whole)):
             assert batch.counts is not None
             share = batch.counts.shape[0] / N
             with threads_for(batch, model):

@@ -1,0 +1,56 @@
+"""Counts in a store against the same in memory: seconds of a pass, and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata
+import torch
+
+import pnmf_pyro
+from benchmarks.measure import peak_memory_mib, report
+from pnmf_pyro.data.checks import check_counts
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.log_rate import log_rate_with_gradients
+from pnmf_pyro.data.stores import opened, stored_counts
+
+
+def stored(options: argparse.Namespace) -> None:
+    """Print the seconds of passes over `--data` (.h5ad or .zarr), and of a fit of `--steps` steps.
+
+    With `--judge held-out` counts are read into memory, and there is no fit.
+    """
+    path, found = Path(options.data), dict[str, Any]()
+    if options.judge == "held-out":
+        read = getattr(anndata, f"read_{path.suffix[1:]}")
+        found["pass_seconds"] = _pass(check_counts(read(path).X), options.L)
+        report(benchmark="stored", where="memory", data=path.name, **found)
+        return
+    with opened(path) as store:
+        start = time.perf_counter()
+        counts = stored_counts(store, path.name)
+        found["first_pass_seconds"] = time.perf_counter() - start
+        found["pass_seconds"] = _pass(counts, options.L)
+        shape, n_stored = counts.shape, counts.values.numel()
+    start = time.perf_counter()
+    model = pnmf_pyro.fit(
+        path, n_components=options.L, max_iter=options.steps, spatial_key=None, init="random"
+    )
+    found |= {"fit_seconds": time.perf_counter() - start, "steps": model.n_iter_}
+    found |= {"elbo": model.elbo_, "peak_mib": peak_memory_mib()}
+    report(benchmark="stored", where=path.suffix, shape=shape, n_stored=n_stored, **found)
+
+
+def _pass(counts: Counts, L: int) -> float:
+    """Seconds of the sparse statistics of a step, the best of three."""
+    generator = torch.Generator().manual_seed(0)
+    A, W = (torch.rand(n, L, generator=generator).to(counts.dtype) for n in counts.shape)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        log_rate_with_gradients(counts, A, W)
+        times.append(time.perf_counter() - start)
+    return min(times)

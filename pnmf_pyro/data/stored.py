@@ -1,0 +1,275 @@
+"""Counts that stay in a store and are read a slice of rows at a time, in the order of the rows.
+
+While one slice is worked on, a thread reads the next. The first pass checks all entries and keeps
+the totals of rows and columns; later passes find out whether a slice has changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy import linalg
+from torch import Tensor
+
+from pnmf_pyro.data.checks import check_matrix
+from pnmf_pyro.data.counts import Counts, DenseCounts, SparseCounts, Table, as_counts
+
+# Stored entries of a slice.
+SLICE_ENTRIES = 1 << 21
+
+Read = Callable[[int, int], Table]
+
+
+@dataclass
+class FirstPass:
+    """What the first pass over a store finds of its slices, one after another."""
+
+    row_totals: list[Tensor] = field(default_factory=list)
+    log_factorials: list[Tensor] = field(default_factory=list)
+    marks: list[tuple[int, float]] = field(default_factory=list)
+    whole: bool = True
+
+
+class StoredCounts(Counts):
+    """Counts X of shape (N, D) in a store.
+
+    Parameters
+    ----------
+    read : callable
+        Function from the numbers of the first row and of that after the last to these rows, an
+        array or a CSR matrix.
+    shape : tuple of (int, int)
+    n_stored : int
+        Number of stored entries.
+    name : str
+        Name of the store, for errors.
+
+    Raises
+    ------
+    ValueError
+        For entries that are no counts, see :func:`~pnmf_pyro.data.checks.check_matrix`, and for a
+        store that cannot be read.
+    """
+
+    def __init__(self, read: Read, shape: tuple[int, int], n_stored: int, name: str):
+        self.read, self.shape, self.name = read, (int(shape[0]), int(shape[1])), name
+        N = shape[0]
+        size = max(1, SLICE_ENTRIES * N // max(1, n_stored))
+        self._cuts = [*range(0, N, size), N]
+        found, dtype = FirstPass(), torch.float32
+        column_totals = torch.zeros(shape[1], dtype=torch.float64)
+        for _, block in self._slices(self._checked):
+            dtype = torch.promote_types(dtype, block.dtype)
+            totals = block.row_sums(block.values)
+            found.row_totals.append(totals)
+            found.log_factorials.append(block.log_factorials)
+            found.whole &= block.whole
+            found.marks.append(_mark(block))
+            column_totals += _column_totals(block)
+        self._marks = dict(zip(self._cuts[:-1], found.marks, strict=True))
+        self.values = torch.zeros(1, dtype=dtype).expand(n_stored)  # which takes no memory
+        self.row_totals = torch.cat(found.row_totals)
+        self.log_factorials = torch.cat(found.log_factorials)
+        self.whole, self.column_totals = found.whole, column_totals
+
+    @property
+    def cuts(self) -> list[int]:  # noqa: D102 - the interface says it
+        return self._cuts
+
+    def blocks(self) -> Iterator[tuple[slice, Counts]]:
+        """Iterate over (rows, counts of these rows), each read while the last is worked on."""
+        return self._slices(self._unchanged)
+
+    def rows(self, index: Tensor | slice) -> Counts:  # noqa: D102
+        if isinstance(index, slice):
+            return self._typed(self._read(index.start, index.stop))
+        first, last = int(index[0]), int(index[-1]) + 1
+        if last - first != len(index):
+            raise ValueError(
+                "Rows of a store are read in their order. Set shuffle=False for batches of a "
+                "store, or read it into memory."
+            )
+        return self._typed(self._read(first, last))
+
+    def matmul(self, entries: Tensor, B: Tensor) -> Tensor:
+        """Return X B, of shape (N, L); `entries` must be `values`, which stand for those of X."""
+        return torch.cat(
+            [block.matmul(block.values, B.to(block.dtype)) for _, block in self.blocks()]
+        )
+
+    def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:
+        """Return X^T A, of shape (D, L); `entries` must be `values`, which stand for those of X."""
+        found = A.new_zeros(self.shape[1], A.shape[1])
+        for rows, block in self.blocks():
+            found += block.transposed_matmul(block.values, A[rows].to(block.dtype)).to(A)
+        return found
+
+    def to(self, like: torch.device | torch.dtype) -> StoredCounts:
+        """Return the counts themselves, if they are of this type and device."""
+        if like in (self.dtype, self.device):
+            return self
+        self._refuse(f"conversion to {like}")
+
+    def inner(self, A: Tensor, B: Tensor) -> NoReturn:  # noqa: D102
+        self._refuse("a number for each stored entry")
+
+    def row_sums(self, entries: Tensor) -> NoReturn:  # noqa: D102
+        self._refuse("a number for each stored entry")
+
+    def spread(self, of_features: Tensor) -> NoReturn:  # noqa: D102
+        self._refuse("a number for each stored entry")
+
+    def with_values(self, values: Tensor) -> NoReturn:  # noqa: D102
+        self._refuse("other values")
+
+    def columns(self, index: Tensor) -> NoReturn:  # noqa: D102
+        self._refuse("a choice of features (y_batch_size)")
+
+    def to_dense(self) -> NoReturn:  # noqa: D102
+        self._refuse("all counts at once")
+
+    def numpy(self) -> NoReturn:  # noqa: D102
+        self._refuse("all counts at once")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"This needs {what}, and the counts are in a store, {self.name}, that is read by "
+            "slices. Read it into memory, such as with anndata.read_h5ad, and pass that."
+        )
+
+    def _slices(self, read: Callable[[int, int], Counts]) -> Iterator[tuple[slice, Counts]]:
+        with ThreadPoolExecutor(1, "pnmf-pyro-store") as thread:
+            pairs = list(zip(self._cuts[:-1], self._cuts[1:], strict=True))
+            ahead = thread.submit(read, *pairs[0])
+            for number, (start, stop) in enumerate(pairs):
+                block = ahead.result()
+                if number + 1 < len(pairs):
+                    ahead = thread.submit(read, *pairs[number + 1])
+                yield slice(start, stop), block
+
+    def _read(self, start: int, stop: int) -> Table:
+        try:
+            table = self.read(start, stop)
+        except Exception as error:  # whatever the store's library raises
+            raise ValueError(
+                f"{self.name} cannot be read at rows {start} to {stop - 1}: {error}. The file may "
+                "be cut off or damaged; write it anew."
+            ) from error
+        if table.shape != (stop - start, self.shape[1]):
+            raise ValueError(f"{self.name} is cut off: rows {start} to {stop - 1} are not there.")
+        return sp.csr_matrix(table) if sp.issparse(table) else np.asarray(table)
+
+    def _checked(self, start: int, stop: int) -> Counts:
+        table = self._read(start, stop)
+        try:
+            return check_matrix(table)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, rows {start} to {stop - 1}: {error}") from error
+
+    def _unchanged(self, start: int, stop: int) -> Counts:
+        block = self._typed(self._read(start, stop))
+        if _mark(block) != self._marks[start]:
+            raise ValueError(
+                f"{self.name} changed while it was read: rows {start} to {stop - 1} are not what "
+                "they were. Fit a copy that nothing writes to."
+            )
+        return block
+
+    def _typed(self, table: Table) -> Counts:
+        block = as_counts(table)
+        return block if block.dtype == self.dtype else block.to(self.dtype)
+
+
+def _mark(block: Counts) -> tuple[int, float]:
+    """What a slice is known by: the number and the sum of its entries."""
+    return block.values.numel(), float(block.values.sum(dtype=torch.float64))
+
+
+def _column_totals(block: Counts) -> Tensor:
+    found = torch.zeros(block.shape[1], dtype=torch.float64)
+    if isinstance(block, SparseCounts):
+        return found.index_add_(0, block.columns_of.long(), block.values.double())
+    assert isinstance(block, DenseCounts)
+    return block.values.sum(0, dtype=torch.float64)
+
+
+class StoredMatrix:
+    """a^-1 X b^-1 of a store in float64, with the products that a decomposition needs.
+
+    Parameters
+    ----------
+    counts : StoredCounts of shape (N, D)
+    rows, columns : ndarray of shape (N,) and (D,), optional
+        a and b; 1 unless given.
+    """
+
+    ndim, dtype = 2, np.dtype(np.float64)
+
+    def __init__(
+        self,
+        counts: StoredCounts,
+        rows: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
+    ):
+        self.counts, self.shape = counts, counts.shape
+        self.a = np.ones(self.shape[0]) if rows is None else rows
+        self.b = np.ones(self.shape[1]) if columns is None else columns
+
+    def divided(
+        self, rows: np.ndarray | None = None, columns: np.ndarray | None = None
+    ) -> StoredMatrix:
+        """Return the matrix with rows and columns divided by more."""
+        a = self.a if rows is None else self.a * rows
+        return StoredMatrix(self.counts, a, self.b if columns is None else self.b * columns)
+
+    def __matmul__(self, B: np.ndarray) -> np.ndarray:
+        scaled = B / self.b[:, None]
+        found = np.empty((self.shape[0], B.shape[1]))
+        for rows, block in self.counts.blocks():
+            found[rows] = block.numpy().astype(np.float64) @ scaled
+        found /= self.a[:, None]
+        return found
+
+    def left(self, A: np.ndarray) -> np.ndarray:
+        """Return the product of the transpose with A, (D, K)."""
+        found = np.zeros((self.shape[1], A.shape[1]))
+        for rows, block in self.counts.blocks():
+            found += block.numpy().astype(np.float64).T @ (A[rows] / self.a[rows, None])
+        return found / self.b[:, None]
+
+    def sum(self, axis: int | None = None) -> np.ndarray | float:
+        """Return sums along an axis, or that of all; one more pass where it is scaled."""
+        if axis == 1:
+            return (self @ np.ones((self.shape[1], 1)))[:, 0]
+        found = self.left(np.ones((self.shape[0], 1)))[:, 0]
+        return found if axis == 0 else float(found.sum())
+
+    def mean(self) -> float:
+        """Return the mean of all entries."""
+        return float(self.sum()) / (self.shape[0] * self.shape[1])
+
+
+def decomposition_by_passes(
+    X: StoredMatrix, L: int, random_state: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the first L singular vectors and values as scikit-learn's `randomized_svd` does.
+
+    Its steps on a matrix as it is (transpose=False), with two passes over the store for each.
+    """
+    Q = np.random.RandomState(random_state).normal(size=(X.shape[1], L + 10))
+    for _ in range(7 if min(X.shape) > 10 * L else 4):
+        Q, _ = linalg.lu(X @ Q, permute_l=True, overwrite_a=True)
+        Q, _ = linalg.lu(X.left(Q), permute_l=True)
+    Q, _ = linalg.qr(X @ Q, mode="economic", overwrite_a=True)
+    Uhat, S, Vt = linalg.svd(X.left(Q).T, full_matrices=False)
+    U = Q @ Uhat[:, :L]
+    largest = U[np.abs(U).argmax(0), np.arange(L)]
+    signs = np.where(largest < 0, -1.0, 1.0)
+    U *= signs
+    return U, S[:L], Vt[:L] * signs[:, None]

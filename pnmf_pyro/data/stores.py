@@ -1,0 +1,103 @@
+"""Stores of AnnData, .h5ad and .zarr: where counts lie in them, opened for reading by slices."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pnmf_pyro.data.counts import Table
+from pnmf_pyro.data.stored import StoredCounts
+
+ENDINGS = (".h5ad", ".zarr")
+
+
+def is_store(thing: object) -> bool:
+    """Say whether something is a path that may be a store."""
+    return isinstance(thing, str | os.PathLike) and Path(thing).suffix in ENDINGS
+
+
+def needed(name: str) -> ModuleType:
+    """Import a package that stores need, or say how to install it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ImportError(f"Stores need {package}: pip install {package}") from error
+
+
+@contextmanager
+def opened(path: str | os.PathLike, writable: bool = False) -> Iterator[Any]:
+    """Open a store and close it; one that is not there or no store is an error that says so."""
+    path = Path(path)
+    needed("anndata")
+    if not path.exists():
+        raise ValueError(f"There is no {path}.")
+    mode = "r+" if writable else "r"
+    if path.suffix == ".zarr":
+        yield _zarr_group(path, mode)
+        return
+    try:
+        file = needed("h5py").File(path, mode)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is cut off, or no .h5ad file."
+        ) from error
+    with file:
+        yield file
+
+
+def _zarr_group(path: Path, mode: str) -> Any:
+    zarr = needed("zarr")
+    # What metadata gathered in one place say may be older than the store, and cannot be added to.
+    direct = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
+    try:
+        return zarr.open_group(str(path), mode=mode, **direct)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is no .zarr store that can be read: {error}") from error
+
+
+def gather_metadata(path: Path) -> None:
+    """Gather the metadata of a .zarr store in one place anew, where it had them there."""
+    plain, gathered = path / "zarr.json", path / ".zmetadata"
+    if gathered.exists() or (plain.exists() and "consolidated_metadata" in plain.read_text()):
+        with warnings.catch_warnings():  # that version 3 of zarr does not specify it
+            warnings.simplefilter("ignore")
+            needed("zarr").consolidate_metadata(str(path))
+
+
+def stored_counts(store: Any, name: str, layer: str | None = None) -> StoredCounts:
+    """Return the counts of a store that is open, X or a layer; its first pass is made at once."""
+    where = "X" if layer is None else f"layers/{layer}"
+    if where not in store:
+        layers = list(store["layers"]) if "layers" in store else []
+        raise ValueError(f"{name} has no {where}; its layers are {layers}.")
+    table = store[where]
+    if hasattr(table, "shape"):
+        return StoredCounts(lambda a, b: table[a:b], table.shape, table.size, name)
+    sparse_dataset = getattr(needed("anndata.io"), "sparse_dataset", None)
+    if sparse_dataset is None:
+        raise ImportError("Stores need anndata of version 0.11 or later: pip install -U anndata")
+    try:
+        dataset, n_stored = sparse_dataset(table), int(table["data"].shape[0])
+        shape, kind = dataset.shape, dataset.format
+    except Exception as error:  # whatever the store's library raises
+        raise ValueError(f"{name} has no table of counts at {where}: {error}") from error
+    if kind != "csr":
+        raise ValueError(
+            f"{where} of {name} is stored by columns ({kind}), and a fit reads rows. Write it as "
+            "CSR: adata.X = adata.X.tocsr(), then adata.write."
+        )
+
+    def read(start: int, stop: int) -> Table:
+        found: Table = dataset[start:stop]
+        return found
+
+    return StoredCounts(read, shape, n_stored, name)

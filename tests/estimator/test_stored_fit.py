@@ -1,0 +1,168 @@
+"""A fit of counts that stay in a store: equal to that in memory, and written into the store."""
+
+import os
+import sys
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import pnmf_pyro
+from pnmf_pyro.command_line.cli import main
+from pnmf_pyro.data import stored
+from pnmf_pyro.estimator import stored_fit
+
+X = (
+    np.random.default_rng(0)
+    .poisson(
+        np.exp(np.random.default_rng(1).normal(size=(150, 3)))
+        @ np.random.default_rng(2).random((3, 20))
+    )
+    .astype(np.float32)
+)
+FLAT = {"n_components": 2, "max_iter": 30}
+pytestmark = pytest.mark.filterwarnings("ignore:The fit did not converge", "ignore:.*zarr v2")
+
+
+@pytest.fixture(autouse=True)
+def _small_slices(monkeypatch):
+    monkeypatch.setattr(stored, "SLICE_ENTRIES", 900)
+
+
+def written(tmp_path, ending="h5ad", table=None, **parts):
+    path = tmp_path / f"cells.{ending}"
+    if ending == "zarr":
+        pytest.importorskip("zarr")
+    table = sp.csr_matrix(X) if table is None else table
+    getattr(anndata.AnnData(table, **parts), f"write_{ending}")(path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_fit_equals_that_in_memory_and_is_written(tmp_path, ending, dense):
+    path = written(tmp_path, ending, X if dense else None)
+    settings = {**FLAT, "mode": "lower-bound", "size_factors": "total"}
+    model = pnmf_pyro.fit(path, **settings)
+    memory = pnmf_pyro.fit(X if dense else sp.csr_matrix(X), **settings)
+    np.testing.assert_allclose(model.history_, memory.history_, rtol=1e-6)
+    np.testing.assert_allclose(model.elbo_, memory.elbo_, rtol=1e-6)
+    np.testing.assert_allclose(model.components_, memory.components_, rtol=1e-2, atol=1e-3)
+    adata = getattr(anndata, f"read_{ending}")(path)
+    table = adata.X if dense else adata.X.toarray()
+    np.testing.assert_array_equal(table, X)
+    np.testing.assert_allclose(adata.varm["PNMF_loadings"].T, model.components_)
+    assert adata.obsm["X_pnmf"].shape == (150, 2)
+    assert adata.uns["pnmf"]["elbo"] == pytest.approx(model.elbo_)
+    assert "pnmf_size_factors" in adata.obs
+    assert list(model.feature_names_in_) == list(adata.var_names)
+
+
+def test_fixed_points_equal_those_in_memory(tmp_path):
+    model = pnmf_pyro.fit(written(tmp_path), **FLAT)
+    memory = pnmf_pyro.fit(sp.csr_matrix(X), **FLAT)
+    np.testing.assert_allclose(model.history_, memory.history_, rtol=1e-6)
+    error = np.hypot(model.elbo_se_, memory.elbo_se_)
+    assert abs(model.elbo_ - memory.elbo_) < 5 * error
+
+
+def test_batches_of_a_store(tmp_path):
+    settings = {**FLAT, "batch_size": 50, "shuffle": False, "E": 1}
+    model = pnmf_pyro.fit(written(tmp_path), **settings)
+    memory = pnmf_pyro.fit(sp.csr_matrix(X), **settings)
+    np.testing.assert_allclose(model.history_[:5], memory.history_[:5], rtol=1e-5)
+
+
+def test_a_second_fit_takes_the_place_of_the_first(tmp_path):
+    path = written(tmp_path)
+    pnmf_pyro.fit(path, **FLAT)
+    pnmf_pyro.fit(path, **{**FLAT, "n_components": 3})
+    adata = anndata.read_h5ad(path)
+    assert adata.obsm["X_pnmf"].shape == (150, 3)
+    assert all("~" not in name for name in adata.obsm)
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_a_failed_write_keeps_what_is_there(tmp_path, monkeypatch, ending):
+    path = written(tmp_path, ending)
+    pnmf_pyro.fit(path, **FLAT)
+    before = getattr(anndata, f"read_{ending}")(path)
+    monkeypatch.setattr(
+        stored_fit, "_elements", lambda *_: {"obsm/X_pnmf": np.zeros((150, 9)), "uns/x": object()}
+    )
+    with pytest.raises(Exception, match="uns/x"):
+        pnmf_pyro.fit(path, **FLAT)
+    after = getattr(anndata, f"read_{ending}")(path)
+    np.testing.assert_array_equal(after.obsm["X_pnmf"], before.obsm["X_pnmf"])
+    assert set(after.obsm) == set(before.obsm)
+    assert set(after.uns) == set(before.uns)
+
+
+def test_places_and_what_needs_memory_are_refused(tmp_path):
+    path = written(tmp_path, obsm={"spatial": np.random.default_rng(0).random((150, 2))})
+    with pytest.raises(ValueError, match="knows no space"):
+        pnmf_pyro.fit(path, **FLAT)
+    pnmf_pyro.fit(path, spatial_key=None, **FLAT)
+    with pytest.raises(ValueError, match="mask is not for a store"):
+        pnmf_pyro.fit(path, mask=X > 0, **FLAT)
+    with pytest.raises(ValueError, match="likelihood is not for a store"):
+        pnmf_pyro.fit(path, likelihood="negative-binomial", **FLAT)
+
+
+def test_stores_that_cannot_be_used(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    with pytest.raises(ValueError, match="There is no"):
+        pnmf_pyro.fit(tmp_path / "other.h5ad")
+    with pytest.raises(ValueError, match="has no layers/raw"):
+        pnmf_pyro.fit(path, layer="raw")
+    short = tmp_path / "short.h5ad"
+    short.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        pnmf_pyro.fit(short)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+    with pytest.raises(ValueError, match="has no X"):
+        pnmf_pyro.fit(path)
+    columns = written(tmp_path, table=sp.csc_matrix(X))
+    with pytest.raises(ValueError, match="stored by columns"):
+        pnmf_pyro.fit(columns)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="read-only"):
+        pnmf_pyro.fit(columns)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    with pytest.raises(ImportError, match="pip install anndata"):
+        pnmf_pyro.fit(columns)
+
+
+def test_a_negative_count_in_the_last_slice_leaves_the_store_as_it_was(tmp_path):
+    table = X.copy()
+    table[-1, -1] = -2
+    path = written(tmp_path, table=sp.csr_matrix(table))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"rows \d+ to 149: .*negative"):
+        pnmf_pyro.fit(path, **FLAT)
+    assert path.read_bytes() == before
+
+
+def test_a_backed_table_that_is_too_large_is_read_by_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
+    backed = anndata.read_h5ad(written(tmp_path), backed="r")
+    model = pnmf_pyro.fit(backed, **FLAT)
+    memory = pnmf_pyro.fit(sp.csr_matrix(X), **FLAT)
+    np.testing.assert_allclose(model.history_, memory.history_, rtol=1e-6)
+    assert backed.isbacked
+    assert backed.obsm["X_pnmf"].shape == (150, 2)
+    backed.file.close()
+
+
+def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys):
+    path = written(tmp_path)
+    monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
+    assert main(["fit", str(path), "--components", "2", "--out", str(tmp_path / "o.npz")]) != 0
+    assert "--out must be" in capsys.readouterr().err
+    assert main(["fit", str(path), "--components", "2", "--out", str(path)]) == 0
+    assert "read by slices" in capsys.readouterr().out
+    assert "X_pnmf" in anndata.read_h5ad(path).obsm
