@@ -9,7 +9,7 @@ import pnmf_pyro
 PACKAGE = Path(pnmf_pyro.__file__).parent
 ROOMS = (
     *("data", "gp", "custom_modules", "initialization", "priors", "models", "training"),
-    *("transforms", "estimator", "analysis", "plotting", "command_line", "__init__"),
+    *("transforms", "estimator", "analysis", "plotting", "command_line", "__main__", "__init__"),
 )
 FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.rglob("*.py")}
 
