@@ -55,9 +55,9 @@ if TYPE_CHECKING:
         prior_predictive_check,
     )
     from pnmf_pyro.analysis.selection import select_n_components
+    from pnmf_pyro.estimator.fit import fit, plan
     from pnmf_pyro.estimator.fit_model import fit_model
     from pnmf_pyro.estimator.pnmf import PNMF
-    from pnmf_pyro.estimator.fit import fit, plan
     from pnmf_pyro.models.deviance import deviance
 
 _HOMES = {

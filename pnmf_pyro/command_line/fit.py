@@ -26,8 +26,8 @@ from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
-from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.fit import fit, plan
+from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
