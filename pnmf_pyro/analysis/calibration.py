@@ -7,23 +7,16 @@ are those of any quantity that depends on the counts as well (Modrak, Moon, Kim,
 Faltejsková, Gelman and Vehtari 2023), such as the log-likelihood of a sample.
 
 Ranks of one table depend on each other. One sample of each table, drawn at random, is tested for
-each component, so that its ranks are independent. With R_k the number of n ranks below k,
-
-.. math:: \gamma = 2 \min_k \min\{P(B_k \le R_k), \; P(B_k \ge R_k)\}, \qquad
-    B_k \sim \mathrm{Binomial}(n, k / K)
-
-is small where the distribution of ranks is off anywhere. Its own distribution, for uniform ranks,
-gives the p-value, and the band in which all of the empirical distribution function stays at once
-(Säilynoja, Bürkner and Vehtari 2022). Coverage of intervals is over all samples; its standard error
-is from the spread over tables.
+each component, so that its ranks are independent (:mod:`~pnmf_pyro.analysis.ranks`). Coverage of
+intervals is over all samples; its standard error is from the spread over tables.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pnmf_pyro.analysis.matching import match_factors
+from pnmf_pyro.analysis.ranks import gamma, uniform_gammas
 from pnmf_pyro.analysis.replicates import BLOCK_ENTRIES, draw_counts, draw_latents
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.batches import Batch
@@ -65,9 +59,6 @@ TOLERATED = 0.02
 
 # Draws of the posterior of each table among which the truth has its rank.
 DRAWS = 99
-
-# Sets of uniform ranks from which p-values and bands are found.
-UNIFORM_SETS = 4000
 
 
 class Coverage(NamedTuple):
@@ -113,8 +104,8 @@ class Calibration:
     @cached_property
     def p_values(self) -> np.ndarray:
         """p-value of each quantity, that its ranks are uniform, (n_quantities,)."""
-        uniform = _uniform_gammas(self.n_simulations, self.n_draws)
-        gammas = [_gamma(self.counted(q), self.n_simulations)[0] for q in range(len(self.ranks.T))]
+        uniform = uniform_gammas(self.n_simulations, self.n_draws)
+        gammas = [gamma(self.counted(q), self.n_simulations)[0] for q in range(len(self.ranks.T))]
         return (1 + (uniform <= np.array(gammas)[:, None]).sum(1)) / (1 + len(uniform))
 
     @property
@@ -133,9 +124,9 @@ class Calibration:
         All of them stay in this band, at once, in `level` of all sets of uniform ranks.
         """
         n, K = self.n_simulations, self.n_draws + 1
-        gamma = np.quantile(_uniform_gammas(n, self.n_draws), 1 - level)
+        least = np.quantile(uniform_gammas(n, self.n_draws), 1 - level)
         share = np.arange(1, K) / K
-        return binom.ppf(gamma / 2, n, share) / n, binom.isf(gamma / 2, n, share) / n
+        return binom.ppf(least / 2, n, share) / n, binom.isf(least / 2, n, share) / n
 
     def coverage(self, level: float, component: int | None = None) -> Coverage:
         """Return the share of log-factors in their central intervals of this level.
@@ -384,26 +375,3 @@ def _log_likelihood(
         X: Any = module.likelihood(draws[..., index], Batch(samples=index))
         found = X.log_prob(counts[index].to(draws))
     return found.reshape(len(draws), -1).sum(1)
-
-
-def _gamma(counted: np.ndarray, n: int) -> np.ndarray:
-    """The statistic of sets of n ranks, (m,), from their numbers below k, (m, n_draws)."""
-    K = counted.shape[1] + 1
-    share = np.arange(1, K) / K
-    at_most = binom.cdf(np.arange(n + 1)[:, None], n, share)
-    at_least = binom.sf(np.arange(n + 1)[:, None] - 1, n, share)
-    tails = 2 * np.minimum(at_most, at_least)
-    return np.concatenate([tails[rows, np.arange(K - 1)].min(1) for rows in _parts(counted)])
-
-
-def _parts(counted: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time."""
-    yield from np.array_split(counted, max(1, len(counted) // 500))
-
-
-@cache
-def _uniform_gammas(n: int, n_draws: int) -> np.ndarray:
-    """The statistic of sets of n uniform ranks, from a seed of its own."""
-    K = n_draws + 1
-    drawn = np.random.default_rng(0).multinomial(n, np.full(K, 1 / K), size=UNIFORM_SETS)
-    return _gamma(drawn.cumsum(1)[:, :-1], n)
