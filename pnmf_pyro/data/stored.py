@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,7 +21,7 @@ from pnmf_pyro.data.checks import check_matrix
 from pnmf_pyro.data.counts import Counts, DenseCounts, SparseCounts, Table, as_counts
 
 # Stored entries of a slice.
-SLICE_ENTRIES = 1 << 21
+SLICE_ENTRIES = 1 << 20
 
 Read = Callable[[int, int], Table]
 
@@ -62,6 +62,7 @@ class StoredCounts(Counts):
         N = shape[0]
         size = max(1, SLICE_ENTRIES * N // max(1, n_stored))
         self._cuts = [*range(0, N, size), N]
+        self._as_it_is: dict[int, bool] = {}
         found, dtype = FirstPass(), torch.float32
         column_totals = torch.zeros(shape[1], dtype=torch.float64)
         for _, block in self._slices(self._checked):
@@ -168,12 +169,14 @@ class StoredCounts(Counts):
     def _checked(self, start: int, stop: int) -> Counts:
         table = self._read(start, stop)
         try:
-            return check_matrix(table)
+            block = check_matrix(table)
+            self._as_it_is[start] = _is_plain(table, block)
+            return block
         except ValueError as error:
             raise ValueError(f"{self.name}, rows {start} to {stop - 1}: {error}") from error
 
     def _unchanged(self, start: int, stop: int) -> Counts:
-        block = self._typed(self._read(start, stop))
+        block = self._typed(self._read(start, stop), self._as_it_is[start])
         if _mark(block) != self._marks[start]:
             raise ValueError(
                 f"{self.name} changed while it was read: rows {start} to {stop - 1} are not what "
@@ -181,9 +184,16 @@ class StoredCounts(Counts):
             )
         return block
 
-    def _typed(self, table: Table) -> Counts:
-        block = as_counts(table)
-        return block if block.dtype == self.dtype else block.to(self.dtype)
+    def _typed(self, table: Table, as_it_is: bool = False) -> Counts:
+        block = SparseCounts.from_scipy(table) if as_it_is else as_counts(table)
+        block = block if block.dtype == self.dtype else block.to(self.dtype)
+        return PassingCounts(**vars_of(block)) if isinstance(block, SparseCounts) else block
+
+
+def _is_plain(table: Any, block: Counts) -> bool:
+    """Whether a slice is as counts are held, so that later passes need not look."""
+    same = table.dtype in (np.float32, np.float64) and sp.issparse(table)
+    return bool(same and table.has_canonical_format and table.nnz == block.values.numel())
 
 
 def _mark(block: Counts) -> tuple[int, float]:
@@ -197,6 +207,23 @@ def _column_totals(block: Counts) -> Tensor:
         return found.index_add_(0, block.columns_of.long(), block.values.double())
     assert isinstance(block, DenseCounts)
     return block.values.sum(0, dtype=torch.float64)
+
+
+class PassingCounts(SparseCounts):
+    """Rows that are used once: their transpose, which costs more than a product, is not made."""
+
+    def transposed_matmul(self, entries: Tensor, A: Tensor) -> Tensor:  # noqa: D102
+        parts = (entries.numpy(), self.columns_of.numpy(), self._starts.numpy())
+        return torch.from_numpy(sp.csr_matrix(parts, shape=self.shape).T @ A.numpy())
+
+    @property
+    def cuts(self) -> list[int]:  # noqa: D102
+        return [0, self.shape[0]]
+
+
+def vars_of(block: SparseCounts) -> dict[str, Any]:
+    """What a block is made of."""
+    return {one.name: getattr(block, one.name) for one in fields(block)}
 
 
 class StoredMatrix:

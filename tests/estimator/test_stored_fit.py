@@ -23,6 +23,7 @@ X = (
     .astype(np.float32)
 )
 FLAT = {"n_components": 2, "max_iter": 30}
+QUICK = {**FLAT, "init": "random", "max_iter": 6}
 pytestmark = pytest.mark.filterwarnings("ignore:The fit did not converge", "ignore:.*zarr v2")
 
 
@@ -77,8 +78,8 @@ def test_batches_of_a_store(tmp_path):
 
 def test_a_second_fit_takes_the_place_of_the_first(tmp_path):
     path = written(tmp_path)
-    pnmf_pyro.fit(path, **FLAT)
-    pnmf_pyro.fit(path, **{**FLAT, "n_components": 3})
+    pnmf_pyro.fit(path, **QUICK)
+    pnmf_pyro.fit(path, **{**QUICK, "n_components": 3})
     adata = anndata.read_h5ad(path)
     assert adata.obsm["X_pnmf"].shape == (150, 3)
     assert all("~" not in name for name in adata.obsm)
@@ -87,13 +88,13 @@ def test_a_second_fit_takes_the_place_of_the_first(tmp_path):
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
 def test_a_failed_write_keeps_what_is_there(tmp_path, monkeypatch, ending):
     path = written(tmp_path, ending)
-    pnmf_pyro.fit(path, **FLAT)
+    pnmf_pyro.fit(path, **QUICK)
     before = getattr(anndata, f"read_{ending}")(path)
     monkeypatch.setattr(
         stored_fit, "_elements", lambda *_: {"obsm/X_pnmf": np.zeros((150, 9)), "uns/x": object()}
     )
     with pytest.raises(Exception, match="uns/x"):
-        pnmf_pyro.fit(path, **FLAT)
+        pnmf_pyro.fit(path, **QUICK)
     after = getattr(anndata, f"read_{ending}")(path)
     np.testing.assert_array_equal(after.obsm["X_pnmf"], before.obsm["X_pnmf"])
     assert set(after.obsm) == set(before.obsm)
@@ -103,12 +104,12 @@ def test_a_failed_write_keeps_what_is_there(tmp_path, monkeypatch, ending):
 def test_places_and_what_needs_memory_are_refused(tmp_path):
     path = written(tmp_path, obsm={"spatial": np.random.default_rng(0).random((150, 2))})
     with pytest.raises(ValueError, match="knows no space"):
-        pnmf_pyro.fit(path, **FLAT)
-    pnmf_pyro.fit(path, spatial_key=None, **FLAT)
+        pnmf_pyro.fit(path, **QUICK)
+    pnmf_pyro.fit(path, spatial_key=None, **QUICK)
     with pytest.raises(ValueError, match="mask is not for a store"):
-        pnmf_pyro.fit(path, mask=X > 0, **FLAT)
+        pnmf_pyro.fit(path, mask=X > 0, **QUICK)
     with pytest.raises(ValueError, match="likelihood is not for a store"):
-        pnmf_pyro.fit(path, likelihood="negative-binomial", **FLAT)
+        pnmf_pyro.fit(path, likelihood="negative-binomial", **QUICK)
 
 
 def test_stores_that_cannot_be_used(tmp_path, monkeypatch):
@@ -143,7 +144,7 @@ def test_a_negative_count_in_the_last_slice_leaves_the_store_as_it_was(tmp_path)
     path = written(tmp_path, table=sp.csr_matrix(table))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"rows \d+ to 149: .*negative"):
-        pnmf_pyro.fit(path, **FLAT)
+        pnmf_pyro.fit(path, **QUICK)
     assert path.read_bytes() == before
 
 
