@@ -7,13 +7,9 @@ import os
 import sys
 import tempfile
 import time
-import warnings
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
@@ -110,7 +106,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     chosen |= effects(options, table)
     chosen |= {"checkpoint": options.checkpoint, "every": options.every}
     started = time.perf_counter()
-    model, settled = _fit(table, coords, groups, chosen)
+    model, settled = shared.heard(lambda: fit(table.X, coords, groups, **chosen))
     seconds = time.perf_counter() - started
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
@@ -186,20 +182,6 @@ def _rescue(model: PNMF) -> str:
     path = os.path.join(tempfile.mkdtemp(prefix="pnmf-pyro-"), "model.npz")
     model.save(path)
     return path
-
-
-def _fit(
-    table: CountTable, coords: ArrayLike | None, groups: ArrayLike | None, chosen: dict[str, Any]
-) -> tuple[PNMF, bool]:
-    """The fitted model, and whether it settled; its warnings are shown when it has ended."""
-    heard: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as heard:
-            model = fit(table.X, coords, groups, **chosen)
-    finally:
-        for one in heard:
-            shared.show_warning(one.message)
-    return model, not any(issubclass(one.category, ConvergenceWarning) for one in heard)
 
 
 def _deviance_explained(model: PNMF, table: CountTable) -> float:

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
@@ -232,6 +234,18 @@ def settings(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
         "non_spatial_components": options.non_spatial_components,
         **dict(options.set),
     }
+
+
+def heard(fit: Callable[[], PNMF]) -> tuple[PNMF, bool]:
+    """Return a fitted model, and whether it settled; warnings are shown when it has ended."""
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            model = fit()
+    finally:
+        for one in said:
+            show_warning(one.message)
+    return model, not any(issubclass(one.category, ConvergenceWarning) for one in said)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -12,7 +12,16 @@ from pnmf_pyro.estimator.fit import fit
 from pnmf_pyro.estimator.stored_fit import exceeds_memory
 
 # Options of a fit that need the counts in memory.
-IN_MEMORY = ("mask", "coords", "batch_key", "batches", "covariates", "transpose", "report")
+IN_MEMORY = (
+    "mask",
+    "coords",
+    "batch_key",
+    "batches",
+    "covariates",
+    "transpose",
+    "report",
+    "checkpoint",
+)
 
 
 def stays_in_store(options: argparse.Namespace) -> bool:
@@ -42,14 +51,15 @@ def fit_in_store(options: argparse.Namespace) -> shared.Exit:
         )
     if options.save_model:
         check_output_path("--save-model", options.save_model, (".npz",))
-    model = fit(
-        options.counts,
-        n_components=options.components,
-        layer=options.layer,
-        size_factors="total" if options.size_factors == "total" else None,
-        spatial_key=None if options.no_space else options.spatial_key,
-        **{"random_state": options.seed, **dict(options.set)},
-    )
+    chosen = {
+        "n_components": options.components,
+        "layer": options.layer,
+        "size_factors": "total" if options.size_factors == "total" else None,
+        "spatial_key": None if options.no_space else options.spatial_key,
+        "random_state": options.seed,
+        **dict(options.set),
+    }
+    model, settled = shared.heard(lambda: fit(options.counts, **chosen))
     written = [str(options.counts)]
     if options.save_model:
         model.save(options.save_model)
@@ -60,4 +70,4 @@ def fit_in_store(options: argparse.Namespace) -> shared.Exit:
         f"ELBO {model.elbo_:.6g} ± {model.elbo_se_:.2g} nats after {model.n_iter_} iterations\n"
         f"wrote {', '.join(written)}",
     )
-    return shared.Exit.FINE
+    return shared.Exit.FINE if settled else shared.Exit.LOOK

@@ -159,11 +159,17 @@ def test_a_backed_table_that_is_too_large_is_read_by_slices(tmp_path, monkeypatc
     backed.file.close()
 
 
+@pytest.mark.filterwarnings("default:The fit did not converge")
 def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys):
     path = written(tmp_path)
     monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
     assert main(["fit", str(path), "--components", "2", "--out", str(tmp_path / "o.npz")]) != 0
     assert "--out must be" in capsys.readouterr().err
+    kept = ["--checkpoint", str(tmp_path / "run.ckpt")]
+    assert main(["fit", str(path), "--components", "2", "--out", str(path), *kept]) == 2
+    assert "--checkpoint needs the counts in memory" in capsys.readouterr().err
     assert main(["fit", str(path), "--components", "2", "--out", str(path)]) == 0
     assert "read by slices" in capsys.readouterr().out
+    few = ["--set", "max_iter=3"]
+    assert main(["fit", str(path), "--components", "2", "--out", str(path), *few]) == 1
     assert "X_pnmf" in anndata.read_h5ad(path).obsm
