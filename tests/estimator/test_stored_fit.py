@@ -2,12 +2,14 @@
 
 import os
 import sys
+import warnings
 
 import anndata
 import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from sklearn.exceptions import ConvergenceWarning
 
 import pnmf_pyro
 from pnmf_pyro.command_line.cli import main
@@ -159,7 +161,6 @@ def test_a_backed_table_that_is_too_large_is_read_by_slices(tmp_path, monkeypatc
     backed.file.close()
 
 
-@pytest.mark.filterwarnings("default:The fit did not converge")
 def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys):
     path = written(tmp_path)
     monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
@@ -171,5 +172,7 @@ def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys)
     assert main(["fit", str(path), "--components", "2", "--out", str(path)]) == 0
     assert "read by slices" in capsys.readouterr().out
     few = ["--set", "max_iter=3"]
-    assert main(["fit", str(path), "--components", "2", "--out", str(path), *few]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConvergenceWarning)
+        assert main(["fit", str(path), "--components", "2", "--out", str(path), *few]) == 1
     assert "X_pnmf" in anndata.read_h5ad(path).obsm
