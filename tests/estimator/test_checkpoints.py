@@ -31,6 +31,14 @@ def path(tmp_path):
     return tmp_path / "run.ckpt"
 
 
+@pytest.fixture
+def interruptible():
+    """A process in the background may have been told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", FITS)
 def test_a_stopped_fit_goes_on_to_the_same_bits(name, path, monkeypatch):
     """Stopped after the first step, in the midst, and when it had ended."""
@@ -209,6 +217,7 @@ def test_without_space_the_old_checkpoint_stays_and_the_fit_goes_on(path, monkey
         fit(NAME, checkpoint=path)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_step_and_leaves_a_checkpoint(path):
     expected, before = fit(NAME), shared_state()
     usual = signal.getsignal(signal.SIGINT)
