@@ -128,7 +128,7 @@ class Block:
             add_product(x[: self.start], before, own)
 
     def pass_on(self, x: Tensor, share: Tensor) -> None:
-        """Add to each position j what those of the block pass on to it, |B_ij| share_i x_i."""
+        """Add to each position j what those i of the block pass on, abs(B_ij) share_i x_i."""
         passed = torch.zeros_like(x[self.start : self.stop])
         for a, b in reversed(self.fronts):
             add_product(x[a:b], self.transposed.part(a, b, x.dtype, torch.abs), passed)
@@ -207,7 +207,7 @@ class Triangle:
     def passed_on(self, x: Tensor) -> Iterator[Tensor]:
         """Let each position, from the last one on, pass all it has to its predecessors.
 
-        Each gets a share in proportion to |B|; without weights none gets anything. Give what the
+        Each gets a share in proportion to abs(B); without weights none gets any. Give what the
         positions of each grid have when all later ones have passed on theirs, (M, L, R), from the
         finest grid on; x, (N, L, R), changes.
         """

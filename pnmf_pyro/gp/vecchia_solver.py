@@ -16,7 +16,7 @@ columns of the identity,
 
 the Vecchia precision Q_M of the coarse grid, exactly. P^T diag(h) P is taken to be diagonal, w_M:
 from the last place on, each passes its curvature, and what it was passed, to its neighbours in
-proportion to |B|. So no curvature is lost. P^T h is lumped as well, but predictions have negative
+proportion to abs(B). So no curvature is lost. P^T h is lumped as well, but predictions have negative
 weights, and where h varies it comes out far too small at some places. The sum over coarser and
 coarser grids M = N, N / 2, N / 4 ...
 
