@@ -16,9 +16,9 @@ columns of the identity,
 
 the Vecchia precision Q_M of the coarse grid, exactly. P^T diag(h) P is taken to be diagonal, w_M:
 from the last place on, each passes its curvature, and what it was passed, to its neighbours in
-proportion to abs(B). So no curvature is lost. P^T h is lumped as well, but predictions have negative
-weights, and where h varies it comes out far too small at some places. The sum over coarser and
-coarser grids M = N, N / 2, N / 4 ...
+proportion to abs(B). So no curvature is lost. (P^T h would be lumped as well. But predictions have
+negative weights, and where h varies P^T h is far too small at some places.) The sum over coarser
+and coarser grids M = N, N / 2, N / 4 ...
 
     A^-1 ~ (I - B)^-1 [ (D + diag(w))^-1
            + sum_M E (I - B)_MM diag(Q_M + w_M)^-1 (I - B)_MM^T E^T ] (I - B)^-T,
