@@ -1,6 +1,7 @@
 """Sphinx configuration: python -m sphinx -W --keep-going -b html docs docs/_build."""
 
 import configparser
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,28 @@ def _skip(app, what, name, obj, skip, options):
     return None
 
 
+def _contents(index):
+    """Return the tables of contents of index.md in the form of llms.txt, for programs that read."""
+    title, rest = index.split("\n\n", 1)
+    summary = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", rest.split("\n\n", 1)[0])
+    lines = [title, "", "> " + " ".join(summary.split()), ""]
+    for row in re.findall(r"^\| *(.+?) *\| *(.*?) *\|$", index, re.M):
+        links = re.findall(r"\[([^]]+)\]\(([^)]+?)(?:\.md)?\)", row[0])
+        for name, page in links:
+            heading = page in ("tutorials", "how_to", "explanation")
+            line = f"## {name}" if heading else f"- [{name}]({page}.html): {row[1]}"
+            lines += ["", line, ""] if heading else [line]
+    return "\n".join(lines) + "\n"
+
+
+def _write_contents(app, error):
+    """Write llms.txt beside the pages."""
+    if error is None:
+        index = (Path(__file__).parent / "index.md").read_text()
+        (Path(app.outdir) / "llms.txt").write_text(_contents(index))
+
+
 def setup(app):
-    """Register the filter of members."""
+    """Register the filter of members, and what is written beside the pages."""
     app.connect("autodoc-skip-member", _skip)
+    app.connect("build-finished", _write_contents)
