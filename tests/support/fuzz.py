@@ -183,7 +183,7 @@ GROUPS: dict[str, dict[str, Thing]] = {
         "complex": lambda g, r: g + 1j,
         "masked": masked,
         "one too few": lambda g, r: g[:-1],
-        "columns": lambda g, r: np.c_[g, g],
+        "columns": lambda g, r: np.c_[g, g, g],
         "a word": lambda g, r: "batch",
     },
 }
