@@ -89,7 +89,8 @@ def fit(
     table : str, optional
         Name of the table of a SpatialData object; it may be left out where there is only one.
     layer : str, optional
-        This and what follows is for AnnData: the layer that holds the counts, X unless given.
+        Layer that holds the counts, X unless given. This and what follows up to `copy` is for
+        AnnData.
     spatial_key : str or None
         Name of the coordinates in obsm. Where they are there the fit is spatial, unless this is
         None or `spatial` false.

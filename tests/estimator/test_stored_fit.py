@@ -161,6 +161,20 @@ def test_a_backed_table_that_is_too_large_is_read_by_slices(tmp_path, monkeypatc
     backed.file.close()
 
 
+@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.parametrize("available", [None, 1000])
+def test_a_lazy_table_is_that_in_memory(available, tmp_path, monkeypatch):
+    """It is read whole where memory suffices, and by slices where not."""
+    for name in ("dask", "xarray", "zarr"):
+        pytest.importorskip(name)
+    if available is not None:
+        monkeypatch.setattr(stored_fit, "available_memory", lambda: available)
+    lazy = anndata.experimental.read_lazy(written(tmp_path, "zarr"))
+    model = pnmf_pyro.fit(lazy, **FLAT)
+    expected = pnmf_pyro.fit(sp.csr_matrix(X), **FLAT)
+    np.testing.assert_allclose(model.components_, expected.components_, atol=1e-5)
+
+
 def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys):
     path = written(tmp_path)
     monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
