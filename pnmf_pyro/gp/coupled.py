@@ -13,13 +13,16 @@ Map = Callable[[Tensor], Tensor]
 def conjugate_gradients(
     product: Map, precondition: Map, b: Tensor, *, tolerance: float = 0.03, most: int = 100
 ) -> Tensor:
-    """Solve P x = b, each of shape (L, M, R), for R right sides at once.
+    """Solve P x = b, for R right sides at once.
+
+    They are in the last dimension of x and b, which have three: components and places, or places
+    and components, come first.
 
     Parameters
     ----------
     product, precondition : callable
         From x to P x, and to what is near P^-1 x; both are linear, symmetric and positive.
-    b : Tensor of shape (L, M, R)
+    b : Tensor of shape (L, M, R) or (M, L, R)
     tolerance : float
         Error of x at which to stop, relative to x in the norm of P.
     most : int

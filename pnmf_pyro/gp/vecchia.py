@@ -141,6 +141,11 @@ class VecchiaFactor:
         return list(self.triangle.grid_diagonals(self.ordered(1 / self.variances)))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.triangle.weights.dtype
+
+    @property
     def precision_diagonal(self) -> Tensor:
         """Q_ii = 1 / v_i + sum_j B_ji^2 / v_j, (L, N)."""
         return self.restored(self.grid_diagonals[-1])[..., 0]

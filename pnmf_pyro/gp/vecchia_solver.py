@@ -35,13 +35,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pnmf_pyro.data.random_state import RandomState, check_random_state
-from pnmf_pyro.gp.coupled import conjugate_gradients, times_blocks
+from pnmf_pyro.gp.coupled import conjugate_gradients
 from pnmf_pyro.gp.triangular import in_one_thread
 from pnmf_pyro.gp.vecchia import Array, VecchiaFactor
+
+# Steps of conjugate gradients at most.
+MOST_STEPS = 100
 
 
 class Solution(NamedTuple):
@@ -73,7 +77,7 @@ class VecchiaPosterior:
         start: Array | None = None,
         *,
         tolerance: float = 0.01,
-        max_iterations: int = 100,
+        max_iterations: int = MOST_STEPS,
         dtype: torch.dtype = torch.float64,
     ) -> Solution:
         """Solve (Q_l + diag(h_l)) x_l = b_l by preconditioned conjugate gradients.
@@ -87,28 +91,38 @@ class VecchiaPosterior:
         h = factor.ordered(self._checked_curvature(curvature), dtype)
         r = factor.ordered(self._checked("b", b), dtype)
         x = torch.zeros_like(r)
-        precondition = _Preconditioner(factor, h)
         if start is not None:
             x = factor.ordered(self._checked("start", start), dtype)
             r -= factor.ordered_precision(x) + h * x
+        iteration, error = self._descend(h, x, r, tolerance, max_iterations)
+        found = factor.restored(x)
+        if b.ndim == 2:
+            found, error = found[..., 0], error[..., 0]
+        return Solution(found, iteration, error)
+
+    def _descend(
+        self, h: Tensor, x: Tensor, r: Tensor, tolerance: float, max_iterations: int
+    ) -> tuple[int, Tensor]:
+        """Move x, in place, until r = b - A x is small; return the steps and the error, (L, R).
+
+        All are in the ordering, of shape (N, L, R).
+        """
+        precondition = _Preconditioner(self.factor, h)
         direction, power = torch.zeros_like(r), torch.ones_like(r[0])
         for iteration in range(max_iterations + 1):
             z = precondition(r)
             previous, power = power, (r * z).sum(0)
-            active = power > tolerance**2 * factor.N
+            active = power > tolerance**2 * self.factor.N
             if iteration == max_iterations or not active.any():
                 break
             turn = torch.where(previous > 0, power / previous, 0.0) * (iteration > 0)
             direction = z.addcmul_(turn, direction)
-            product = factor.ordered_precision(direction).addcmul_(h, direction)
+            product = self.factor.ordered_precision(direction).addcmul_(h, direction)
             curved = (direction * product).sum(0)
             step = torch.where(active, power / torch.where(active, curved, 1.0), 0.0)
             x.addcmul_(step, direction)
             r.addcmul_(-step, product)
-        found, error = factor.restored(x), (power / factor.N).sqrt()
-        if b.ndim == 2:
-            found, error = found[..., 0], error[..., 0]
-        return Solution(found, iteration, error)
+        return iteration, (power / self.factor.N).sqrt()
 
     def sample(
         self,
@@ -116,40 +130,71 @@ class VecchiaPosterior:
         n_draws: int,
         random_state: RandomState = None,
         *,
+        less: float = 0.0,
         tolerance: float = 0.1,
     ) -> Tensor:
-        """Draw from N(0, A^-1), (L, N, n_draws): solve A x = b with b from N(0, A).
+        """Draw f from N(0, A^-1), (L, N, n_draws): solve A f = b with b from N(0, A).
 
         b = (I - B)^T D^1/2 e + h^1/2 e' with independent standard normal e and e' (Papandreou and
-        Yuille 2010). The solve is in the type of the factor's weights.
+        Yuille 2010). All is in the type of the factor's weights.
+
+        Parameters
+        ----------
+        curvature : Tensor of shape (L, N)
+        n_draws : int
+        random_state : int, RandomState or None
+        less : float
+            Part that is taken off of the deviation of each place from its mean given all others,
+            diag(d) A f with d the conditional variances: nothing with 0; with 1 means given all
+            others are left.
+        tolerance : float
+            As of `solve`.
         """
-        h = self._checked_curvature(curvature)
-        random = check_random_state(random_state)
-        shape, variances = (*h.shape, n_draws), self.factor.variances
-        of_prior = torch.from_numpy(random.normal(size=shape)).to(h) / variances.sqrt()[..., None]
-        of_data = torch.from_numpy(random.normal(size=shape)).to(h) * h.sqrt()[..., None]
-        b = self.factor.multiply_transposed(of_prior) + of_data
-        return self.solve(h, b, tolerance=tolerance, dtype=self.factor.triangle.weights.dtype).x
+        random, factor = check_random_state(random_state), self.factor
+        curvature = self._checked_curvature(curvature)
+        h, v = factor.ordered(curvature, factor.dtype), factor.ordered(factor.variances)
+        b = self._noise(random, n_draws) / v.sqrt().to(factor.dtype)
+        b = factor.triangle.multiply_transposed(b)
+        b += self._noise(random, n_draws).mul_(h.sqrt())
+        f, r = torch.zeros_like(b), b.clone()
+        self._descend(h, f, r, tolerance, MOST_STEPS)
+        if less:
+            f.addcmul_(less * factor.ordered(self.conditional_variances(curvature), f.dtype), r - b)
+        return factor.restored(f)
+
+    def _noise(self, random: np.random.RandomState, n_draws: int) -> Tensor:
+        """Standard normals in the ordering, (N, L, n_draws)."""
+        factor = self.factor
+        noise = factor.variances.new_empty(factor.N, factor.L, n_draws, dtype=factor.dtype)
+        for l in range(factor.L):  # drawn in float64, which takes twice the memory
+            drawn = torch.from_numpy(random.normal(size=(factor.N, n_draws))).to(
+                factor.order.device
+            )
+            noise[:, l] = drawn[factor.order]
+        return noise
 
     def solve_coupled(
         self, information: Tensor, told: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Solve (Q + H) x = told, (L, N, R), with blocks H (N, L, L) that couple components.
 
-        With a generator x is a draw: noise of covariance Q is added to the right side.
+        With a generator x is a draw: noise of covariance Q is added to the right side. All is in
+        the type of the factor's weights.
         """
-        factor, H = self.factor, information.to(self.factor.variances)
-        b = told.to(H)
+        factor = self.factor
+        H = information.to(factor.order.device, factor.dtype)[factor.order]
+        b = factor.ordered(told, factor.dtype)
         if generator is not None:
-            noise = torch.randn(told.shape, generator=generator).to(H)
-            b = b + factor.multiply_transposed(noise / factor.variances.sqrt()[..., None])
-        h = factor.ordered(H.diagonal(dim1=-2, dim2=-1).T.clamp_min(0))
-        precondition = _Preconditioner(factor, h)
-        return conjugate_gradients(
-            lambda x: factor.precision(x) + times_blocks(H, x),
-            lambda r: factor.restored(precondition(factor.ordered(r))),
+            noise = torch.randn(b.shape, generator=generator, dtype=b.dtype).to(b)
+            v = factor.ordered(factor.variances)
+            b += factor.triangle.multiply_transposed(noise / v.sqrt().to(b))
+        h = H.diagonal(dim1=-2, dim2=-1).clamp_min(0)[..., None]
+        x = conjugate_gradients(
+            lambda x: torch.baddbmm(factor.ordered_precision(x), H, x),
+            _Preconditioner(factor, h),
             b,
         )
+        return factor.restored(x)
 
     def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""
@@ -172,11 +217,8 @@ class VecchiaPosterior:
         which with the 1 of d is 1 / lambda + lambda / 4. So draws from N(m, V V^T + diag(d)) are
         as smooth as the posterior and vary as much, in the mean over draws of V.
         """
-        h = self._checked_curvature(curvature)
-        draws = self.sample(h, rank, random_state, tolerance=tolerance)
-        product = self.factor.precision(draws) + h[..., None] * draws
-        filtered = draws - 0.5 * self.conditional_variances(h)[..., None] * product
-        return filtered / rank**0.5
+        draws = self.sample(curvature, rank, random_state, less=0.5, tolerance=tolerance)
+        return draws.div_(rank**0.5)
 
     def _checked_curvature(self, curvature: Array) -> Tensor:
         h = self._checked("curvature", curvature)

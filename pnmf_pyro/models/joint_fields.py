@@ -54,7 +54,7 @@ def taken_by_field(model: PoissonFactorization, shared: Tensor) -> Tensor | None
     solved = model.prior.coupled(H, told, None)
     if solved is None:
         return None
-    found = torch.einsum("pna,pnb->ab", told, solved[1]).reshape(L, L, L, L)
+    found = torch.einsum("pna,pnb->ab", told, solved[1].to(told)).reshape(L, L, L, L)
     return found.reshape(L * L, L * L)
 
 

@@ -13,8 +13,8 @@ two differ, as in a sample with few counts, h_i is right: H_i is taken times :ma
 it is that of q. Here c_i is what is known of F_i apart from its own counts. For independent samples
 that is the precision of the prior. In a field it is the precision given the sites of all other
 samples, where a site has for its precision what H_i says of one component while the others are
-uncertain, :math:`1 / (P_i^{-1})_{ll} - c_{il}`. Sites and c_i follow from each other; a few rounds
-settle both (expectation propagation for a normal model, Minka 2001).
+uncertain, :math:`1 / (P_i^{-1})_{ll} - c_{il}`. Sites and c_i follow from each other; from the c_i
+of q, a round or two settle both (expectation propagation for a normal model, Minka 2001).
 
 A posterior of counts is skewed, and its variance larger than 1 / (c + h), by the factor
 :math:`1 + h^2 / (2 (c + h)^3)` to the next order. Variances are multiplied by it.
@@ -39,10 +39,14 @@ from pnmf_pyro.priors.base import Draws, Field, Prior
 # Part of a count by which those of a component are raised before they are divided by.
 PSEUDOCOUNT = 0.1
 
-# Rounds in which sites and what is known apart from them settle, and the relative change of
-# standard deviations, root mean square over samples, of which they make an end.
+# Part of the precision under q that is known apart from the counts of a sample, at least.
+LEAST_APART = 0.01
+
+# Rounds in which sites and what is known apart from them settle, at most; and the change of sites,
+# relative to precisions and root mean square over samples, of which they make an end. It is twice
+# what it can move standard deviations by.
 ROUNDS = 5
-SETTLED = 0.01
+SETTLED = 0.02
 
 
 class JointPosterior:
@@ -196,18 +200,21 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
     """
     diagonal = diagonal_numbers(prior.L)
     information = as_expected(shared, expected)
-    sites = information[:, diagonal].T.double()
-    apart = last = None
+
+    def given(apart: Tensor) -> tuple[Tensor, Tensor]:
+        """The packed covariances, and the sites of single components that make variances these."""
+        packed = inverses(information, apart)
+        return packed, (1 / packed[:, diagonal].T.double() - apart).clamp_min(0)
+
+    precision = 1 / prior.marginal().variance.double()
+    sites = given(torch.maximum(precision - expected.double(), LEAST_APART * precision))[1]
     for _ in range(ROUNDS):
         apart = prior.apart_from_own(sites)
         if apart is None:
             return None
-        packed = inverses(information, apart)
-        variance = packed[:, diagonal].T.double()
-        sites = (1 / variance - apart).clamp_min(0)
-        if last is not None and bool(((variance / last).sqrt() - 1).square().mean() < SETTLED**2):
+        (packed, sites), last = given(apart), sites
+        if bool(((sites - last) / (apart + sites)).square().mean() < SETTLED**2):
             break
-        last = variance
     assert apart is not None
     skew = expected.square() / (apart + expected) ** 3 / 2
     return scaled(packed, (1 + skew).sqrt().T.float())

@@ -234,9 +234,7 @@ class LCGP(Prior):
         at_once = max(DRAWS_AT_ONCE, BLOCK // h.numel())
         for start in range(0, APART_DRAWS, at_once):
             n = min(at_once, APART_DRAWS - start)
-            draws = posterior.sample(h, n, self.seed + start)
-            product = posterior.factor.precision(draws) + h[..., None] * draws
-            given_others = draws - alone[..., None] * product
+            given_others = posterior.sample(h, n, self.seed + start, less=1.0)
             variance += given_others.square().sum(-1) / APART_DRAWS
         return torch.maximum(1 / variance - h, 1 / prior)
 
