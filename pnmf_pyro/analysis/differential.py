@@ -71,7 +71,7 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
     ------
     ValueError
         For a fit of one component, and for a model without standard errors of its loadings, see
-        :func:`~pnmf_pyro.transforms.loading_uncertainty`.
+        :func:`~pnmf_pyro.transforms.results.loading_uncertainty`.
 
     Examples
     --------

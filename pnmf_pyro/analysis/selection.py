@@ -211,20 +211,17 @@ def select_n_components(
     X, coordinates, groups = keys.take_apart(X, coordinates, groups, parameters.get("spatial"))
     X, hidden = hide(X, mask)
     counts = check_counts(X)
-    s = check_size_factors(size_factors, counts)
+    sizes = check_size_factors(size_factors, counts)
     numbers = _checked_numbers(n_components, max(counts.shape))
     if check_count("n_seeds", n_seeds) < 2:
         raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
-    check_choice("hold_out", hold_out, tuple(HOLD_OUT))
-    fraction = HOLD_OUT[hold_out].fraction if train_fraction is None else train_fraction
-    if not isinstance(fraction, Real) or not 0 < fraction < 1:
-        raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
+    fraction = _checked_fraction(hold_out, train_fraction)
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
     given = {"coords": coordinates, "groups": groups} | beside | FAST | parameters
-    s = None if s is None else s.numpy()
+    s = None if sizes is None else sizes.numpy()
     seen = None if hidden is None else hidden.numpy().toarray() == 0
-    split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, float(fraction))
+    split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, fraction)
     trial = delayed(partial(_trial, split, s, given))
     tasks = [trial(number, seed) for number in numbers for seed in seeds]
     found = []
@@ -240,6 +237,15 @@ def select_n_components(
         np.array([[match_factors(a, b).similarity for a, b in pairs] for pairs in paired]),
         hold_out,
     )
+
+
+def _checked_fraction(hold_out: str, train_fraction: float | None) -> float:
+    """Share of the counts, or of the entries, to fit to."""
+    check_choice("hold_out", hold_out, tuple(HOLD_OUT))
+    fraction = HOLD_OUT[hold_out].fraction if train_fraction is None else train_fraction
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
+        raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
+    return float(fraction)
 
 
 @isolated

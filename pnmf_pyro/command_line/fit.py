@@ -69,6 +69,13 @@ def add(commands: shared.Commands) -> None:
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write the report that plot draws as well, .html")
+    _add_checkpoint(parser)
+    add_effects(parser)
+    shared.add_settings(parser)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add what keeps a fit that is stopped."""
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
@@ -82,8 +89,6 @@ def add(commands: shared.Commands) -> None:
         default=EVERY,
         help=f"from one writing of FILE to the next (default: {EVERY:g})",
     )
-    add_effects(parser)
-    shared.add_settings(parser)
 
 
 def run(options: argparse.Namespace) -> shared.Exit:
