@@ -315,8 +315,8 @@ class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """Return factors exp F, (n_samples, n_components), of new samples, given the fit.
 
         Without space they maximise the likelihood given the loadings, by multiplicative updates
-        (:func:`~pnmf_pyro.transforms.one_side.transform_F` has the posterior). `size_factors` are for this
-        case: where the fit had "total", these unless given; where it had others they must be given.
+        (:func:`~pnmf_pyro.transforms.one_side.transform_F` has the posterior). `size_factors` are
+        for this case: "total" if the fit had that; where it had others they must be given.
         A spatial model predicts E exp F at `coordinates`, for `groups`, from the field alone: X may
         be None. AnnData objects have coordinates and groups where that of the fit had them.
         """
