@@ -6,7 +6,8 @@ level of component l in group g is its mean over all places of the fit,
 
 .. math:: a_{gl} = \frac1N \sum_i f_{il}^{(g)},
 
-so that groups differ in it by what they are and not by where they are.
+so that groups differ in it by what they are and not by where they are. Of more than 1,000 places it
+is the mean over 1,000 of them, drawn at random, the same for all groups.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.tables import as_table
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 # Kinds of components, from those of all groups to those of one.
 UNIVERSAL, ENRICHED, SPECIFIC = "universal", "enriched", "specific"
 KINDS = (UNIVERSAL, ENRICHED, SPECIFIC)
+
+# Places over which levels are means, at most: of more, as many are drawn.
+PLACES = 1000
 
 # Smallest level that is told from smaller ones, relative to the highest.
 LEAST = 1e-12
@@ -62,25 +67,19 @@ def predict_as(
     -------
     ndarray of shape (n, n_components)
     """
-    told, codes, places = _told(fit, group), GroupCodes(_groups_of(fit)), fit.model_.prior.places
-    assert places is not None
-    assert places.groups is not None
-    width = len(codes.sizes)
+    told = _told(fit, group)
     if coordinates is None:
-        coordinates = places.coordinates.cpu().numpy()
-        labels = codes.decode(places.groups).astype(object).reshape(-1, width)
-    elif len(told) == width:
-        labels = np.empty((len(np.asarray(coordinates)), width), dtype=object)
-    else:
+        return _as_if(fit, told)
+    width = len(GroupCodes(_groups_of(fit)).sizes)
+    if len(told) < width:
         raise ValueError(
             "group must say both labels of a pair where coordinates are given, since the samples "
             f"of other places are not known; got {group!r}."
         )
+    labels = np.empty((len(np.asarray(coordinates)), width), dtype=object)
     for column, label in told.items():
         labels[:, column] = label
-    return np.asarray(
-        get_factors(fit, coordinates=coordinates, groups=labels[:, 0] if width == 1 else labels)
-    )
+    return _factors(fit, coordinates, labels)
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,30 @@ def group_levels(fit: PNMF, fold: float = 2.0, column: Hashable | None = None) -
         number = _number_of_column(fit, column)
         names = _labels_of(names, number)
         asked = [{column: name} for name in names]
-    levels = np.stack([predict_as(fit, one).mean(0, dtype=np.float64) for one in asked])
+    n = fit.model_.prior.N
+    rows = np.sort(np.random.RandomState(0).permutation(n)[:PLACES]) if n > PLACES else None
+    factors = (_as_if(fit, _told(fit, one), rows) for one in asked)
+    levels = np.stack([one.mean(0, dtype=np.float64) for one in factors])
     return GroupLevels(names, levels, fit.components_.T.astype(np.float64), float(fold))
+
+
+def _as_if(fit: PNMF, told: dict[int, Hashable], rows: np.ndarray | None = None) -> np.ndarray:
+    """Factors at the places of samples, all unless given, of groups that are told by column."""
+    codes, places = GroupCodes(_groups_of(fit)), fit.model_.prior.places
+    assert places is not None
+    some = places.to(torch.device("cpu"))
+    some = some.take(None if rows is None else torch.from_numpy(rows))
+    assert some.groups is not None
+    labels = codes.decode(some.groups).astype(object).reshape(-1, len(codes.sizes))
+    for column, label in told.items():
+        labels[:, column] = label
+    return _factors(fit, some.coordinates.numpy(), labels)
+
+
+def _factors(fit: PNMF, coordinates: ArrayLike, labels: np.ndarray) -> np.ndarray:
+    """E exp F at places, whose groups are labels (n, 1), or pairs of them (n, 2)."""
+    groups = labels[:, 0] if labels.shape[1] == 1 else labels
+    return np.asarray(get_factors(fit, coordinates=coordinates, groups=groups))
 
 
 def _groups_of(fit: PNMF) -> list[Hashable]:

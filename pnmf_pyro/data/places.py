@@ -27,8 +27,9 @@ PLAIN_LABELS = (str, int, float, bool, bytes, date, datetime)
 # Largest coordinate, and one over the smallest extent, of which the squares are still numbers.
 FARTHEST = 1e100
 
-# How many times as far apart the places of one group may be as those of another, in one unit.
-OTHER_UNIT = 50
+# How many times as far apart the places of one group may be as those of another, in one unit; and
+# how many places say how far apart they are.
+OTHER_UNIT, TELLING = 50, 10
 
 
 NO_GROUP = "groups must not be missing (None, NaN or NA). Give each sample a group."
@@ -304,7 +305,9 @@ def warn_units(places: Places, names: Sequence[Hashable]) -> None:
     assert places.groups is not None
     present = [names[code] for code in places.groups.unique().tolist()]
     parts = zip(present, _by_group(places), strict=True)
-    apart = {name: spacing(Places(part.coordinates)) for name, part in parts}
+    apart = {
+        name: spacing(Places(part.coordinates)) for name, part in parts if len(part) >= TELLING
+    }
     known = {name: gap for name, gap in apart.items() if gap > 0}
     if known and max(known.values()) > OTHER_UNIT * min(known.values()):
         close, wide = (pick(known, key=lambda name: known[name]) for pick in (min, max))

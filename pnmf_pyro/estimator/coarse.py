@@ -4,39 +4,66 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.levels import Level, coarse_levels
 
-# Samples that a design has at least on average where bins are of samples of one design.
+# Samples that a batch has at least on average where there are levels.
 ENOUGH = 100
 
 
 def levels_of(model: PoissonFactorization, counts: Counts) -> list[Level]:
     """Return coarse levels of the places of a model, if it has places."""
     places, exposure = model.prior.places, model.exposure
+    if places is not None and exposure.design is not None and exposure.codes is not None:
+        of_batches = exposure.design[:, : exposure.n_batches]
+        places = places_of_bins(places, of_batches[exposure.codes])
     if places is None:
         return []
-    ones = counts.values.new_ones(len(places))
-    s = exposure.scaled(ones) * exposure.observed_share()
-    if exposure.design is not None and exposure.codes is not None:  # bins of one design each
-        if len(exposure.design) * ENOUGH > len(places):
-            return []
-        groups = places.groups if places.groups is not None else torch.zeros_like(exposure.codes)
-        groups = groups.to(exposure.codes) * len(exposure.design) + exposure.codes
-        places = Places(places.coordinates, groups.to(places.coordinates.device))
-    return coarse_levels(counts, places, s, model.L)
+    return coarse_levels(counts, places, _sizes(exposure, counts), model.L)
 
 
-def of_bins(exposure: Exposure, level: Level) -> Exposure:
-    """Return what scales the rates of the bins of a level."""
-    codes = take(exposure.codes, torch.from_numpy(level.centres).to(level.size_factors.device))
-    of_design = exposure.design, codes, exposure.effects
-    return Exposure(level.size_factors, *of_design, None, exposure.n_batches, exposure.learned)
+def places_of_bins(places: Places, of_batches: Tensor) -> Places | None:
+    """Return places in groups of which a bin has one alone, given the batch of each as (N, B) ones.
+
+    None where batches have too few samples for bins of their own.
+    """
+    B = of_batches.shape[1]
+    if not B:
+        return places
+    if len(places) < B * ENOUGH:
+        return None
+    batch = of_batches.argmax(1)
+    groups = torch.zeros_like(batch) if places.groups is None else places.groups.to(batch)
+    return Places(places.coordinates, (groups * B + batch).to(places.coordinates.device))
+
+
+def of_bins(exposure: Exposure, level: Level, counts: Counts) -> Exposure:
+    """Return what scales the rates of the bins of a level.
+
+    A bin has samples of one batch, and of each covariate the mean of its samples, weighted by their
+    size factors.
+    """
+    s = level.size_factors
+    if exposure.design is None or exposure.codes is None:
+        return Exposure(s)
+    bins, weights = torch.from_numpy(level.bins).to(s.device), _sizes(exposure, counts)
+    mean = s.new_zeros(len(s), exposure.design.shape[1])
+    mean.index_add_(0, bins, weights[:, None] * exposure.design[exposure.codes])
+    mean.div_(s.clamp_min(torch.finfo(s.dtype).tiny)[:, None])
+    mean[:, : exposure.n_batches].round_()  # 0 or 1, but for rounding
+    design, codes = mean.unique(dim=0, return_inverse=True)
+    effects, learned = exposure.effects, exposure.learned
+    return Exposure(s, design, codes, effects, None, exposure.n_batches, learned)
+
+
+def _sizes(exposure: Exposure, counts: Counts) -> Tensor:
+    """Size factors of samples, of which hidden entries take their share, (N,)."""
+    return exposure.scaled(counts.values.new_ones(counts.shape[0])) * exposure.observed_share()
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
-from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.memory import available_memory, held_memory
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.calibration import Calibration
+from pnmf_pyro.estimator.coarse import places_of_bins
 from pnmf_pyro.estimator.inputs import Data
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.size import Size, gigabytes
@@ -138,7 +139,7 @@ def plan_of(settings: Settings, data: Data) -> Plan:
     calibration = Calibration(settings, data, size)
     levels: list[Size] = []
     if places is not None and calibration.warms_up:
-        levels = _levels(counts, places, size)
+        levels = _levels(data, places, size)
     stages = calibration.costs(size, levels)
     total = sum(stage.seconds for stage in stages)
     savings = []
@@ -171,15 +172,20 @@ def announced(settings: Settings, data: Data) -> Sequence[StageCost]:
     return plan.stages
 
 
-def _levels(counts: Counts, places: Places, size: Size) -> list[Size]:
+def _levels(data: Data, places: Places, size: Size) -> list[Size]:
     """Sizes of the fits of the coarse levels of places.
 
     In a bin of n samples a feature is stored as often as if its counts were at random places.
     """
+    counts = data.counts
+    binned: Places | None = places
+    if data.design is not None and data.rows is not None:
+        of_batches = torch.from_numpy(data.rows[:, : len(data.design.batches)])
+        binned = places_of_bins(places, of_batches)
     sizes = bin_sizes(counts, size.components)
-    if not sizes:
+    if binned is None or not sizes:
         return []
-    bins = numbers_of_bins(sizes, places.groups, size.samples)
+    bins = numbers_of_bins(sizes, binned.groups, size.samples)
     share = np.asarray((counts.numpy() != 0).mean(0)).ravel()
     return [
         replace(size.plain, samples=M, stored=int(M * (1 - (1 - share) ** n).sum()))

@@ -163,7 +163,8 @@ class WarmUp:
         levels = levels_of(model, draft.counts)
         most = len(levels) if self.levels is None else self.levels
         for level in levels[max(0, len(levels) - most) :]:
-            coarse = _independent(draft, len(level.centres), of_bins(model.exposure, level))
+            exposure = of_bins(model.exposure, level, draft.counts)
+            coarse = _independent(draft, len(level.centres), exposure)
             run = self._run(draft, f"{len(level.centres)} bins", coarse)
             run.counts = level.counts
             if last is not None:

@@ -14,6 +14,7 @@ the number of samples, the price of a parameter (Schwarz 1978).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,19 +72,22 @@ def moments(
     """
     n, r = len(factors), 1 / inverse
     scaled, relative = exposure.scaled(factors.mT).mT.contiguous(), loadings * inverse[:, None]
-    of_loadings, right = torch.zeros_like(loadings), relative.mT.contiguous()
     weighted = scaled if weights is None else scaled * weights[:, None]
     rest, values, of_factors = exposure.without_size_factors, [], torch.empty_like(factors)
-    for rows in _blocks(n, len(loadings)):
-        x, e = scaled[rows] @ right, rest.block(rows)
+    right = relative.mT.contiguous()
+    by_components = torch.zeros_like(right)
+    for rows, x, theta in _blocks(n, right):
+        torch.mm(scaled[rows], right, out=x)
+        e = rest.block(rows)
         if e is not None:
             x.mul_(e)
-        theta = (x + 1).reciprocal_()
+        torch.add(x, 1, out=theta).reciprocal_()
         values.append(torch.mv(x.log1p_(), r).double())
         if e is not None:
             theta.mul_(e)
         torch.mm(theta, loadings, out=of_factors[rows])
-        of_loadings.addmm_(theta.mT, weighted[rows])
+        by_components.addmm_(weighted[rows].mT, theta)
+    of_loadings = by_components.mT.contiguous()
     value = torch.cat(values)
     for rows, block in counts.blocks():
         x = block.inner(scaled[rows], relative)
@@ -116,12 +120,14 @@ def weighted(
     right, rest = relative.mT.contiguous(), exposure.without_size_factors
     columns = torch.cat([weights.new_ones(n, 1), weights], 1).to(factors)
     found = torch.zeros(d, columns.shape[1], dtype=torch.float64, device=factors.device)
-    for rows in _blocks(n, d):
-        x, e = scaled[rows] @ right, rest.block(rows)
+    for rows, x, other in _blocks(n, right):
+        torch.mm(scaled[rows], right, out=x)
+        e = rest.block(rows)
         if e is not None:
             x.mul_(e)
-        found[:, :1] += r[:, None] * (x.log1p().mT @ columns[rows, :1])
-        found[:, 1:] += r[:, None] * (x.div_(x + 1).mT @ columns[rows, 1:])
+        found[:, :1] += r[:, None] * (torch.log1p(x, out=other).mT @ columns[rows, :1])
+        x.div_(torch.add(x, 1, out=other))
+        found[:, 1:] += r[:, None] * (x.mT @ columns[rows, 1:])
     for rows, block in counts.blocks():
         x, e = block.inner(scaled[rows], relative), rest.at(block, rows)
         x = x if e is None else x * e
@@ -130,10 +136,19 @@ def weighted(
     return found[:, 0], found[:, 1:]
 
 
-def _blocks(n: int, d: int) -> list[slice]:
-    """Cut n samples of d features into blocks that are small enough for the caches."""
-    size = max(1, BLOCK // max(1, d))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def _blocks(n: int, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cut n samples of the features of `right`, (L, d), into blocks small enough for the caches.
+
+    Each comes with room for two tables of its entries, the same for all: new memory at every block
+    would take as long as the arithmetic.
+    """
+    d = right.shape[1]
+    size = min(n, max(1, BLOCK // max(1, d)))
+    first, second = right.new_empty(size, d), right.new_empty(size, d)
+    for start in range(0, n, max(1, size)):
+        rows = slice(start, min(start + size, n))
+        m = rows.stop - start
+        yield rows, first[:m], second[:m]
 
 
 @torch.no_grad()
@@ -178,11 +193,13 @@ def slopes(
     scaled, relative = exposure.scaled(factors.mT).mT.contiguous(), loadings * inverse[:, None]
     right, rest = relative.mT.contiguous(), exposure.without_size_factors
     found = torch.zeros(3, d, dtype=torch.float64, device=factors.device)
-    for rows in _blocks(n, d):
-        x, e = scaled[rows] @ right, rest.block(rows)
+    for rows, x, other in _blocks(n, right):
+        torch.mm(scaled[rows], right, out=x)
+        e = rest.block(rows)
         if e is not None:
             x.mul_(e)
-        ones, away, log = x.new_ones(len(x)), x / (x + 1), x.log1p()
+        ones, log = x.new_ones(len(x)), x.log1p()
+        away = torch.div(x, torch.add(x, 1, out=other), out=other)
         found[2] += torch.mv((x.sub_(log)).mT, ones) * r
         found[0] += torch.mv(log.neg_().add_(away).mT, ones)
         found[1] += torch.mv(away.square_().mT, ones) / r

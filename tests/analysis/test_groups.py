@@ -57,6 +57,15 @@ def test_every_place_as_if_of_a_type_is_the_posterior_of_its_field():
                 np.testing.assert_allclose(found[:, l], np.exp(mean + np.diag(cov) / 2), rtol=2e-3)
 
 
+def test_of_many_places_levels_are_means_over_some(fitted, monkeypatch):
+    whole = group_levels(fitted).levels
+    monkeypatch.setattr("pnmf_pyro.analysis.groups.PLACES", 100)
+    found = group_levels(fitted).levels
+    rows = np.random.RandomState(0).permutation(240)[:100]
+    np.testing.assert_allclose(found[1], predict_as(fitted, "B")[rows].mean(0), rtol=1e-5)
+    assert 0 < np.abs(found / whole - 1).max() < 0.3
+
+
 def test_components_are_sorted_by_the_types_that_have_them(fitted):
     _, _, _, W = typed()
     C = np.corrcoef(W.T, fitted.components_)[:3, 3:]

@@ -38,3 +38,11 @@ def test_groups_in_different_units_are_told(unit, told):
     said = [str(one.message) for one in caught]
     assert ["in different units" in one for one in said] == [True] * told
     assert all("'a'" in one and "'b'" in one for one in said)
+
+
+def test_groups_of_few_places_say_nothing_of_units():
+    points = np.random.default_rng(0).uniform(size=(49, 2))
+    points[40:] *= 300
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_units(Places(torch.from_numpy(points), torch.arange(49) // 40), ["a", "b"])
