@@ -82,6 +82,8 @@ def plot_uncertainty(
 ) -> np.ndarray:
     """Map the standard deviation of the log-factors F, the relative uncertainty of the factors.
 
+    Scales begin at 0, so that small differences look small.
+
     Parameters
     ----------
     fit, components, coordinates, groups, axes, key, **style
@@ -92,7 +94,7 @@ def plot_uncertainty(
     ndarray of matplotlib Axes, one for each panel
     """
     found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
-    sd, style = found.log_factors_sd, {"cmap": "cividis", **style}
+    sd, style = found.log_factors_sd, {"cmap": "cividis", "lowest": 0.0, **style}
     return _plot_components(found, sd, ": sd of F", components, where, axes, style)
 
 

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
 from pnmf_pyro.plotting.categories import Column, colours
-from pnmf_pyro.plotting.figures import verbatim
+from pnmf_pyro.plotting.figures import WIDEST, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,9 @@ GAP = 0.06
 # Room below for the scale bar and above for names of sections, as a share of the height.
 BAR, NAME = 0.16, 0.06
 
+# Inches that a character of a section's name takes, about.
+CHARACTER = 0.06
+
 # Sections in one row, up to which there is only one.
 ONE_ROW = 4
 
@@ -52,7 +55,7 @@ class MapStyle:
     lowest : float, optional
         Value of the first colour; the lowest one unless given.
     unit : str
-        Unit of lengths, such as "µm", for the scale bar.
+        Unit of lengths, such as "µm", for the scale bar; those of the coordinates unless given.
     unit_length : float
         Length of one unit of the coordinates, in `unit`.
     scale_bar : bool
@@ -117,7 +120,13 @@ class Tissue:
         rows = -(-n_panels // int(np.clip(np.round(np.sqrt(2.4 * n_panels / aspect)), 1, 6)))
         columns = self.look.columns or -(-n_panels // rows)
         height = 2.3 if n_panels <= 6 else 1.7
-        return (height * aspect + 0.7, height + 0.3), columns
+        section = self.width * height * aspect / float(self.size[0])  # inches
+        longest = max(map(len, self.names), default=0) * CHARACTER
+        height *= float(np.clip(longest / section, 1, 3))
+        width = height * aspect + 0.7
+        if longest > section and self.look.columns is None:
+            columns = max(1, min(columns, int(WIDEST / width)))
+        return (width, height + 0.3), columns
 
     def draw(
         self, ax: Axes, column: Column, limits: tuple[float, float]
@@ -192,8 +201,9 @@ class Tissue:
         left, below = self.limits[0][0] + self.disc, self.limits[1][0]
         right = left + length / self.look.unit_length
         y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
-        ax.plot([left, right], [y, y], "k-", lw=2, solid_capstyle="butt")
-        write(f"{length:g} {self.look.unit}".strip(), (left, y), (0, -3), va="top", ha="left")
+        ink = ax.title.get_color()  # of the style
+        ax.plot([left, right], [y, y], color=ink, lw=2, solid_capstyle="butt")
+        write(f"{length:g} {self.look.unit or 'units'}", (left, y), (0, -3), va="top", ha="left")
 
 
 def disc_width(sections: Sequence[np.ndarray]) -> float:
