@@ -24,8 +24,8 @@ from pnmf_pyro.analysis.statistics import moran, neighbor_weights, places_of_sam
 # Places over which factors are averaged, besides none.
 NEIGHBOURS = (8, 16)
 
-# Epochs of the neural peers, their own defaults or fewer where they stop by themselves.
-EPOCHS = 1000
+# Epochs of MOFA-FLEX, whose loss is about flat by then.
+EPOCHS = 300
 
 
 @dataclass
@@ -180,6 +180,7 @@ def stamp(task: Labelled, seed: int) -> np.ndarray:
     adata = anndata.AnnData(task.X.copy(), obsm={"spatial": task.coordinates})
     near = neighbor_weights(places_of_samples(task.coordinates, None, adata.n_obs))
     adata.obsp["spatial_connectivities"] = sp.csr_matrix((near + near.T) > 0, dtype=np.float32)
+    vars(np).setdefault("Inf", np.inf)  # which sctm 0.1.3 reads, and NumPy 2 has no more
     sctm.seed.seed_everything(seed)
     model = sctm.stamp.STAMP(adata, n_topics=task.L)
     model.train(device="cpu")
