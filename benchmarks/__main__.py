@@ -14,6 +14,7 @@ import pnmf_pyro
 from benchmarks import coverage, forecast, hidden, local, ours, peers, stored, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
+from benchmarks.labels import labels
 from benchmarks.measure import (
     in_new_process,
     interleaved,
@@ -53,6 +54,7 @@ BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves, stops)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage
+BENCHMARKS["labels"] = labels
 BENCHMARKS["stored"] = stored.stored
 BENCHMARKS |= {one.__name__: one for one in (local.lcgp, local.local_fit)}
 BENCHMARKS |= {one.__name__: one for one in (local.local_bound, local.local_step)}

@@ -16,6 +16,7 @@ __all__ = [
     "contributions",
     "deviance",
     "differential_features",
+    "domains",
     "effects_table",
     "feature_scores",
     "fit",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pnmf_pyro import plotting, transforms
     from pnmf_pyro.analysis import interpretation
     from pnmf_pyro.analysis.calibration import calibrate
+    from pnmf_pyro.analysis.clustering import domains
     from pnmf_pyro.analysis.differential import differential_features
     from pnmf_pyro.analysis.effects import effects_table
     from pnmf_pyro.analysis.groups import group_levels, predict_as
@@ -66,6 +68,7 @@ _HOMES = {
     "contributions": "analysis.interpretation",
     "deviance": "models.deviance",
     "differential_features": "analysis.differential",
+    "domains": "analysis.clustering",
     "effects_table": "analysis.effects",
     "feature_scores": "analysis.interpretation",
     "fit": "estimator.fit",

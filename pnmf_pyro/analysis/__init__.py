@@ -5,5 +5,7 @@ It imports from `estimator` and the rooms above that. Begin with
 """
 
 from pnmf_pyro.analysis.calibration import Calibration, calibrate
+from pnmf_pyro.analysis.clustering import Domains, domains
+from pnmf_pyro.analysis.flowsig import to_flowsig
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "Domains", "calibrate", "domains", "to_flowsig"]

@@ -98,13 +98,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn when it is needed.
+    """A figure, drawn when it is needed, and what it shows.
 
     `draw` returns matplotlib Axes, or an array of them, of a figure of their own.
     """
 
     heading: str
     draw: Callable[[], Axes | np.ndarray]
+    caption: str = ""
 
     def html(self) -> str:
         """Return it as HTML, without the heading."""
@@ -116,7 +117,8 @@ class Picture:
             pyplot().close(figure)
         data = base64.b64encode(file.getvalue()).decode()
         alt = html.escape(self.heading, quote=True)
-        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        words = f"<p>{html.escape(self.caption)}</p>" if self.caption else ""
+        return f'{words}<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 Block = Text | Table | Picture

@@ -29,11 +29,23 @@ def add(commands: Commands) -> None:
     parser.add_argument("--out", "-o", required=True, help="where to write it, .html")
     parser.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
     parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
+    parser.add_argument(
+        "--north-up",
+        action="store_true",
+        help="the second coordinate points up, as on maps (default: down, as in images)",
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
     """Draw and write."""
     check_report_path("--out", options.out)
-    fit_report(read_fit(options.fit), key=options.key, unit=options.unit).write(options.out)
+    page = fit_report(
+        read_fit(options.fit),
+        key=options.key,
+        unit=options.unit,
+        source=options.fit,
+        y_down=not options.north_up,
+    )
+    page.write(options.out)
     say(options, f"wrote {options.out}")
     return Exit.FINE

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from functools import partial
-from itertools import starmap
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from pnmf_pyro.analysis.differential import differential_features
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
+from pnmf_pyro.estimator.anndata_bridge import settings
 from pnmf_pyro.estimator.pnmf import PNMF
-from pnmf_pyro.estimator.results import Fit, results_of
+from pnmf_pyro.estimator.results import Fit, Results, results_of
+from pnmf_pyro.training.fitted import Fitted
 
 # Columns of a table of marking features, and what they are called in a report.
 MARKER_COLUMNS = {
@@ -27,11 +30,28 @@ MARKER_COLUMNS = {
     "lfsr": "lfsr",
 }
 
+# What the pictures of a fit show.
+CAPTIONS = {
+    "Factors": "How active a component is at each place. Twice the factor means twice the counts "
+    "from the component. Each component has a scale of its own.",
+    "Uncertainty of log-factors": "The standard deviation of the logarithm of a factor: 0.1 is "
+    "about ten per cent of the factor.",
+    "Features by specificity": "The features that tell a component from the others. Specificity is "
+    "p log(p / q): p is the share of the component's counts that the feature has, q that of all "
+    "components together.",
+    "Loadings": "Which share of a feature's counts comes from each component. Rows sum to 1.",
+    "Correlation of factors": "Components that are active in the same samples are red.",
+    "ELBO": "It should be flat at the end. A line stands where a stage of the fit begins. Values "
+    "of different stages are not to be compared.",
+}
+
 # Features, samples or pairs that are named for each statistic that a model misses.
 NAMED = 8
 
 
-def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
+def fit_report(
+    fit: Fit, *, key: str = "pnmf", unit: str = "", source: str = "", y_down: bool = True
+) -> Page:
     """Return a page on a fit: top features, loadings, maps and ELBO where it has them.
 
     Parameters
@@ -42,6 +62,10 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
         `key_added` of the fit, for AnnData.
     unit : str
         Unit of the coordinates, for scale bars.
+    source : str
+        Name of the file that holds the fit.
+    y_down : bool
+        Whether the second coordinate points down, as in images; north is up if not.
 
     Examples
     --------
@@ -56,6 +80,10 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
     """
     found = results_of(fit, key)
     summary = {name: str(value) for name, value in found.summary().items()}
+    known = getattr(found, "settings", None)  # of a fit in an AnnData object
+    if known is None and not isinstance(fit, Results):
+        known = settings(cast(Fitted, fit))
+    summary |= _origin(known or {}, source)
     drawn: dict[str, Callable] = {
         "Features by specificity": partial(plotting.plot_top_features, found, by="specificity"),
         "Loadings": partial(plotting.plot_loadings, found),
@@ -63,14 +91,35 @@ def fit_report(fit: Fit, *, key: str = "pnmf", unit: str = "") -> Page:
     }
     if found.coordinates is not None and found.coordinates.shape[1] == 2:
         maps = {
-            "Factors": partial(plotting.plot_factors, found, unit=unit),
-            "Uncertainty of log-factors": partial(plotting.plot_uncertainty, found, unit=unit),
+            "Factors": partial(plotting.plot_factors, found, unit=unit, y_down=y_down),
+            "Uncertainty of log-factors": partial(
+                plotting.plot_uncertainty, found, unit=unit, y_down=y_down
+            ),
         }
         drawn = maps | drawn
     if found.elbo_history is not None:
         drawn["ELBO"] = partial(plotting.plot_elbo, found)
     table = Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
-    return Page("Poisson factorisation", [table, *starmap(Picture, drawn.items())])
+    pictures = [Picture(name, draw, CAPTIONS[name]) for name, draw in drawn.items()]
+    return Page("Poisson factorisation", [table, *pictures])
+
+
+def _origin(known: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Where a fit comes from and how it was made, by name."""
+    parameters = known.get("parameters", {})
+    learned = known.get("hyperparameters", {})
+    found = {
+        "file": source,
+        "page written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "fitted by pnmf_pyro": known.get("version", ""),
+        "seed": known.get("seed", parameters.get("random_state", "")),
+        "likelihood": parameters.get("likelihood", ""),
+        "kernel": known.get("kernel", ""),
+    }
+    if "lengthscale" in learned:
+        lengths = np.atleast_1d(np.asarray(learned["lengthscale"], dtype=float))
+        found["lengthscales"] = ", ".join(f"{one:.4g}" for one in lengths)
+    return {name: str(value) for name, value in found.items() if str(value)}
 
 
 def check_report(check: PredictiveCheck) -> Page:

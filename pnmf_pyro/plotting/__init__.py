@@ -10,6 +10,7 @@ from pnmf_pyro.analysis.lengthscales import lengthscale_profile
 from pnmf_pyro.plotting.calibration import plot_calibration
 from pnmf_pyro.plotting.checks import plot_predictive_check, plot_selection
 from pnmf_pyro.plotting.diagnostics import plot_elbo, plot_lengthscale_profile
+from pnmf_pyro.plotting.domains import plot_domains
 from pnmf_pyro.plotting.features import (
     plot_component_images,
     plot_factor_correlation,
@@ -29,6 +30,7 @@ __all__ = [
     "new_figure",
     "plot_calibration",
     "plot_component_images",
+    "plot_domains",
     "plot_elbo",
     "plot_factor_correlation",
     "plot_factors",

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.differential import differential_features
 from pnmf_pyro.analysis.interpretation import ranked_features, top_features
 from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
-from pnmf_pyro.plotting.figures import BLUE, AxesLike, one_axes, panels, plain, verbatim
+from pnmf_pyro.plotting.figures import BLUE, WIDEST, AxesLike, one_axes, panels, plain, verbatim
 from pnmf_pyro.training.fitted import Fitted, fitted_module
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def plot_top_features(
     found = results_of(fit, key)
     table = top_features(found, n, by)
     chosen = chosen_numbers("components", components, found.n_components)
-    axes = panels(len(chosen), (2.0, 0.6 + 0.15 * n), 5, axes)
+    names = max(len(str(name)) for name in table["feature"])
+    width = 2.0 + 0.07 * max(names - 8, 0)
+    axes = panels(len(chosen), (width, 0.75 + 0.15 * n), max(1, min(5, int(WIDEST / width))), axes)
     for ax, number in zip(axes, chosen, strict=True):
         rows = table[table["component"] == number]
         ax.barh(rows["rank"], rows[by], color=BLUE, height=0.7)
@@ -69,6 +71,7 @@ def plot_top_features(
         ax.set_ylim(n + 0.6, 0.4)
         ax.locator_params(axis="x", nbins=3)
         ax.tick_params(axis="x", labelsize=7)
+        ax.set_xlabel(by, fontsize=8)
         ax.set_title(f"component {number}", fontsize=9)
         plain(ax)
     return axes
@@ -224,8 +227,8 @@ def plot_factor_correlation(
     image = ax.imshow(correlation, cmap=cmap, vmin=-1, vmax=1)
     if L <= WRITTEN_OUT:
         for row, column in np.ndindex(L, L):
-            value = correlation[row, column]
-            colour = "white" if abs(value) > 0.6 else "black"
+            value = round(correlation[row, column], 1) + 0.0  # no -0.0
+            colour = "white" if abs(value) > 0.55 else "black"
             ax.text(column, row, f"{value:.1f}", color=colour, ha="center", va="center", fontsize=7)
     ax.set_yticks(range(L))
     ax.set_ylabel("component", fontsize=9)

@@ -19,10 +19,12 @@ from pnmf_pyro.estimator.results import (
     is_fit,
     results_of,
 )
+from pnmf_pyro.plotting.categories import Column, is_categorical, legend, legend_width
 from pnmf_pyro.plotting.figures import AxesLike, panels, verbatim
 from pnmf_pyro.plotting.tissue import MapStyle, Tissue
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
 # Share of the values that has its own colour; the highest, if far above, all have the last one.
@@ -80,6 +82,8 @@ def plot_uncertainty(
 ) -> np.ndarray:
     """Map the standard deviation of the log-factors F, the relative uncertainty of the factors.
 
+    Scales begin at 0, so that small differences look small.
+
     Parameters
     ----------
     fit, components, coordinates, groups, axes, key, **style
@@ -90,7 +94,7 @@ def plot_uncertainty(
     ndarray of matplotlib Axes, one for each panel
     """
     found, where = results_of(fit, key), (coordinates, _labels(fit, groups))
-    sd, style = found.log_factors_sd, {"cmap": "cividis", **style}
+    sd, style = found.log_factors_sd, {"cmap": "cividis", "lowest": 0.0, **style}
     return _plot_components(found, sd, ": sd of F", components, where, axes, style)
 
 
@@ -135,7 +139,8 @@ def plot_spatial(
     places : array-like of shape (n_samples, 2), AnnData, PNMF, ModelFit or PoissonFactorization
         Coordinates, or what holds them.
     values : array-like of shape (n_samples,) or (n_samples, n_panels), str or sequence of str
-        Numbers to map; for AnnData, also names of columns of obs and of features.
+        Numbers to map; for AnnData, also names of columns of obs and of features. A column of
+        words, truth values or categories has a colour for each, and a legend.
     groups : array-like of shape (n_samples,) or str, optional
         Section of each sample; for AnnData, also a column of obs.
     titles : sequence of str, optional
@@ -152,33 +157,47 @@ def plot_spatial(
     if isinstance(values, str) or (several and isinstance(values[0], str)):
         names = np.atleast_1d(values)
         titles = [*map(verbatim, names)] if titles is None else titles
-        values = np.stack([_named_values(places, name) for name in names], 1)
-    values = check_array("values", values)
-    values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(
-            "values must be of shape (n_samples, n_panels), a row for each of the places; got "
-            f"{values.shape}."
-        )
-    n_panels = values.shape[1]
+        columns = [_named_column(places, name) for name in names]
+    else:
+        columns = _columns(values)
+    n_panels = len(columns)
     titles = [""] * n_panels if titles is None else titles
     if len(titles) != n_panels:
         raise ValueError(f"titles must be {n_panels}, one for each panel; got {len(titles)}.")
     coordinates = check_coordinates(_coordinates(places), None)
-    if len(values) != len(coordinates):
+    if (rows := len(columns[0].values)) != len(coordinates):
         raise ValueError(
             f"coordinates and values must have one row for each sample; got {len(coordinates)} and "
-            f"{len(values)}."
+            f"{rows}."
         )
-    tissue = Tissue(coordinates, _labels(places, groups), len(values), look)
-    axes = panels(n_panels, *tissue.panel_size(n_panels), axes)
-    scales = _scales(values, look)
-    shown = []
-    for ax, column, limits, title in zip(axes, values.T, scales, titles, strict=True):
-        shown.append(tissue.draw(ax, column, limits))
+    return map_columns(coordinates, columns, _labels(places, groups), titles, axes, look)
+
+
+def map_columns(
+    coordinates: ArrayLike,
+    columns: Sequence[Column],
+    groups: ArrayLike | None,
+    titles: Sequence[str],
+    axes: AxesLike,
+    look: MapStyle,
+) -> np.ndarray:
+    """Map columns that are checked, see :func:`plot_spatial`."""
+    tissue = Tissue(coordinates, groups, len(columns[0].values), look)
+    (width, height), across = tissue.panel_size(len(columns))
+    legends = [legend_width(one.categories) for one in columns if one.categories is not None]
+    axes = panels(len(columns), (width + max(legends, default=0.0), height), across, axes)
+    scales = _scales(columns, look)
+    numbers = []
+    for ax, column, limits, title in zip(axes, columns, scales, titles, strict=True):
+        shown = tissue.draw(ax, column, limits)
         ax.set_title(title, fontsize=9)
+        if column.categories is None:
+            numbers.append((shown, ax))
+        else:
+            legend(ax, column.categories)
     tissue.annotate(axes[0])
-    _colour_bars(axes, shown, look)
+    if numbers:
+        _colour_bars(numbers, look)
     return axes
 
 
@@ -204,11 +223,25 @@ def _labels(places: Fit | ArrayLike, groups: ArrayLike | None) -> ArrayLike | No
     return groups
 
 
-def _named_values(places: Fit | ArrayLike, name: str) -> np.ndarray:
-    """Numbers of a column of obs, or counts of a feature."""
+def _columns(values: ArrayLike) -> list[Column]:
+    """Columns of numbers, one for each panel."""
+    table = check_array("values", values)
+    table = table[:, None] if table.ndim == 1 else table
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(
+            "values must be of shape (n_samples, n_panels), a row for each of the places; got "
+            f"{table.shape}."
+        )
+    return [Column(column) for column in table.T]
+
+
+def _named_column(places: Fit | ArrayLike, name: str) -> Column:
+    """A column of obs, or counts of a feature."""
     values = _named(places, "values", name)
+    if is_categorical(values):
+        return Column.of_labels(values)
     dense = values.toarray() if hasattr(values, "toarray") else values
-    return check_array(f"values={name!r}", dense).ravel()
+    return Column(check_array(f"values={name!r}", dense).ravel())
 
 
 def _named(places: Fit | ArrayLike, what: str, name: str, features: bool = True) -> Any:
@@ -223,25 +256,30 @@ def _named(places: Fit | ArrayLike, what: str, name: str, features: bool = True)
     raise ValueError(f"{what}={name!r} is not in {where}; obs has {list(places.obs)}.")
 
 
-def _scales(values: np.ndarray, look: MapStyle) -> list[tuple[float, float]]:
+def _scales(columns: Sequence[Column], look: MapStyle) -> list[tuple[float, float]]:
     """Lowest and highest value with a colour of its own, for each panel."""
-    columns = [values] * values.shape[1] if look.shared_scale else list(values.T)
+    numbers = [column.values for column in columns if column.categories is None]
     scales = []
     for column in columns:
-        low = np.nanmin(column) if look.lowest is None else look.lowest
-        high = np.nanquantile(column, SHOWN)
+        if column.categories is not None:
+            scales.append((-0.5, len(column.categories) - 0.5))
+            continue
+        values = np.stack(numbers) if look.shared_scale else column.values
+        low = np.nanmin(values) if look.lowest is None else look.lowest
+        high = np.nanquantile(values, SHOWN)
         scales.append((float(low), float(high) if high > low else float(low) + 1.0))
     return scales
 
 
-def _colour_bars(axes: np.ndarray, shown: Sequence[ScalarMappable], look: MapStyle) -> None:
+def _colour_bars(drawn: Sequence[tuple[ScalarMappable, Axes]], look: MapStyle) -> None:
     """One bar beside each panel, or one for all."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    pairs = [([one], [ax]) for one, ax in zip(shown, axes, strict=True)]
-    for described, beside in [(shown, list(axes))] if look.shared_scale else pairs:
+    pairs = [([one], [ax]) for one, ax in drawn]
+    whole = ([one for one, _ in drawn], [ax for _, ax in drawn])
+    for described, beside in [whole] if look.shared_scale else pairs:
         above = any(np.nanmax(np.asarray(one.get_array())) > one.get_clim()[1] for one in described)
-        bar = axes[0].figure.colorbar(
+        bar = beside[0].figure.colorbar(
             described[-1],
             ax=beside,
             shrink=0.7,

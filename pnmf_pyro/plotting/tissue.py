@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from scipy.spatial import cKDTree
 
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
-from pnmf_pyro.plotting.figures import verbatim
+from pnmf_pyro.plotting.categories import Column, colours
+from pnmf_pyro.plotting.figures import WIDEST, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,9 @@ GAP = 0.06
 # Room below for the scale bar and above for names of sections, as a share of the height.
 BAR, NAME = 0.16, 0.06
 
+# Inches that a character of a section's name takes, about.
+CHARACTER = 0.06
+
 # Sections in one row, up to which there is only one.
 ONE_ROW = 4
 
@@ -51,7 +55,7 @@ class MapStyle:
     lowest : float, optional
         Value of the first colour; the lowest one unless given.
     unit : str
-        Unit of lengths, such as "µm", for the scale bar.
+        Unit of lengths, such as "µm", for the scale bar; those of the coordinates unless given.
     unit_length : float
         Length of one unit of the coordinates, in `unit`.
     scale_bar : bool
@@ -116,15 +120,25 @@ class Tissue:
         rows = -(-n_panels // int(np.clip(np.round(np.sqrt(2.4 * n_panels / aspect)), 1, 6)))
         columns = self.look.columns or -(-n_panels // rows)
         height = 2.3 if n_panels <= 6 else 1.7
-        return (height * aspect + 0.7, height + 0.3), columns
+        section = self.width * height * aspect / float(self.size[0])  # inches
+        longest = max(map(len, self.names), default=0) * CHARACTER
+        height *= float(np.clip(longest / section, 1, 3))
+        width = height * aspect + 0.7
+        if longest > section and self.look.columns is None:
+            columns = max(1, min(columns, int(WIDEST / width)))
+        return (width, height + 0.3), columns
 
     def draw(
-        self, ax: Axes, values: np.ndarray, limits: tuple[float, float]
+        self, ax: Axes, column: Column, limits: tuple[float, float]
     ) -> EllipseCollection | AxesImage:
         """Draw one panel, and return what a colour bar describes."""
-        kind = self._discs if len(values) <= DISCS else self._image
-        shown = kind(ax, values)
-        shown.set(cmap=self.look.cmap, clim=limits, rasterized=True)
+        values, names = column.values, column.categories
+        if len(values) <= DISCS:
+            shown: Any = self._discs(ax, values)
+        else:
+            shown = self._image(ax, values, 0 if names is None else len(names))
+        cmap = self.look.cmap if names is None else colours(len(names))
+        shown.set(cmap=cmap, clim=limits, rasterized=True)
         ax.set(aspect="equal", xlim=self.limits[0], ylim=self.limits[1])
         ax.set_axis_off()
         return shown
@@ -146,17 +160,27 @@ class Tissue:
         ax.add_collection(discs)
         return discs
 
-    def _image(self, ax: Axes, values: np.ndarray) -> AxesImage:
+    def _image(self, ax: Axes, values: np.ndarray, n_categories: int) -> AxesImage:
+        """Draw the mean in each pixel, or the category that is most frequent there."""
         low, side = self.points.min(0) - self.disc, PIXEL * self.disc
         cells = ((self.points - low) / side).astype(np.int64)
         shape = cells.max(0) + 2
         flat = np.ravel_multi_index(tuple(cells.T), tuple(shape))
-        seen = np.bincount(flat, minlength=shape.prod())
-        total = np.bincount(flat, values, minlength=shape.prod())
-        mean = np.divide(total, seen, out=np.full(len(seen), np.nan), where=seen > 0)
+        known = np.isfinite(values)
+        flat, values, pixels = flat[known], values[known], int(shape.prod())
+        seen = np.bincount(flat, minlength=pixels)
+        if n_categories:
+            most, shown = np.zeros(pixels), np.full(pixels, np.nan)
+            for category in range(n_categories):
+                number = np.bincount(flat[values == category], minlength=pixels)
+                shown[number > most] = category
+                most = np.maximum(most, number)
+        else:
+            total = np.bincount(flat, values, minlength=pixels)
+            shown = np.divide(total, seen, out=np.full(pixels, np.nan), where=seen > 0)
         (left, bottom), (right, top) = low, low + side * shape
         extent = (left, right, bottom, top)
-        return ax.imshow(mean.reshape(shape).T, origin="lower", extent=extent)
+        return ax.imshow(shown.reshape(shape).T, origin="lower", extent=extent)
 
     def annotate(self, ax: Axes) -> None:
         """Write the names of the sections, and draw the scale bar."""
@@ -177,8 +201,9 @@ class Tissue:
         left, below = self.limits[0][0] + self.disc, self.limits[1][0]
         right = left + length / self.look.unit_length
         y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
-        ax.plot([left, right], [y, y], "k-", lw=2, solid_capstyle="butt")
-        write(f"{length:g} {self.look.unit}".strip(), (left, y), (0, -3), va="top", ha="left")
+        ink = ax.title.get_color()  # of the style
+        ax.plot([left, right], [y, y], color=ink, lw=2, solid_capstyle="butt")
+        write(f"{length:g} {self.look.unit or 'units'}", (left, y), (0, -3), va="top", ha="left")
 
 
 def disc_width(sections: Sequence[np.ndarray]) -> float:

@@ -4,9 +4,12 @@ from functools import partial
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+from pnmf_pyro import fit
 from pnmf_pyro.command_line.pages import Page, Picture, Table, Text
+from pnmf_pyro.command_line.report import fit_report
 
 
 def draw(*values):
@@ -86,3 +89,12 @@ def test_lines(page):
 def test_paths(name, message, page, tmp_path):
     with pytest.raises(ValueError, match=message):
         page.write(tmp_path / name)
+
+
+def test_a_report_says_what_it_shows_and_where_the_fit_comes_from():
+    X = np.random.default_rng(0).poisson(5, size=(40, 12))
+    model = fit(X, np.random.default_rng(1).uniform(size=(40, 2)), n_components=2)
+    text = fit_report(model, source="factors.h5ad", y_down=False).html()
+    for name in ("factors.h5ad", "page written", "fitted by pnmf_pyro", "seed", "lengthscales"):
+        assert name in text
+    assert text.count("<p>") == 6  # a caption for each picture

@@ -38,3 +38,22 @@ def test_names_of_sections_and_panels():
     axes[0].figure.canvas.draw()
     assert drawn(ax.title for ax in axes) == {(name, False) for name in NAMES}
     assert {("$1$", False), ("$2$", False)} <= drawn(axes[0].texts)
+
+
+@pytest.mark.parametrize("n", [200, 25_000])
+def test_words_are_categories_with_a_legend(n):
+    """Also where pixels show the category that is most frequent in them, and not a mean."""
+    pandas = pytest.importorskip("pandas")
+    anndata = pytest.importorskip("anndata")
+    places = np.random.default_rng(0).uniform(size=(n, 2))
+    side = np.where(places[:, 0] < 0.5, "left", "right")
+    adata = anndata.AnnData(np.ones((n, 1)), obsm={"spatial": places})
+    adata.obs["leiden"] = pandas.Categorical(np.where(side == "left", "10", "2"), ["2", "10"])
+    adata.obs["side"] = side
+    axes = plotting.plot_spatial(adata, ["leiden", "side"])
+    names = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in axes]
+    assert names == [["2", "10"], ["left", "right"]]
+    mappable = (axes[1].images or axes[1].collections)[0]
+    values = np.ma.compressed(np.ma.masked_invalid(mappable.get_array()))
+    assert set(np.unique(values)) == {0.0, 1.0}
+    assert mappable.get_clim() == (-0.5, 1.5)
