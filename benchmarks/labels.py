@@ -24,7 +24,7 @@ from pnmf_pyro.analysis.statistics import moran, neighbor_weights, places_of_sam
 # Places over which factors are averaged, besides none.
 NEIGHBOURS = (8, 16)
 
-# Epochs of MOFA-FLEX, whose loss is about flat by then.
+# Epochs of MOFA-FLEX at most.
 EPOCHS = 300
 
 
