@@ -10,7 +10,7 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings, learned
 from pnmf_pyro.models.points import FIXED
 from pnmf_pyro.priors import LCGP, SVGP
-from pnmf_pyro.priors.lcgp import BLOCK
+from pnmf_pyro.priors.lcgp import draws_at_once
 from pnmf_pyro.training.hyperparameters import JUDGED
 
 # Work at an entry of the factors, at a neighbour of a place in a component, and at a pair of sample
@@ -29,7 +29,7 @@ BYTES = {
     "inducing": 28,
     "inducing pair": 16,
 }
-JUDGED_BYTES, DRAWN_BYTES = 40_000, 145
+JUDGED_BYTES, DRAWN_BYTES = 40_000, 76
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30
@@ -120,7 +120,7 @@ class Size:
         }
         # A search of hyperparameters, and after it draws of the posterior.
         searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
-        drawn = DRAWN_BYTES * min(RANK * N * L, BLOCK) * (self.prior == "LCGP")
+        drawn = DRAWN_BYTES * min(RANK, draws_at_once(N * L)) * N * L * (self.prior == "LCGP")
         arrays = sum(BYTES[kind] * number for kind, number in entries.items())
         return LOADED + arrays + max(searched, drawn)
 

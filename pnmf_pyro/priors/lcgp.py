@@ -32,6 +32,11 @@ BLOCK = 1 << 23
 DRAWS_AT_ONCE = 4
 
 
+def draws_at_once(n_factors: int) -> int:
+    """Return how many draws of so many log-factors are worked out at once."""
+    return max(DRAWS_AT_ONCE, BLOCK // n_factors)
+
+
 class _SitePosterior(nn.Module):
     """Mean m and variance d, with the sites whose posterior they are: curvature h and pull b."""
 
@@ -231,7 +236,7 @@ class LCGP(Prior):
         posterior = self.neighborhoods.posterior
         alone = posterior.conditional_variances(h)
         variance = alone.clone()
-        at_once = max(DRAWS_AT_ONCE, BLOCK // h.numel())
+        at_once = draws_at_once(h.numel())
         for start in range(0, APART_DRAWS, at_once):
             n = min(at_once, APART_DRAWS - start)
             given_others = posterior.sample(h, n, self.seed + start, less=1.0)
@@ -287,7 +292,7 @@ class LCGP(Prior):
         """
         posterior = self.neighborhoods.posterior
         curvature = self.q.site_curvature(posterior.factor.precision_diagonal)
-        at_once = max(DRAWS_AT_ONCE, BLOCK // (self.L * self.N))
+        at_once = draws_at_once(self.L * self.N)
         V = curvature.new_empty(self.L, self.N, rank, dtype=self.dtype)
         for start in range(0, rank, at_once):
             part = V[..., start : start + at_once]
