@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.parallel import ALONE, Ranks
 
 # What stands for fixed points where a number of draws is asked for.
 FIXED = "fixed"
@@ -30,7 +31,9 @@ def two_level_points(L: int) -> Tensor:
     return signs[:, 1 : L + 1]
 
 
-def standard_normals(like: Tensor, n_draws: int | str) -> Iterator[Tensor]:
+def standard_normals(
+    like: Tensor, n_draws: int | str, ranks: Ranks = ALONE
+) -> Iterator[Tensor]:
     """Iterate over draws of standard normals of the shape (L, n) of `like`, or over the signs.
 
     The signs, for n_draws='fixed', are the same for all samples, (L, 1).
@@ -38,7 +41,7 @@ def standard_normals(like: Tensor, n_draws: int | str) -> Iterator[Tensor]:
     if n_draws == FIXED:
         yield from two_level_points(len(like)).to(like)[..., None]
     else:
-        yield from (torch.randn_like(like) for _ in range(int(n_draws)))
+        yield from (ranks.normals(like) for _ in range(int(n_draws)))
 
 
 def check_draws(name: str, value: int | str, mode: str) -> int | str:
