@@ -26,6 +26,7 @@ from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.random_state import RandomState, torch_generator
+from pnmf_pyro.models.points import DrawnForAllRanks
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
@@ -249,7 +250,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     @_registered
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""
-        return self.prior.guide(batch, batch.plate(self.N))
+        with DrawnForAllRanks(ALONE if batch.counts is None else batch.counts.ranks):
+            return self.prior.guide(batch, batch.plate(self.N))
 
     @contextmanager
     def apart(self, inherit: bool = False) -> Iterator[None]:

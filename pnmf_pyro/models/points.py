@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from pyro.distributions import Normal
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_count
@@ -42,6 +45,20 @@ def standard_normals(
         yield from two_level_points(len(like)).to(like)[..., None]
     else:
         yield from (ranks.normals(like) for _ in range(int(n_draws)))
+
+
+class DrawnForAllRanks(Messenger):
+    """Let a guide draw normal values of the samples of a rank as one process would draw them."""
+
+    def __init__(self, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+
+    def _pyro_sample(self, msg: Message) -> None:
+        q = msg["fn"]
+        if self.ranks.size > 1 and msg["value"] is None and isinstance(q, Normal):
+            msg["value"] = q.loc + q.scale * self.ranks.normals(q.loc)
+            msg["done"] = True
 
 
 def check_draws(name: str, value: int | str, mode: str) -> int | str:
