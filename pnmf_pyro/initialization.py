@@ -252,7 +252,7 @@ def _mean(of_rows: np.ndarray, ranks: Ranks) -> np.ndarray:
 
 
 def _normals_of_rows(X: Table | StoredMatrix, L: int, random: np.random.RandomState) -> np.ndarray:
-    """Return normals (N, L) of rows; of several ranks each takes its own of those of one process."""
+    """Return normals (N, L) of rows; a rank takes its own of those that one process draws."""
     ranks, n = _ranks(X), X.shape[0]
     if ranks.size == 1:
         return random.standard_normal((n, L))

@@ -34,13 +34,11 @@ class Ranks:
         Number of rows of all ranks.
     rows : slice
         Those of this one.
-    sent : int
-        Bytes of sums that this process has sent.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self.n_rows, self.rows, self.sent = 0, slice(0, 0), 0
+        self.n_rows, self.rows = 0, slice(0, 0)
 
     @property
     def leads(self) -> bool:
@@ -81,7 +79,6 @@ class Ranks:
             for other in others:
                 own += other
             dist.all_gather(shares, own)
-        self.sent += 2 * (self.size - 1) * 8 * length
         found = torch.cat(shares)[: sum(sizes)].split(sizes)
         return [one.reshape(part.shape).to(part) for one, part in zip(found, parts, strict=True)]
 

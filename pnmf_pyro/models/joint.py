@@ -115,7 +115,8 @@ def _uncertainty(
     ranks = model.ranks
     _check_finite(ranks, found.shared, found.expected)
     covariance = ranks.all_or_none(
-        lambda: joint_covariance(model.prior, found.shared, found.expected), torch.linalg.LinAlgError
+        lambda: joint_covariance(model.prior, found.shared, found.expected),
+        torch.linalg.LinAlgError,
     )
     taken = taken_by_field(model, found.shared)
     errors = loading_errors(model, found.counts, found.shared, taken)

@@ -34,9 +34,7 @@ def two_level_points(L: int) -> Tensor:
     return signs[:, 1 : L + 1]
 
 
-def standard_normals(
-    like: Tensor, n_draws: int | str, ranks: Ranks = ALONE
-) -> Iterator[Tensor]:
+def standard_normals(like: Tensor, n_draws: int | str, ranks: Ranks = ALONE) -> Iterator[Tensor]:
     """Iterate over draws of standard normals of the shape (L, n) of `like`, or over the signs.
 
     The signs, for n_draws='fixed', are the same for all samples, (L, 1).

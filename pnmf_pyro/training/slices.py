@@ -62,9 +62,7 @@ def loss_and_grads(
     return float(value)
 
 
-def _of_own_rows(
-    model: PoissonFactorization, objective: FactorizationELBO, batch: Batch
-) -> float:
+def _of_own_rows(model: PoissonFactorization, objective: FactorizationELBO, batch: Batch) -> float:
     """Add gradients and value up over the slices of a store.
 
     The prior is given the gradients of q(F) of all samples.
