@@ -1,4 +1,4 @@
-"""A fit of several processes against one: seconds of a step, ELBO, bits, and bytes that are sent."""
+"""A fit of several processes against one: seconds of a step, ELBO, bits, and bytes sent."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class Ranks:
     def sharing(self, cuts: Sequence[int]) -> tuple[Ranks, list[int]]:
         """Share out the slices of rows between cuts; return the ranks, and the cuts of this one.
 
-        Where there are fewer slices than ranks, rows are shared out; a rank without is a ValueError.
+        Where there are fewer slices than ranks, rows are shared out. A rank without rows is a
+        ValueError.
         """
         n_rows = cuts[-1]
         if n_rows < self.size:

@@ -1,4 +1,4 @@
-"""A fit of several ranks: what it may be, the rows of each, and the model of all rows at its end."""
+"""A fit of several ranks: what it may be, the rows of each, and at its end the model of all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Outline:
 
 
 def refuse(ranks: Ranks, values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for arguments of a fit, by their names, that several ranks cannot share."""
+    """Raise a ValueError for arguments of a fit, by name, that several ranks cannot share."""
     if ranks.size == 1:
         return
     odd = [k for k, one_of in ONE_OF.items() if k in values and not _is_one_of(values[k], one_of)]

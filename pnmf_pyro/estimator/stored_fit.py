@@ -71,7 +71,7 @@ def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
             return False
         sparse = not hasattr(table, "shape") and "data" in table
         n_stored = table["data"].shape[0] if sparse else np.prod(getattr(table, "shape", 0))
-    return _too_many(processes(), n_stored)
+    return _too_many(processes(), int(n_stored))
 
 
 def _too_many(ranks: Ranks, n_stored: int) -> bool:
