@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import pnmf_pyro
-from benchmarks import coverage, forecast, hidden, local, ours, peers, stored, tables, trust
+from benchmarks import coverage, forecast, hidden, local, ours, peers, ranks, stored, tables, trust
 from benchmarks import spatial as places
 from benchmarks.durability import all_killed
 from benchmarks.labels import labels
@@ -56,6 +56,7 @@ BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recove
 BENCHMARKS["coverage"] = coverage.coverage
 BENCHMARKS["labels"] = labels
 BENCHMARKS["stored"] = stored.stored
+BENCHMARKS |= {one.__name__: one for one in (ranks.ranks, ranks.rank)}
 BENCHMARKS |= {one.__name__: one for one in (local.lcgp, local.local_fit)}
 BENCHMARKS |= {one.__name__: one for one in (local.local_bound, local.local_step)}
 

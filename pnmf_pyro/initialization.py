@@ -15,6 +15,7 @@ from torch import Tensor
 from pnmf_pyro.data.checks import check_choice, check_count, check_matrix, check_positive
 from pnmf_pyro.data.counts import Counts, CountsLike, Table
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.data.stored import StoredCounts, StoredMatrix, decomposition_by_passes
 
@@ -25,6 +26,9 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 # Multiplicative updates of factors from loadings that are given; the fit goes on from there.
 UPDATES = 30
+
+# Rows whose normals are drawn at once for other ranks.
+BLOCK_ROWS = 1 << 16
 
 # Smallest factor kept before taking logs, relative to the component's mean.
 FLOOR = 1e-2
@@ -88,13 +92,14 @@ def initialize_factors(
     check_count("n_components", n_components)
     check_positive("target_std", target_std)
     matrix = X if isinstance(X, StoredMatrix) else check_matrix(X).numpy()
+    shape = matrix.counts.whole_shape if isinstance(matrix, StoredMatrix) else matrix.shape
     if init is None:
-        init = "nndsvda" if n_components <= min(matrix.shape) else "random"
+        init = "nndsvda" if n_components <= min(shape) else "random"
     make, limit = INITS[init]
-    if n_components > limit(matrix.shape):
+    if n_components > limit(shape):
         raise ValueError(
-            f"init={init!r} needs n_components <= {limit(matrix.shape)} for X of shape "
-            f"{matrix.shape}; got n_components={n_components}. Use init='random'."
+            f"init={init!r} needs n_components <= {limit(shape)} for X of shape "
+            f"{shape}; got n_components={n_components}. Use init='random'."
         )
     # In float64: what is zero but for rounding must not depend on the type of the numbers.
     if isinstance(matrix, StoredMatrix):
@@ -104,7 +109,7 @@ def initialize_factors(
         wide, dtype = matrix.astype(np.float64, copy=False), matrix.dtype
     exp_F, W = make(wide, n_components, check_random_state(random_state))
     if scale_log_mu:
-        W, exp_F = _scale_log(W, exp_F, target_std)
+        W, exp_F = _scale_log(W, exp_F, target_std, _ranks(matrix))
     return W.astype(dtype), exp_F.astype(dtype)
 
 
@@ -122,7 +127,8 @@ def start_values(
     """
     if isinstance(init, np.ndarray):
         return _from_loadings(counts, n_components, init, size_factors)
-    matrix = StoredMatrix(counts) if isinstance(counts, StoredCounts) else counts.numpy()
+    by_blocks = isinstance(counts, StoredCounts) or counts.ranks.size > 1
+    matrix = StoredMatrix(counts) if by_blocks else counts.numpy()
     if size_factors is not None:
         matrix = _divide_rows(matrix, size_factors.cpu().numpy())
     W, exp_F = initialize_factors(matrix, n_components, init, random_state)
@@ -146,7 +152,8 @@ def _from_loadings(
     for _ in range(UPDATES):
         ratio = counts.values / counts.inner(exp_F, W).clamp_min(tiny)
         exp_F = exp_F * counts.matmul(ratio, W) / rates
-    return W, exp_F.maximum(FLOOR * exp_F.mean(0)).clamp_min(tiny)
+    mean = counts.ranks.total(exp_F.sum(0)) / counts.whole_shape[0]
+    return W, exp_F.maximum(FLOOR * mean).clamp_min(tiny)
 
 
 def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
@@ -159,7 +166,7 @@ def _divide_rows(matrix: Any, divisors: np.ndarray) -> Any:
 
 def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
     typical = np.sqrt(X.mean() / L)
-    exp_F = typical * np.abs(random.standard_normal((X.shape[0], L)))
+    exp_F = typical * np.abs(_normals_of_rows(X, L, random))
     W = typical * np.abs(random.standard_normal((X.shape[1], L)))
     return exp_F, W
 
@@ -167,45 +174,55 @@ def _random(X: Table, L: int, random: np.random.RandomState) -> Factors:
 def _nndsvd(X: Any, L: int, random: np.random.RandomState) -> Factors:
     """Take the larger of the positive and the negative part of each singular pair."""
     # Random directions of features: neither a seed nor the order of the samples matters.
-    by_passes = isinstance(X, StoredMatrix)
+    by_passes, ranks = isinstance(X, StoredMatrix), _ranks(X)
     decompose = decomposition_by_passes if by_passes else partial(randomized_svd, transpose=False)
     U, S, Vt = decompose(X, L, random_state=0)
     exp_F, W = np.zeros_like(U), np.zeros_like(Vt.T)
-    exp_F[:, 0], W[:, 0] = (
-        np.sqrt(S[0]) * _without_rounding(np.abs(part)) for part in (U[:, 0], Vt[0])
-    )
+    exp_F[:, 0] = np.sqrt(S[0]) * _without_rounding(np.abs(U[:, 0]), ranks)
+    W[:, 0] = np.sqrt(S[0]) * _without_rounding(np.abs(Vt[0]))
     for k in range(1, L):
         parts = [(np.maximum(sign * U[:, k], 0), np.maximum(sign * Vt[k], 0)) for sign in (1, -1)]
-        norms = [np.linalg.norm(u) * np.linalg.norm(v) for u, v in parts]
-        best = int(np.argmax(norms))
-        if norms[best] > 0:
-            u, v = (_without_rounding(part) / np.linalg.norm(part) for part in parts[best])
-            exp_F[:, k], W[:, k] = (np.sqrt(S[k] * norms[best]) * part for part in (u, v))
+        lengths = [(_norm(u, ranks), np.linalg.norm(v)) for u, v in parts]
+        best = int(np.argmax([of_u * of_v for of_u, of_v in lengths]))
+        (u, v), (of_u, of_v) = parts[best], lengths[best]
+        if of_u * of_v > 0:
+            size = np.sqrt(S[k] * of_u * of_v)
+            exp_F[:, k] = size * _without_rounding(u, ranks) / of_u
+            W[:, k] = size * _without_rounding(v) / of_v
     return exp_F, W
 
 
-def _without_rounding(part: np.ndarray) -> np.ndarray:
+def _norm(part: np.ndarray, ranks: Ranks) -> float:
+    """Length of a vector of which each rank has its own rows."""
+    return float(np.linalg.norm(ranks.gathered(np.linalg.norm(part))))
+
+
+def _without_rounding(part: np.ndarray, ranks: Ranks = ALONE) -> np.ndarray:
     """Return entries, those that are zero but for the rounding of the decomposition as zero."""
-    return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * part.max(), part, 0)
+    largest = max(ranks.gathered(part.max()))
+    return np.where(part > np.sqrt(np.finfo(part.dtype).eps) * largest, part, 0)
 
 
 def _nndsvda(X: Table, L: int, random: np.random.RandomState) -> Factors:
     exp_F, W = _nndsvd(X, L, random)
-    return np.where(exp_F > 0, exp_F, X.mean()), np.where(W > 0, W, X.mean())
+    mean = X.mean()
+    return np.where(exp_F > 0, exp_F, mean), np.where(W > 0, W, mean)
 
 
 def _nndsvdar(X: Table, L: int, random: np.random.RandomState) -> Factors:
-    def fill(part: np.ndarray) -> np.ndarray:
-        small = np.abs(X.mean() * random.standard_normal(part.shape) / 100)
-        return np.where(part > 0, part, small)
+    def fill(part: np.ndarray, normals: np.ndarray) -> np.ndarray:
+        return np.where(part > 0, part, np.abs(mean * normals / 100))
 
     exp_F, W = _nndsvd(X, L, random)
-    return fill(exp_F), fill(W)
+    mean, of_rows = X.mean(), _normals_of_rows(X, L, random)
+    return fill(exp_F, of_rows), fill(W, random.standard_normal(W.shape))
 
 
 def _biwhitened(X: Any, L: int, random: np.random.RandomState) -> Factors:
-    rows, columns = (_floored(np.asarray(X.sum(axis)).ravel()) for axis in (1, 0))
-    a, b = (np.sqrt(one / np.sqrt(rows.sum())) for one in (rows, columns))
+    ranks = _ranks(X)
+    rows = _floored(np.asarray(X.sum(1)).ravel(), ranks)
+    columns = _floored(np.asarray(X.sum(0)).ravel())
+    a, b = (np.sqrt(one / np.sqrt(_sum(rows, ranks))) for one in (rows, columns))
     if isinstance(X, StoredMatrix):
         whitened = X.divided(a, b)
     else:
@@ -214,9 +231,40 @@ def _biwhitened(X: Any, L: int, random: np.random.RandomState) -> Factors:
     return exp_F * a[:, None], W * b[:, None]
 
 
-def _floored(totals: np.ndarray) -> np.ndarray:
+def _floored(totals: np.ndarray, ranks: Ranks = ALONE) -> np.ndarray:
     """Return totals raised where a single count divided by them would be the largest of all."""
-    return np.maximum(totals, LEAST_TOTAL * (totals.mean() or 1.0))
+    return np.maximum(totals, LEAST_TOTAL * (_mean(totals, ranks) or 1.0))
+
+
+def _ranks(X: Table | StoredMatrix) -> Ranks:
+    """Return the processes among which the rows of a matrix are shared out."""
+    return X.ranks if isinstance(X, StoredMatrix) else ALONE
+
+
+def _sum(of_rows: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """Return sums over the rows of all ranks."""
+    return ranks.total(torch.from_numpy(np.atleast_1d(of_rows.sum(0)))).numpy()
+
+
+def _mean(of_rows: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """Return means over the rows of all ranks."""
+    return _sum(of_rows, ranks) / sum(ranks.gathered(len(of_rows)))
+
+
+def _normals_of_rows(X: Table | StoredMatrix, L: int, random: np.random.RandomState) -> np.ndarray:
+    """Return normals (N, L) of rows; a rank takes its own of those that one process draws."""
+    ranks, n = _ranks(X), X.shape[0]
+    if ranks.size == 1:
+        return random.standard_normal((n, L))
+    _draw_away(random, ranks.rows.start, L)
+    found = random.standard_normal((n, L))
+    _draw_away(random, ranks.n_rows - ranks.rows.stop, L)
+    return found
+
+
+def _draw_away(random: np.random.RandomState, n: int, L: int) -> None:
+    for start in range(0, n, BLOCK_ROWS):
+        random.standard_normal((min(BLOCK_ROWS, n - start), L))
 
 
 def _k_means(X: Table, L: int, random: np.random.RandomState) -> Factors:
@@ -239,11 +287,12 @@ INITS: dict[str, tuple[Callable[..., Factors], Callable[[tuple[int, int]], float
 }
 
 
-def _scale_log(W: np.ndarray, exp_F: np.ndarray, target_std: float) -> Factors:
-    totals = exp_F.sum(0)
-    floor = np.maximum(FLOOR * exp_F.mean(0), np.finfo(exp_F.dtype).tiny)
+def _scale_log(W: np.ndarray, exp_F: np.ndarray, target_std: float, ranks: Ranks) -> Factors:
+    totals = _sum(exp_F, ranks)
+    floor = np.maximum(FLOOR * _mean(exp_F, ranks), np.finfo(exp_F.dtype).tiny)
     log_F = np.log(np.maximum(exp_F, floor))
-    spread = log_F.std(0)
-    log_F = (log_F - log_F.mean(0)) * (target_std / np.where(spread > 1e-6, spread, 1))
+    log_F -= _mean(log_F, ranks)
+    spread = np.sqrt(_mean(np.square(log_F), ranks))
+    log_F *= target_std / np.where(spread > 1e-6, spread, 1)
     exp_F = np.exp(log_F)
-    return W * (totals / exp_F.sum(0)), exp_F
+    return W * (totals / _sum(exp_F, ranks)), exp_F

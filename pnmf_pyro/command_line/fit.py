@@ -16,11 +16,13 @@ from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.effects import add_effects, effects
 from pnmf_pyro.command_line.outputs import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
+from pnmf_pyro.command_line.processes import joined
 from pnmf_pyro.command_line.report import fit_report
 from pnmf_pyro.command_line.stored import fit_in_store, stays_in_store
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.data.parallel import Ranks
 from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.fit import fit, plan
 from pnmf_pyro.estimator.pnmf import PNMF
@@ -92,11 +94,17 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> shared.Exit:
-    """Fit, write and say how it went."""
+    """Fit, write and say how it went; of the processes of torchrun the first writes and speaks."""
+    with joined() as ranks:
+        options.quiet = options.quiet or not ranks.leads
+        return _run(options, ranks)
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
     if options.plan:
         return _plan(options)
     if stays_in_store(options):
-        return fit_in_store(options)
+        return fit_in_store(options, ranks)
     if options.out is None:
         raise ValueError("--out must name where to write results; or give --plan, to fit nothing.")
     check_results_path(options)  # before the fit takes its time
@@ -113,6 +121,8 @@ def run(options: argparse.Namespace) -> shared.Exit:
     started = time.perf_counter()
     model, settled = shared.heard(lambda: fit(table.X, coords, groups, **chosen))
     seconds = time.perf_counter() - started
+    if not ranks.leads:
+        return shared.Exit.FINE
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
     written, complete = _keep(options, model, table)

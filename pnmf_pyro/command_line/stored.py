@@ -7,6 +7,7 @@ import os
 
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.data.checks import check_output_path
+from pnmf_pyro.data.parallel import Ranks
 from pnmf_pyro.data.stores import is_store
 from pnmf_pyro.estimator.fit import fit
 from pnmf_pyro.estimator.stored_fit import exceeds_memory
@@ -35,7 +36,7 @@ def stays_in_store(options: argparse.Namespace) -> bool:
         return False
 
 
-def fit_in_store(options: argparse.Namespace) -> shared.Exit:
+def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
     """Fit by slices, and write the results into the store."""
     given = [name for name in IN_MEMORY if getattr(options, name, None)]
     if given:
@@ -60,6 +61,8 @@ def fit_in_store(options: argparse.Namespace) -> shared.Exit:
         **dict(options.set),
     }
     model, settled = shared.heard(lambda: fit(options.counts, **chosen))
+    if not ranks.leads:
+        return shared.Exit.FINE
     written = [str(options.counts)]
     if options.save_model:
         model.save(options.save_model)

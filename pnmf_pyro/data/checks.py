@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.data.atomic import check_replaceable
 from pnmf_pyro.data.counts import Counts, CountsLike, as_counts
+from pnmf_pyro.data.parallel import leads
 from pnmf_pyro.data.tables import numeric_matrix, refuse_masked
 
 Choice = TypeVar("Choice")
@@ -36,7 +37,9 @@ _listening: list[list[tuple[str, str]]] = []
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of something at the line of the user's code that led to it."""
+    """Warn of something at the line of the user's code that led to it; of ranks the first does."""
+    if not leads():
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame, level = frame.f_back, level + 1
@@ -231,18 +234,20 @@ def check_matrix(X: CountsLike) -> Counts:
 
 def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> None:
     """Warn of samples and features without counts, with their number and their names, if known."""
+    ranks, (n_samples, n_features) = counts.ranks, counts.whole_shape
     ones = counts.values.new_ones(counts.shape[0], 1)
     column_totals = counts.transposed_matmul(counts.values, ones)[:, 0]
-    _warn_empty("samples", counts.row_totals)
-    _warn_empty("features", column_totals, feature_names)
+    empty = (torch.nonzero(counts.row_totals == 0)[:, 0] + ranks.rows.start).tolist()
+    _warn_empty("samples", [i for of_rank in ranks.gathered(empty) for i in of_rank], n_samples)
+    empty = torch.nonzero(ranks.total(column_totals) == 0)[:, 0].tolist()
+    named = empty if feature_names is None else [feature_names[i] for i in empty]
+    _warn_empty("features", named, n_features)
 
 
-def _warn_empty(what: str, totals: Tensor, names: Sequence[str] | None = None) -> None:
-    empty = torch.nonzero(totals == 0)[:, 0].tolist()
+def _warn_empty(what: str, empty: Sequence[object], number: int) -> None:
     if empty:
-        shown = some_of(empty if names is None else [names[i] for i in empty])
         warn(
-            f"{len(empty)} of {len(totals)} {what} have no counts at all: {shown}. "
+            f"{len(empty)} of {number} {what} have no counts at all: {some_of(empty)}. "
             "The fit goes on; consider removing them.",
         )
 
@@ -291,12 +296,14 @@ def library_size_factors(counts: Counts, mean: float | None = None) -> np.ndarra
 
 def mean_total(counts: Counts) -> float:
     """Return what :func:`library_size_factors` divides totals by."""
-    return float(_totals(counts).mean())
+    total = counts.ranks.total(torch.from_numpy(_totals(counts)).sum())
+    return float(total / counts.whole_shape[0])
 
 
 def _totals(counts: Counts) -> np.ndarray:
     totals = counts.row_totals.cpu().numpy()
-    return np.maximum(totals, totals[totals > 0].min(initial=np.inf if totals.any() else 1.0))
+    lowest = min(counts.ranks.gathered(float(totals[totals > 0].min(initial=np.inf))))
+    return np.maximum(totals, lowest if lowest < np.inf else 1.0)
 
 
 MODES = ("simple", "expanded", "lower-bound")

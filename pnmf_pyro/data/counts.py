@@ -22,6 +22,7 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.sparse_structure import (
     check_torch_structure,
     checked_csr,
@@ -46,6 +47,7 @@ class Counts(ABC):
 
     values: Tensor
     shape: tuple[int, int]
+    ranks: Ranks = ALONE  # among which the rows of a table are shared out
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,6 +154,12 @@ class Counts(ABC):
         return self
 
     data = property(detach)
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """Shape of the table of all ranks."""
+        n = self.shape[0] if self.ranks.size == 1 else self.ranks.n_rows
+        return n, self.shape[1]
 
     def dim(self) -> int:
         """Return the number of dimensions, 2."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.checks import check_matrix
 from pnmf_pyro.data.counts import Counts, DenseCounts, SparseCounts, Table, as_counts
+from pnmf_pyro.data.parallel import ALONE, Ranks
 
 # Stored entries of a slice.
 SLICE_ENTRIES = 1 << 20
@@ -37,7 +38,7 @@ class FirstPass:
 
 
 class StoredCounts(Counts):
-    """Counts X of shape (N, D) in a store.
+    """Counts X of shape (N, D) in a store; of several ranks, each reads slices of its own alone.
 
     Parameters
     ----------
@@ -49,6 +50,13 @@ class StoredCounts(Counts):
         Number of stored entries.
     name : str
         Name of the store, for errors.
+    ranks : Ranks
+        Processes among which the rows are shared out.
+
+    Attributes
+    ----------
+    first : int
+        Number of the first row of this rank in the store.
 
     Raises
     ------
@@ -57,14 +65,25 @@ class StoredCounts(Counts):
         store that cannot be read.
     """
 
-    def __init__(self, read: Read, shape: tuple[int, int], n_stored: int, name: str):
-        self.read, self.shape, self.name = read, (int(shape[0]), int(shape[1])), name
-        N = shape[0]
+    def __init__(
+        self,
+        read: Read,
+        shape: tuple[int, int],
+        n_stored: int,
+        name: str,
+        ranks: Ranks = ALONE,
+    ):
+        N, D = (int(n) for n in shape)
+        ranks.agree(shape=(N, D), stored=n_stored)
         size = max(1, SLICE_ENTRIES * N // max(1, n_stored))
-        self._cuts = [*range(0, N, size), N]
+        self.ranks, cuts = ranks.sharing([*range(0, N, size), N])
+        self.read, self.name, self.first = read, name, cuts[0]
+        self._cuts = [cut - self.first for cut in cuts]
+        self.shape = (self._cuts[-1], D)
+        n_stored = n_stored * self._cuts[-1] // max(1, N)
         self._as_it_is: dict[int, bool] = {}
         found, dtype = FirstPass(), torch.float32
-        column_totals = torch.zeros(shape[1], dtype=torch.float64)
+        column_totals = torch.zeros(D, dtype=torch.float64)
         for _, block in self._slices(self._checked):
             dtype = torch.promote_types(dtype, block.dtype)
             totals = block.row_sums(block.values)
@@ -73,6 +92,8 @@ class StoredCounts(Counts):
             found.whole &= block.whole
             found.marks.append(_mark(block))
             column_totals += _column_totals(block)
+        for of_rank, whole in self.ranks.gathered((dtype, found.whole)):
+            dtype, found.whole = torch.promote_types(dtype, of_rank), found.whole and whole
         self._marks = dict(zip(self._cuts[:-1], found.marks, strict=True))
         self.values = torch.zeros(1, dtype=dtype).expand(n_stored)  # which takes no memory
         self.row_totals = torch.cat(found.row_totals)
@@ -155,6 +176,7 @@ class StoredCounts(Counts):
                 yield slice(start, stop), block
 
     def _read(self, start: int, stop: int) -> Table:
+        start, stop = start + self.first, stop + self.first
         try:
             table = self.read(start, stop)
         except Exception as error:  # whatever the store's library raises
@@ -173,16 +195,19 @@ class StoredCounts(Counts):
             self._as_it_is[start] = _is_plain(table, block)
             return block
         except ValueError as error:
-            raise ValueError(f"{self.name}, rows {start} to {stop - 1}: {error}") from error
+            raise ValueError(f"{self.name}, {self._named(start, stop)}: {error}") from error
 
     def _unchanged(self, start: int, stop: int) -> Counts:
         block = self._typed(self._read(start, stop), self._as_it_is[start])
         if _mark(block) != self._marks[start]:
             raise ValueError(
-                f"{self.name} changed while it was read: rows {start} to {stop - 1} are not what "
+                f"{self.name} changed while it was read: {self._named(start, stop)} are not what "
                 "they were. Fit a copy that nothing writes to."
             )
         return block
+
+    def _named(self, start: int, stop: int) -> str:
+        return f"rows {start + self.first} to {stop - 1 + self.first}"
 
     def _typed(self, table: Table, as_it_is: bool = False) -> Counts:
         block = SparseCounts.from_scipy(table) if as_it_is else as_counts(table)
@@ -227,11 +252,15 @@ def vars_of(block: SparseCounts) -> dict[str, Any]:
 
 
 class StoredMatrix:
-    """a^-1 X b^-1 of a store in float64, with the products that a decomposition needs.
+    """a^-1 X b^-1 in float64, with the products that a decomposition needs, block by block.
+
+    Where ranks share the rows, products that are over rows are of the rows of this one, and sums
+    over rows are of all.
 
     Parameters
     ----------
-    counts : StoredCounts of shape (N, D)
+    counts : Counts of shape (N, D)
+        Counts in a store, or rows of a rank.
     rows, columns : ndarray of shape (N,) and (D,), optional
         a and b; 1 unless given.
     """
@@ -240,11 +269,11 @@ class StoredMatrix:
 
     def __init__(
         self,
-        counts: StoredCounts,
+        counts: Counts,
         rows: np.ndarray | None = None,
         columns: np.ndarray | None = None,
     ):
-        self.counts, self.shape = counts, counts.shape
+        self.counts, self.shape, self.ranks = counts, counts.shape, counts.ranks
         self.a = np.ones(self.shape[0]) if rows is None else rows
         self.b = np.ones(self.shape[1]) if columns is None else columns
 
@@ -259,7 +288,7 @@ class StoredMatrix:
         scaled = B / self.b[:, None]
         found = np.empty((self.shape[0], B.shape[1]))
         for rows, block in self.counts.blocks():
-            found[rows] = block.numpy().astype(np.float64) @ scaled
+            found[rows] = block.numpy().astype(np.float64, copy=False) @ scaled
         found /= self.a[:, None]
         return found
 
@@ -267,8 +296,9 @@ class StoredMatrix:
         """Return the product of the transpose with A, (D, K)."""
         found = np.zeros((self.shape[1], A.shape[1]))
         for rows, block in self.counts.blocks():
-            found += block.numpy().astype(np.float64).T @ (A[rows] / self.a[rows, None])
-        return found / self.b[:, None]
+            block_of_A = A[rows] / self.a[rows, None]
+            found += block.numpy().astype(np.float64, copy=False).T @ block_of_A
+        return self.ranks.total(torch.from_numpy(found)).numpy() / self.b[:, None]
 
     def sum(self, axis: int | None = None) -> np.ndarray | float:
         """Return sums along an axis, or that of all; one more pass where it is scaled."""
@@ -279,7 +309,8 @@ class StoredMatrix:
 
     def mean(self) -> float:
         """Return the mean of all entries."""
-        return float(self.sum()) / (self.shape[0] * self.shape[1])
+        N, D = self.counts.whole_shape
+        return float(self.sum()) / (N * D)
 
 
 def decomposition_by_passes(
@@ -287,16 +318,29 @@ def decomposition_by_passes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first L singular vectors and values as scikit-learn's `randomized_svd` does.
 
-    Its steps on a matrix as it is (transpose=False), with two passes over the store for each.
+    Its steps on a matrix as it is (transpose=False), with two passes over the store for each. Of U
+    each rank has its own rows.
     """
     Q = np.random.RandomState(random_state).normal(size=(X.shape[1], L + 10))
-    for _ in range(7 if min(X.shape) > 10 * L else 4):
-        Q, _ = linalg.lu(X @ Q, permute_l=True, overwrite_a=True)
-        Q, _ = linalg.lu(X.left(Q), permute_l=True)
-    Q, _ = linalg.qr(X @ Q, mode="economic", overwrite_a=True)
+    for _ in range(7 if min(X.counts.whole_shape) > 10 * L else 4):
+        Q, _ = linalg.lu(X.left(X @ Q), permute_l=True)
+    Q = _orthonormal(X @ Q, X.ranks)
     Uhat, S, Vt = linalg.svd(X.left(Q).T, full_matrices=False)
     U = Q @ Uhat[:, :L]
-    largest = U[np.abs(U).argmax(0), np.arange(L)]
+    largest = np.stack(X.ranks.gathered(U[np.abs(U).argmax(0), np.arange(L)]))
+    largest = largest[np.abs(largest).argmax(0), np.arange(L)]
     signs = np.where(largest < 0, -1.0, 1.0)
     U *= signs
     return U, S[:L], Vt[:L] * signs[:, None]
+
+
+def _orthonormal(A: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """Return the rows of this rank of an orthonormal basis of the columns of A.
+
+    Each rank factorises its own rows, and all of them the triangles that this leaves.
+    """
+    Q, R = linalg.qr(A, mode="economic", overwrite_a=True)
+    triangles = ranks.gathered(R)
+    start = sum(len(one) for one in triangles[: ranks.rank])
+    together, _ = linalg.qr(np.concatenate(triangles), mode="economic")
+    return Q @ together[start : start + len(R)]

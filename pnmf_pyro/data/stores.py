@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pnmf_pyro.data.counts import Table
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.stored import StoredCounts
 
 ENDINGS = (".h5ad", ".zarr")
@@ -73,7 +74,9 @@ def gather_metadata(path: Path) -> None:
             needed("zarr").consolidate_metadata(str(path))
 
 
-def stored_counts(store: Any, name: str, layer: str | None = None) -> StoredCounts:
+def stored_counts(
+    store: Any, name: str, layer: str | None = None, ranks: Ranks = ALONE
+) -> StoredCounts:
     """Return the counts of a store that is open, X or a layer; its first pass is made at once."""
     where = "X" if layer is None else f"layers/{layer}"
     if where not in store:
@@ -81,7 +84,7 @@ def stored_counts(store: Any, name: str, layer: str | None = None) -> StoredCoun
         raise ValueError(f"{name} has no {where}; its layers are {layers}.")
     table = store[where]
     if hasattr(table, "shape"):
-        return StoredCounts(lambda a, b: table[a:b], table.shape, table.size, name)
+        return StoredCounts(lambda a, b: table[a:b], table.shape, table.size, name, ranks)
     sparse_dataset = getattr(needed("anndata.io"), "sparse_dataset", None)
     if sparse_dataset is None:
         raise ImportError("Stores need anndata of version 0.11 or later: pip install -U anndata")
@@ -100,4 +103,4 @@ def stored_counts(store: Any, name: str, layer: str | None = None) -> StoredCoun
         found: Table = dataset[start:stop]
         return found
 
-    return StoredCounts(read, shape, n_stored, name)
+    return StoredCounts(read, shape, n_stored, name, ranks)

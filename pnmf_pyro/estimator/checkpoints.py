@@ -41,9 +41,12 @@ class Unkept:
     ----------
     found : dict or None
         State of a fit that was stopped.
+    path : Path or None
+        File in which the fit is kept.
     """
 
     found: State | None = None
+    path: Path | None = None
 
     def open(self, settings: HasParameters, data: Data) -> None:
         """Read what there is of a fit with these parameters and data."""
@@ -83,7 +86,8 @@ class Checkpoint(Unkept):
             raise ValueError(
                 f"checkpoint must be the name of a file, such as 'run.ckpt'; got {path!r}."
             )
-        self.path, self.every = Path(os.fsdecode(path)), float(every)
+        self.path: Path = Path(os.fsdecode(path))
+        self.every = float(every)
         if not self.path.parent.is_dir():
             raise ValueError(
                 f"checkpoint must be in an existing folder; there is no {self.path.parent}."
@@ -173,12 +177,9 @@ def identity_of(settings: HasParameters, data: Data) -> State:
             f"random_state to a whole number. It is {seed!r}."
         )
     try:
-        parameters = plain_parameters(settings)
+        parameters = parameters_of(settings)
     except ValueError as error:
         raise ValueError(f"checkpoint cannot keep this fit: {error}") from error
-    init = settings.get_params(deep=False)["init"]
-    starts = init if isinstance(init, list | tuple) else [init]
-    parameters["init"] = [_hash(s) if isinstance(s, np.ndarray) else s for s in starts]
     places = data.places
     X: Any = data.counts.numpy()
     stored = (X,) if isinstance(X, np.ndarray) else (X.data, X.indices, X.indptr)
@@ -186,18 +187,31 @@ def identity_of(settings: HasParameters, data: Data) -> State:
     labels = [] if data.groups is None else [plain_label(one) for one in data.groups.names]
     design = None if data.design is None else data.design.plain(plain_label)
     return {
-        "versions": {"pnmf_pyro": __version__, **{name: version(name) for name in PACKAGES}},
-        "parameters": {k: v for k, v in parameters.items() if k not in ASIDE}
-        | {"device": str(data.counts.device)},
+        "versions": versions(),
+        "parameters": parameters | {"device": str(data.counts.device)},
         "data": {
-            "X": _hash(X.shape, *stored),
-            "size_factors": _hash(data.size_factors),
-            "mask": _hash(*hidden),
-            "coordinates": _hash(None if places is None else places.coordinates),
-            "groups": _hash(labels, None if places is None else places.groups),
-            "batches or covariates": _hash(design, data.rows),
+            "X": hash_of(X.shape, *stored),
+            "size_factors": hash_of(data.size_factors),
+            "mask": hash_of(*hidden),
+            "coordinates": hash_of(None if places is None else places.coordinates),
+            "groups": hash_of(labels, None if places is None else places.groups),
+            "batches or covariates": hash_of(design, data.rows),
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that compute."""
+    return {"pnmf_pyro": __version__, **{name: version(name) for name in PACKAGES}}
+
+
+def parameters_of(settings: HasParameters) -> State:
+    """Return the parameters that say what is found, loadings to start from as hashes."""
+    parameters = plain_parameters(settings)
+    init = settings.get_params(deep=False)["init"]
+    starts = init if isinstance(init, list | tuple) else [init]
+    parameters["init"] = [hash_of(s) if isinstance(s, np.ndarray) else s for s in starts]
+    return {name: value for name, value in parameters.items() if name not in ASIDE}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -213,7 +227,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [*told, *(f"{name} has changed" for name in names)]
 
 
-def _hash(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """Return a hash of arrays, with their shapes and types, and of plain values."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnmf_pyro.data.memory import available_memory, held_memory
+from pnmf_pyro.data.parallel import ALONE
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.calibration import Calibration
 from pnmf_pyro.estimator.coarse import places_of_bins
@@ -161,8 +163,10 @@ def plan_of(settings: Settings, data: Data) -> Plan:
 
 def announced(settings: Settings, data: Data) -> Sequence[StageCost]:
     """Print the plan of a fit that is `verbose` to standard error; return the costs of stages."""
-    if not settings.verbose:
+    if not settings.verbose or not data.counts.ranks.leads:
         return ()
+    data = replace(data, counts=copy.copy(data.counts))  # those of this rank, as if it were alone
+    data.counts.ranks = ALONE
     try:
         plan = plan_of(settings, data)
     except (ArithmeticError, RuntimeError, ValueError) as error:  # of a sample, not of the fit

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils.validation import validate_data
 
 from pnmf_pyro.data.checks import (
+    check_array,
     check_counts,
     check_device,
     check_size_factors,
@@ -202,8 +203,10 @@ def _of_store(settings: Any, counts: StoredCounts, size_factors: ArrayLike | Non
     warn_not_whole(counts)
     warn_empty(counts)
     settings.n_features_in_ = counts.shape[1]
-    s = check_size_factors(size_factors, counts)
-    return Data(counts, s, mean_total=mean_total(counts) if isinstance(size_factors, str) else None)
+    total = mean_total(counts) if isinstance(size_factors, str) else None
+    if counts.ranks.size > 1 and size_factors is not None and total is None:
+        size_factors = check_array("size_factors", size_factors)[counts.ranks.rows]
+    return Data(counts, check_size_factors(size_factors, counts), mean_total=total)
 
 
 def feature_names(X: object) -> np.ndarray | None:
@@ -250,7 +253,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
 
 def _check_size(settings: Settings, X: Any, limited: bool) -> None:
     """Raise a ValueError for a fit that is too large for its data, or for the memory there is."""
-    N, D = X.shape
+    N, D = X.whole_shape if isinstance(X, Counts) else X.shape
     if settings.n_components > max(N, D) > 0:
         raise ValueError(
             f"n_components={settings.n_components} is larger than both n_samples={N} and "

@@ -64,6 +64,7 @@ def make_model(
         size_factors=data.exposure(),
         likelihood=likelihood_part(settings, data.counts.shape[1]),
     )
+    model.ranks = data.counts.ranks
     return model.to(data.counts.device)
 
 

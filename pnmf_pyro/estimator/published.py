@@ -9,6 +9,7 @@ import numpy as np
 
 from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
+from pnmf_pyro.data.parallel import processes
 from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
@@ -17,6 +18,7 @@ from pnmf_pyro.estimator.likelihood import chosen_likelihood
 from pnmf_pyro.estimator.parameters import check_parameters
 from pnmf_pyro.estimator.plan import fit_by_plan
 from pnmf_pyro.estimator.results import effects_of
+from pnmf_pyro.estimator.shares import agree_on_fit, of_all_rows, own_rows
 from pnmf_pyro.models import PoissonFactorization
 
 
@@ -33,6 +35,8 @@ def fit_and_publish(
     """Fit an estimator, see :meth:`PNMF.fit`; one that fails is left as it was."""
     check_callback(callback, interval)
     check_parameters(estimator)
+    ranks = processes()
+    agree_on_fit(ranks, estimator, scales, callback=callback, checkpoint=checkpoint.path)
     warn_without_effect(estimator)
     before = vars(estimator).copy()
 
@@ -42,7 +46,7 @@ def fit_and_publish(
             callback(estimator, iteration, elbo)
 
     try:
-        data = read_data(estimator, X, coordinates, groups, scales)
+        data = own_rows(ranks, read_data(estimator, X, coordinates, groups, scales))
         estimator.groups_ = None if data.groups is None else data.groups.names
         estimator.group_columns_ = None if data.groups is None else data.groups.columns
         estimator.mean_total_, estimator.design_ = data.mean_total, data.design
@@ -52,6 +56,7 @@ def fit_and_publish(
         estimator.likelihood_, estimator.likelihood_densities_ = chosen
         fitted = fit_by_plan(estimator, data, report, announced(estimator, data), checkpoint)
         model, estimator.history_, (estimator.elbo_, estimator.elbo_se_) = fitted
+        model = of_all_rows(estimator, data, model)
         estimator._publish(model)
         estimator.n_iter_ = len(estimator.history_)
     except BaseException:

@@ -97,7 +97,7 @@ def training_of(
     named = settings.prior is None  # the scale of an object is its own
     if settings.scale_pf == "auto" and named:
         plain = [part for part in model.prior.parts if isinstance(part, GaussianPrior)]
-        steps += [(ClosedFormScale(part, least_scale), for_W) for part in plain]
+        steps += [(ClosedFormScale(part, least_scale, model.ranks), for_W) for part in plain]
     if moves_factors:
         beside = [*model.own_steps(loadings is None), *effect_steps(model)]
         steps += [(step, for_W) for step in beside]

@@ -6,15 +6,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
 from pnmf_pyro.data.memory import available_memory
+from pnmf_pyro.data.parallel import Ranks, processes
 from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, add_results
+from pnmf_pyro.estimator.checkpoints import hash_of
 from pnmf_pyro.estimator.inputs import Scales
+from pnmf_pyro.estimator.shares import refuse
 from pnmf_pyro.estimator.size import BYTES
 
 if TYPE_CHECKING:
@@ -38,17 +41,26 @@ def fit_store(
             f"{path} is read-only, and the results are written into it. Make it writable, or fit "
             "a copy."
         )
+    ranks, io = processes(), needed("anndata.io")
+    refuse(ranks, parameters)
     with opened(path) as store:
         _refuse_places(path, store, keys, parameters)
-        model = train(stored_counts(store, str(path), keys.layer))
-        results = _without_counts(store)
-    model.feature_names_in_ = np.asarray(results.var_names, dtype=object)
+        names = np.asarray(io.read_elem(store["var"]).index, dtype=object)
+        ranks.agree(features=hash_of(list(names)), size_factors=hash_of(scales.size_factors))
+        model = train(stored_counts(store, str(path), keys.layer, ranks))
+        results = _without_counts(store) if ranks.leads else None
+    model.feature_names_in_ = names
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
+    ranks.by_first(lambda: _write(path, keys, cast("AnnData", results), model))
+    return model
+
+
+def _write(path: str | os.PathLike, keys: AnnDataKeys, results: AnnData, model: Any) -> None:
+    """Write what was found of a store into it."""
     add_results(results, model, keys.key_added)
     if keys.layer is not None:
         results.uns[keys.key_added]["layer"] = keys.layer
     write_elements(path, _elements(results, keys.key_added))
-    return model
 
 
 def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
@@ -59,7 +71,12 @@ def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
             return False
         sparse = not hasattr(table, "shape") and "data" in table
         n_stored = table["data"].shape[0] if sparse else np.prod(getattr(table, "shape", 0))
-    return bool(BYTES["count"] * n_stored > available_memory())
+    return _too_many(processes(), int(n_stored))
+
+
+def _too_many(ranks: Ranks, n_stored: int) -> bool:
+    """Say whether so many counts, in the memory of each rank, would take more than there is."""
+    return any(ranks.gathered(ranks.size * BYTES["count"] * n_stored > available_memory()))
 
 
 def large_table(
@@ -76,9 +93,13 @@ def large_table(
     name = str(adata.filename) if adata.isbacked else "adata"
     group = getattr(X, "group", None)
     n_stored = int(np.prod(X.shape)) if group is None else int(group["data"].shape[0])
-    if BYTES["count"] * n_stored <= available_memory():
+    ranks = processes()
+    if not _too_many(ranks, n_stored):
         return None
     _refuse_what_needs_memory(name, keys, scales, parameters)
+    refuse(ranks, parameters)
+    names = hash_of(list(adata.var_names))
+    ranks.agree(features=names, size_factors=hash_of(scales.size_factors))
     if keys.spatial_key is not None and keys.spatial_key in adata.obsm:
         _say_no_space(name, keys.spatial_key)
 
@@ -86,7 +107,7 @@ def large_table(
         rows = X[start:stop]
         return rows.compute() if hasattr(rows, "compute") else rows
 
-    return StoredCounts(read, X.shape, n_stored, name)
+    return StoredCounts(read, X.shape, n_stored, name, ranks)
 
 
 def _refuse_what_needs_memory(

@@ -30,11 +30,14 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
     """Say what is wrong with a fit, the worst first."""
     q, W = model.prior.marginal(), model.W.data
     factors = (q.loc + q.variance / 2).exp().mT.contiguous().to(W)
-    if not all(part.isfinite().all() for part in (q.loc, q.scale, factors, W, torch.tensor(elbo))):
+    parts = (q.loc, q.scale, factors, W, torch.tensor(elbo))
+    odd = torch.tensor(float(not all(part.isfinite().all() for part in parts)))
+    if counts.ranks.total(odd) > 0:
+        largest = max(counts.ranks.gathered(float(counts.values.max())))
         return (
             f"The fit is not usable: its factors, loadings or ELBO (elbo_ = {elbo:g}) are not "
-            f"finite. The largest count is {float(counts.values.max()):g}: is it a count? Remove "
-            "such entries, or fit with pnmf_pyro.fit."
+            f"finite. The largest count is {largest:g}: is it a count? Remove such entries, or fit "
+            "with pnmf_pyro.fit."
         )
     s = torch.ones_like(factors[:, :1])
     if model.size_factors is not None:
@@ -63,10 +66,14 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
 def _of_means(counts: Counts, exposure: Exposure) -> float:
     """Log-likelihood of the rates e_ij m_j with m the total of each feature over that of e."""
     ones = counts.values.new_ones(counts.shape[0], 1)
-    totals = counts.transposed_matmul(counts.values, ones).double()
-    size = exposure.totals(ones).double().clamp_min(torch.finfo(torch.float64).tiny)
+    totals, size, constant = counts.ranks.totals(
+        counts.transposed_matmul(counts.values, ones).double(),
+        exposure.totals(ones).double(),
+        (exposure.log_at(counts) - counts.log_factorials).sum(),
+    )
+    size = size.clamp_min(torch.finfo(torch.float64).tiny)
     fitted = torch.xlogy(totals, totals / size).sum() - totals.sum()
-    return float(fitted + (exposure.log_at(counts) - counts.log_factorials).sum())
+    return float(fitted + constant)
 
 
 def _rise_left(
@@ -76,12 +83,13 @@ def _rise_left(
 
     Steps rise less and less: where the first is too small for all to be `enough`, it is the last.
     """
-    totals = expected.sum(0, dtype=torch.float64)
+    totals = counts.ranks.total(expected.sum(0, dtype=torch.float64))
     divisor = totals.to(W).clamp_min(torch.finfo(W.dtype).tiny)
     bounds = []
     for _ in range(STEPS + 1):
         values, _, gradient = log_rate_with_gradients(counts, typical, W)
-        bounds.append(float(values.sum() - totals @ W.sum(0, dtype=torch.float64)))
+        value, gradient = counts.ranks.totals(values.sum(), gradient)
+        bounds.append(float(value - totals @ W.sum(0, dtype=torch.float64)))
         if len(bounds) == 2 and STEPS * (bounds[1] - bounds[0]) <= enough:
             break
         W = W * gradient / divisor

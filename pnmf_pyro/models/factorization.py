@@ -24,7 +24,9 @@ from pnmf_pyro.data.batches import Batch, take
 from pnmf_pyro.data.checks import MODES, check_choice, check_data, like_data
 from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.exposure import Exposure, as_exposure
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.random_state import RandomState, torch_generator
+from pnmf_pyro.models.points import DrawnForAllRanks
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
 from pnmf_pyro.priors import Prior
@@ -102,6 +104,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         :class:`~pnmf_pyro.models.loading_errors.LoadingErrors`.
     D, N, L : int
         Number of features, samples and components.
+    ranks : Ranks
+        Processes among which the samples of a fit are shared out, while it trains.
 
     Examples
     --------
@@ -117,6 +121,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
 
     loading_blocks: Tensor | None
     loading_coupling: Tensor | None
+    ranks: Ranks = ALONE
 
     def __init__(
         self,
@@ -245,7 +250,8 @@ class PoissonFactorization(ReferenceModel, nn.Module):
     @_registered
     def guide(self, batch: Batch = ALL) -> Tensor:
         """Draw F from q."""
-        return self.prior.guide(batch, batch.plate(self.N))
+        with DrawnForAllRanks(ALONE if batch.counts is None else batch.counts.ranks):
+            return self.prior.guide(batch, batch.plate(self.N))
 
     @contextmanager
     def apart(self, inherit: bool = False) -> Iterator[None]:
@@ -316,12 +322,14 @@ class PoissonFactorization(ReferenceModel, nn.Module):
             factors = self._expected_factors(batch)
             X = cast(PoissonFactors, self.likelihood(factors, batch))
             totals = X.totals(cast(Counts, batch.counts), factors)
-            return self.N / factors.shape[1] * totals, self._levels(factors, batch)
+            totals = self.N / factors.shape[1] * totals
+            totals, levels = self.ranks.totals(totals, self._levels(factors, batch))
+            return totals, levels
 
     def levels(self, batch: Batch = ALL) -> Tensor:
         """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
         with torch.no_grad():
-            return self._levels(self._expected_factors(batch), batch)
+            return self.ranks.total(self._levels(self._expected_factors(batch), batch))
 
     def _levels(self, factors: Tensor, batch: Batch) -> Tensor:
         scaled = self.exposure.of(batch.samples, None).scaled(factors)

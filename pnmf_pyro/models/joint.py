@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients, second_moments
+from pnmf_pyro.data.parallel import Ranks
 from pnmf_pyro.models.effects import effect_errors
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.joint_fields import field_draws, taken_by_field
@@ -111,8 +112,12 @@ def _uncertainty(
 
     Where they are no finite numbers, that is a LinAlgError.
     """
-    _check_finite(found.shared, found.expected)
-    covariance = joint_covariance(model.prior, found.shared, found.expected)
+    ranks = model.ranks
+    _check_finite(ranks, found.shared, found.expected)
+    covariance = ranks.all_or_none(
+        lambda: joint_covariance(model.prior, found.shared, found.expected),
+        torch.linalg.LinAlgError,
+    )
     taken = taken_by_field(model, found.shared)
     errors = loading_errors(model, found.counts, found.shared, taken)
     if covariance is None or errors is None:
@@ -122,17 +127,18 @@ def _uncertainty(
         held, variance = drawn
         wider = variance / covariance[:, diagonal_numbers(model.L)].mean(0)
         covariance = scaled(covariance, wider.clamp_min(1).sqrt().to(covariance)[None])
-        _check_finite(covariance, *errors, held)
+        _check_finite(ranks, covariance, *errors, held)
         return covariance, errors, held
     if model.W.requires_grad:  # otherwise they are known
         more = covariance_from_loadings(model, found.counts, found.shared, covariance, errors)
         # Errors never take from a variance, as numbers of a fit far from its optimum may say.
         adds = (more[:, diagonal_numbers(model.L)] >= 0).all(1, keepdim=True)
         covariance += torch.where(adds, more, 0)
-    _check_finite(covariance, *errors)
+    _check_finite(ranks, covariance, *errors)
     return covariance, errors, None
 
 
-def _check_finite(*tensors: Tensor) -> None:
-    if not all(bool(one.isfinite().all()) for one in tensors):
+def _check_finite(ranks: Ranks, *tensors: Tensor) -> None:
+    odd = sum((~one.isfinite()).sum() for one in tensors)
+    if ranks.total(torch.as_tensor(odd)) > 0:
         raise torch.linalg.LinAlgError("numbers that are not finite")

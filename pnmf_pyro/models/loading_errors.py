@@ -97,8 +97,9 @@ def loading_errors(
     apart = model.prior.apart_from_own(torch.zeros(A.T.shape, dtype=torch.float64))
     if apart is None:
         return None
-    covariance = inverses(shared, apart)
-    given, alone = _blocks(counts, A, W, covariance)
+    ranks = model.ranks
+    covariance = ranks.all_or_none(lambda: inverses(shared, apart), torch.linalg.LinAlgError)
+    given, alone = ranks.totals(*_blocks(counts, A, W, covariance))
     spread = torch.maximum(RELATIVE_SPREAD * W, 1 / model.levels()).double()
     for blocks in (given, alone):
         blocks.diagonal(dim1=-2, dim2=-1).add_(spread.square().reciprocal())
@@ -107,7 +108,9 @@ def loading_errors(
         torch.einsum("jm,jk,jlp->mlkp", W, W, blocks).reshape(L * L, L * L)
         for blocks in (given, alone)
     )
-    joint = of_given - (_coupling(A, shared, covariance) if taken is None else taken)
+    if taken is None:
+        taken = ranks.total(_coupling(A, shared, covariance))
+    joint = of_given - taken
     coupling = _inverse(joint) - _inverse(of_alone)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(alone))
     rows, columns = packed_numbers(L, W.device)

@@ -14,9 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from pyro.distributions import Normal
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_count
+from pnmf_pyro.data.parallel import ALONE, Ranks
 
 # What stands for fixed points where a number of draws is asked for.
 FIXED = "fixed"
@@ -30,7 +34,7 @@ def two_level_points(L: int) -> Tensor:
     return signs[:, 1 : L + 1]
 
 
-def standard_normals(like: Tensor, n_draws: int | str) -> Iterator[Tensor]:
+def standard_normals(like: Tensor, n_draws: int | str, ranks: Ranks = ALONE) -> Iterator[Tensor]:
     """Iterate over draws of standard normals of the shape (L, n) of `like`, or over the signs.
 
     The signs, for n_draws='fixed', are the same for all samples, (L, 1).
@@ -38,7 +42,21 @@ def standard_normals(like: Tensor, n_draws: int | str) -> Iterator[Tensor]:
     if n_draws == FIXED:
         yield from two_level_points(len(like)).to(like)[..., None]
     else:
-        yield from (torch.randn_like(like) for _ in range(int(n_draws)))
+        yield from (ranks.normals(like) for _ in range(int(n_draws)))
+
+
+class DrawnForAllRanks(Messenger):
+    """Let a guide draw normal values of the samples of a rank as one process would draw them."""
+
+    def __init__(self, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+
+    def _pyro_sample(self, msg: Message) -> None:
+        q = msg["fn"]
+        if self.ranks.size > 1 and msg["value"] is None and isinstance(q, Normal):
+            msg["value"] = q.loc + q.scale * self.ranks.normals(q.loc)
+            msg["done"] = True
 
 
 def check_draws(name: str, value: int | str, mode: str) -> int | str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.priors.gaussian import GaussianPrior
 from pnmf_pyro.priors.natural import Step
 
@@ -155,14 +156,16 @@ class ClosedFormScale(Step):
     least : float
         Smallest scale. The `lower-bound` mode makes little of counts that vary less than a Poisson,
         such as presences, and would lead from there to factors that are all alike.
+    ranks : Ranks
+        Processes among which the samples are shared out.
 
     Notes
     -----
     A step of size `lr` below 1 goes that fraction of the way, in scale^2.
     """
 
-    def __init__(self, prior: GaussianPrior, least: float = 0.0):
-        self.prior, self.least, self.batch = prior, least, Batch()
+    def __init__(self, prior: GaussianPrior, least: float = 0.0, ranks: Ranks = ALONE):
+        self.prior, self.least, self.batch, self.ranks = prior, least, Batch(), ranks
 
     def prepare(self, batch: Batch) -> None:
         """Take note of the batch."""
@@ -172,6 +175,9 @@ class ClosedFormScale(Step):
     def step(self) -> None:
         """Move the scale towards its optimum given q."""
         q = self.prior.marginal(self.batch.samples)
-        optimum = (q.loc.square() + q.variance).mean().clamp_min(self.least**2)
+        squares = q.loc.square() + q.variance
+        number = self.ranks.total(torch.tensor(float(squares.numel()), dtype=torch.float64))
+        optimum = self.ranks.total(squares.mean() * (squares.numel() / number))
+        optimum = optimum.clamp_min(self.least**2)
         scale = self.prior.scale_pf
         scale.copy_(scale.square().lerp(optimum, self.lr).sqrt())

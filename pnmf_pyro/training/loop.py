@@ -251,7 +251,7 @@ def evaluate_elbo(
             share = batch.counts.shape[0] / N
             with threads_for(batch, model):
                 total -= share * objective.loss(model.model, model.guide, batch)
-    return total
+    return float(model.ranks.total(torch.tensor(total, dtype=torch.float64)))
 
 
 def final_elbo(

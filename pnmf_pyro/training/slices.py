@@ -1,7 +1,8 @@
-"""Gradients of counts in a store, slice by slice: one pass over the store for each step."""
+"""Gradients of counts, slice by slice where they are in a store, and added up over all ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,14 +19,19 @@ from pnmf_pyro.models.factorization import PoissonFactorization
 def parts(batch: Batch) -> Iterator[Batch]:
     """Iterate over the slices of a batch in a store; over the batch itself where it is in memory.
 
-    Each part estimates the whole, as batches do.
+    Each part estimates the whole, as batches do. What is drawn for a slice follows from its first
+    row, so that it does not depend on which rank reads it.
     """
-    if not isinstance(batch.counts, StoredCounts):
+    counts = batch.counts
+    if not isinstance(counts, StoredCounts):
         yield batch
         return
-    for rows, counts in batch.counts.blocks():
+    seed = int(torch.randint(2**62, (1,)))
+    for rows, block in counts.blocks():
         samples = torch.arange(rows.start, rows.stop)
-        yield replace(batch, counts=counts, samples=samples)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed + counts.first + rows.start)
+            yield replace(batch, counts=block, samples=samples)
 
 
 def loss_and_grads(
@@ -33,8 +39,33 @@ def loss_and_grads(
 ) -> float:
     """Add the gradients of the negative ELBO to those of the parameters; return its value.
 
-    Of a store they are added up over its slices, and the prior is given the gradients of q(F) of
-    all samples.
+    Those of the loadings, and the value, are of the samples of all ranks.
+
+    Raises
+    ------
+    FloatingPointError
+        If the value is NaN or infinite, on all ranks.
+    """
+    try:
+        loss = _of_own_rows(model, objective, batch)
+    except FloatingPointError:
+        if model.ranks.size == 1:
+            raise
+        loss = math.nan
+    W = model.W.raw
+    slope = torch.zeros_like(W) if W.grad is None else W.grad
+    value, slope = model.ranks.totals(torch.tensor(loss, dtype=torch.float64), slope)
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"the ELBO is {-float(value)}")
+    if W.grad is not None:
+        W.grad = slope
+    return float(value)
+
+
+def _of_own_rows(model: PoissonFactorization, objective: FactorizationELBO, batch: Batch) -> float:
+    """Add gradients and value up over the slices of a store.
+
+    The prior is given the gradients of q(F) of all samples.
     """
     if not isinstance(batch.counts, StoredCounts):
         return objective.loss_and_grads(model.model, model.guide, batch)
