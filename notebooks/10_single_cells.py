@@ -79,7 +79,7 @@ pnmf_pyro.top_features(model, 5, by="specificity")
 # and rare in the others.
 
 # %%
-plotting.plot_top_features(model, 6, by="specificity");
+axes = plotting.plot_top_features(model, 6, by="specificity")
 
 # %% [markdown]
 # ## Which genes mark a programme, and how sure is it?
@@ -94,7 +94,7 @@ marks = table[(table["lfsr"] < 0.01) & (table["mean"] > 1)]
 marks.groupby("component").size().rename("genes").to_frame().T
 
 # %%
-plotting.plot_volcano(model);
+axes = plotting.plot_volcano(model)
 
 # %% [markdown]
 # Genes far to the right and high up mark the component. A gene near the bottom may be frequent in
@@ -115,12 +115,12 @@ shares = factors / factors.sum(1, keepdims=True)
 T, division = shares[:, which["T"]], shares[:, which["division"]]
 fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 ax.scatter(T, division, s=4, c=np.where(divides[~new], "tab:red", "0.6"))
-ax.set(xlabel="share of the component of T cells", ylabel="share of division");
+labels = ax.set(xlabel="share of the component of T cells", ylabel="share of division")
 
 # %% [markdown]
 # Red cells divide in truth. T cells that divide lie on the line between the two corners, and other
-# cells that divide on the left. A clustering would have put each in one corner, or made a cluster of
-# them.
+# cells that divide on the left. A clustering would have put each in one corner, or made a cluster
+# of them.
 #
 # ## New cells
 #

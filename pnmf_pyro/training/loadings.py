@@ -176,7 +176,7 @@ class ClosedFormScale(Step):
         """Move the scale towards its optimum given q."""
         q = self.prior.marginal(self.batch.samples)
         squares = q.loc.square() + q.variance
-        number = self.ranks.total(torch.tensor(float(squares.numel()), dtype=torch.float64))
+        number = sum(self.ranks.gathered(squares.numel()))
         optimum = self.ranks.total(squares.mean() * (squares.numel() / number))
         optimum = optimum.clamp_min(self.least**2)
         scale = self.prior.scale_pf
