@@ -116,6 +116,11 @@ def _kind(path: str | Path) -> str:
 def check_results_path(options: argparse.Namespace) -> None:
     """Raise an error if results cannot be written where --out says, before a fit takes its time."""
     kind = _kind(options.out)
+    if Path(options.out).suffix == ".zarr":
+        raise ValueError(
+            "--out cannot be a .zarr store for counts that are read into memory; write .h5ad, or "
+            "use pnmf_pyro.fit('cells.zarr') from Python, which writes into it."
+        )
     if kind not in ENDINGS:
         raise ValueError(
             f"--out must end in {' or '.join(ENDINGS)}, or in / for a folder of CSV files; got "

@@ -261,6 +261,13 @@ def test_outputs_of_fit_are_checked_before_it(option, folder, tmp_path, monkeypa
         one_line(capsys.readouterr(), f"{option} must")
 
 
+def test_results_do_not_go_between_the_arrays_of_a_store(folder, tmp_path, capsys):
+    (tmp_path / "cells.zarr").mkdir()
+    assert run("fit", folder / "poisson.csv", "--out", tmp_path / "cells.zarr") == 2
+    one_line(capsys.readouterr(), "--out cannot be a .zarr store")
+    assert not list((tmp_path / "cells.zarr").iterdir())
+
+
 def test_a_fault_is_no_answer(folder, monkeypatch, capsys):
     def fail(options):
         raise RuntimeError("broken")
