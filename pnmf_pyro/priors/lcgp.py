@@ -34,7 +34,7 @@ DRAWS_AT_ONCE = 4
 
 def draws_at_once(n_factors: int) -> int:
     """Return how many draws of so many log-factors are worked out at once."""
-    return max(DRAWS_AT_ONCE, BLOCK // n_factors)
+    return max(DRAWS_AT_ONCE, BLOCK // max(1, n_factors))
 
 
 class _SitePosterior(nn.Module):

@@ -29,7 +29,7 @@ from pnmf_pyro.training.given_one_side import (
 )
 from pnmf_pyro.training.loop import progress_bar, train
 from pnmf_pyro.training.schedules import OPTIMIZERS, Constant, GradientSteps
-from pnmf_pyro.transforms.results import factors_from_prior
+from pnmf_pyro.transforms.results import factors_from_prior, output
 
 
 @isolated
@@ -161,4 +161,4 @@ def transform_W(
     solve = loadings_given_factors if loss == "poisson" else least_squares_loadings
     with progress_bar(max_iter, int(verbose), "updates") as progress:
         W = solve(counts, factors, start, max_iter=max_iter, tol=tol, progress=progress)
-    return np.array(W.detach().cpu())
+    return np.asarray(output(W, False))

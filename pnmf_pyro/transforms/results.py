@@ -156,7 +156,7 @@ def get_loadings(model: Fitted, return_tensor: bool = False) -> Array:
     model, return_tensor
         As for :func:`log_factors`; a PoissonFactorization need not be trained.
     """
-    return _output(fitted_module(model).W.data, return_tensor)
+    return output(fitted_module(model).W.data, return_tensor)
 
 
 def loading_uncertainty(
@@ -186,7 +186,7 @@ def loading_uncertainty(
     covariance = errors_of_loadings(module).covariances(module.W.data)
     error = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     error = error / module.W.data if return_log else error
-    return _output(error.to(module.W.dtype), return_tensor)
+    return output(error.to(module.W.dtype), return_tensor)
 
 
 def errors_of_loadings(module: PoissonFactorization) -> LoadingErrors:
@@ -270,7 +270,8 @@ def _spreads(field: Field, variance: bool, return_tensor: bool) -> Array:
     return marginals(field, lambda q: q.variance if variance else q.scale, return_tensor)
 
 
-def _output(values: Tensor, return_tensor: bool) -> Array:
+def output(values: Tensor, return_tensor: bool) -> Array:
+    """Return a copy of values, as an array unless a tensor is asked for."""
     # A copy: training moves the parameters in place, and a caller may write into what it got.
     values = values.detach().clone(memory_format=torch.contiguous_format)
     return values if return_tensor else values.cpu().numpy()

@@ -251,7 +251,7 @@ def test_odd_annotation_costs_no_results(folder, capsys):
 
 
 def test_a_report_that_fails_costs_no_results(folder, monkeypatch, capsys):
-    monkeypatch.setattr(fit_command, "fit_report", lambda _: 1 / 0)
+    monkeypatch.setattr(fit_command, "fit_report", lambda *_, **__: 1 / 0)
     assert fit("counts.csv", "--out", "out.npz", "--report", "fit.html") == 1
     one_line(capsys, "the report is not written: division by zero; results are in out.npz")
     assert {"factors", "loadings"} <= set(np.load("out.npz"))
