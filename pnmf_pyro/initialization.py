@@ -92,7 +92,11 @@ def initialize_factors(
     check_count("n_components", n_components)
     check_positive("target_std", target_std)
     matrix = X if isinstance(X, StoredMatrix) else check_matrix(X).numpy()
-    shape = matrix.counts.whole_shape if isinstance(matrix, StoredMatrix) else matrix.shape
+    shape = (
+        matrix.counts.ranks.whole(matrix.counts.shape)
+        if isinstance(matrix, StoredMatrix)
+        else matrix.shape
+    )
     if init is None:
         init = "nndsvda" if n_components <= min(shape) else "random"
     make, limit = INITS[init]
@@ -152,7 +156,7 @@ def _from_loadings(
     for _ in range(UPDATES):
         ratio = counts.values / counts.inner(exp_F, W).clamp_min(tiny)
         exp_F = exp_F * counts.matmul(ratio, W) / rates
-    mean = counts.ranks.total(exp_F.sum(0)) / counts.whole_shape[0]
+    mean = counts.ranks.total(exp_F.sum(0)) / counts.ranks.whole(counts.shape)[0]
     return W, exp_F.maximum(FLOOR * mean).clamp_min(tiny)
 
 

@@ -222,8 +222,7 @@ def select_n_components(
     s = None if sizes is None else sizes.numpy()
     seen = None if hidden is None else hidden.numpy().toarray() == 0
     split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, fraction)
-    trial = delayed(partial(_trial, split, s, given))
-    tasks = [trial(number, seed) for number in numbers for seed in seeds]
+    tasks = [delayed(_trial)(split, s, given, number, seed) for number in numbers for seed in seeds]
     found = []
     with progress_bar(len(tasks), int(verbose), "fits") as progress:
         for result in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):

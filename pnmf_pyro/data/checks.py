@@ -234,7 +234,7 @@ def check_matrix(X: CountsLike) -> Counts:
 
 def warn_empty(counts: Counts, feature_names: Sequence[str] | None = None) -> None:
     """Warn of samples and features without counts, with their number and their names, if known."""
-    ranks, (n_samples, n_features) = counts.ranks, counts.whole_shape
+    ranks, (n_samples, n_features) = counts.ranks, counts.ranks.whole(counts.shape)
     ones = counts.values.new_ones(counts.shape[0], 1)
     column_totals = counts.transposed_matmul(counts.values, ones)[:, 0]
     empty = (torch.nonzero(counts.row_totals == 0)[:, 0] + ranks.rows.start).tolist()
@@ -297,7 +297,7 @@ def library_size_factors(counts: Counts, mean: float | None = None) -> np.ndarra
 def mean_total(counts: Counts) -> float:
     """Return what :func:`library_size_factors` divides totals by."""
     total = counts.ranks.total(torch.from_numpy(_totals(counts)).sum())
-    return float(total / counts.whole_shape[0])
+    return float(total / counts.ranks.whole(counts.shape)[0])
 
 
 def _totals(counts: Counts) -> np.ndarray:

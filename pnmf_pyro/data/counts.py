@@ -2,8 +2,7 @@
 
 Term (a) of the ELBO, its gradients and every closed form of the model need the stored entries of X
 alone. Dense and CSR counts offer the same products, `inner`, `row_sums`, `matmul` and
-`transposed_matmul`, written with "entries" e, a tensor with one number for each stored entry, so
-that a formula over X is written once.
+`transposed_matmul`, written with "entries" e, one number for each stored entry: one formula for X.
 """
 
 from __future__ import annotations
@@ -154,12 +153,6 @@ class Counts(ABC):
         return self
 
     data = property(detach)
-
-    @property
-    def whole_shape(self) -> tuple[int, int]:
-        """Shape of the table of all ranks."""
-        n = self.shape[0] if self.ranks.size == 1 else self.ranks.n_rows
-        return n, self.shape[1]
 
     def dim(self) -> int:
         """Return the number of dimensions, 2."""

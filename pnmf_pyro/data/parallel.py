@@ -45,6 +45,10 @@ class Ranks:
         """Whether this is the rank that writes and speaks, the first."""
         return self.rank == 0
 
+    def whole(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the table of all ranks, given that of the rows of this one."""
+        return shape if self.size == 1 else (self.n_rows, shape[1])
+
     def sharing(self, cuts: Sequence[int]) -> tuple[Ranks, list[int]]:
         """Share out the slices of rows between cuts; return the ranks, and the cuts of this one.
 

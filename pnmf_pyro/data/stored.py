@@ -309,7 +309,7 @@ class StoredMatrix:
 
     def mean(self) -> float:
         """Return the mean of all entries."""
-        N, D = self.counts.whole_shape
+        N, D = self.counts.ranks.whole(self.counts.shape)
         return float(self.sum()) / (N * D)
 
 
@@ -322,7 +322,7 @@ def decomposition_by_passes(
     each rank has its own rows.
     """
     Q = np.random.RandomState(random_state).normal(size=(X.shape[1], L + 10))
-    for _ in range(7 if min(X.counts.whole_shape) > 10 * L else 4):
+    for _ in range(7 if min(X.counts.ranks.whole(X.counts.shape)) > 10 * L else 4):
         Q, _ = linalg.lu(X.left(X @ Q), permute_l=True)
     Q = _orthonormal(X @ Q, X.ranks)
     Uhat, S, Vt = linalg.svd(X.left(Q).T, full_matrices=False)

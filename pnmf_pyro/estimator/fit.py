@@ -287,6 +287,6 @@ def _fit_stored(
     chosen = dict(parameters)
     if chosen.get("batch_size") is not None:
         chosen.setdefault("shuffle", False)
-    model = recommended(counts.whole_shape, None, None, n_components, chosen)
+    model = recommended(counts.ranks.whole(counts.shape), None, None, n_components, chosen)
     model.fit(counts, size_factors=size_factors)
     return model

@@ -253,7 +253,7 @@ def check_table(settings: Settings, X: CountsLike, names: np.ndarray | None, res
 
 def _check_size(settings: Settings, X: Any, limited: bool) -> None:
     """Raise a ValueError for a fit that is too large for its data, or for the memory there is."""
-    N, D = X.whole_shape if isinstance(X, Counts) else X.shape
+    N, D = X.ranks.whole(X.shape) if isinstance(X, Counts) else X.shape
     if settings.n_components > max(N, D) > 0:
         raise ValueError(
             f"n_components={settings.n_components} is larger than both n_samples={N} and "

@@ -120,7 +120,7 @@ def of_all_rows(settings: Any, data: Data, model: PoissonFactorization) -> Poiss
         for name, value in model.state_dict().items()
     }
     counts = data.counts
-    outline = Outline(counts.whole_shape, counts.dtype, counts.device, type(ranks)())
+    outline = Outline(counts.ranks.whole(counts.shape), counts.dtype, counts.device, type(ranks)())
     s = state.get("exposure.size_factors")
     whole = replace(data, counts=cast(Counts, outline), size_factors=s)
     found = make_model(settings, whole, np.random.RandomState(0))

@@ -34,14 +34,16 @@ def two_level_points(L: int) -> Tensor:
     return signs[:, 1 : L + 1]
 
 
-def standard_normals(like: Tensor, n_draws: int | str, ranks: Ranks = ALONE) -> Iterator[Tensor]:
+def standard_normals(like: Tensor, n_draws: int | str, table: object = None) -> Iterator[Tensor]:
     """Iterate over draws of standard normals of the shape (L, n) of `like`, or over the signs.
 
-    The signs, for n_draws='fixed', are the same for all samples, (L, 1).
+    The signs, for n_draws='fixed', are the same for all samples, (L, 1). Ranks that share a table
+    of counts draw what one process would.
     """
     if n_draws == FIXED:
         yield from two_level_points(len(like)).to(like)[..., None]
     else:
+        ranks: Ranks = getattr(table, "ranks", ALONE)
         yield from (ranks.normals(like) for _ in range(int(n_draws)))
 
 

@@ -28,7 +28,6 @@ from pnmf_pyro.data.checks import MODES, check_choice
 from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.log_rate import log_rate, log_rate_and_moments
-from pnmf_pyro.data.parallel import ALONE
 from pnmf_pyro.models.events import count_events
 from pnmf_pyro.models.points import FIXED, standard_normals
 from pnmf_pyro.models.shapes import leading_shape
@@ -287,9 +286,7 @@ class PoissonFactors(TorchDistribution):
             return self._expectation(value, [mean.exp()], expected)
         newton = newton and n_draws != FIXED and torch.is_grad_enabled()
         spread = scale.detach() if newton else scale
-        ranks = value.ranks if isinstance(value, Counts) else ALONE
-        noise = standard_normals(mean, n_draws, ranks)
-        draws = [(mean + spread * one).exp() for one in noise]
+        draws = [(mean + spread * e).exp() for e in standard_normals(mean, n_draws, value)]
         if mode == "simple":
             expected = torch.stack(draws).mean(0)
         if not newton:
