@@ -176,8 +176,8 @@ class ClosedFormScale(Step):
         """Move the scale towards its optimum given q."""
         q = self.prior.marginal(self.batch.samples)
         squares = q.loc.square() + q.variance
-        number = sum(self.ranks.gathered(squares.numel()))
-        optimum = self.ranks.total(squares.mean() * (squares.numel() / number))
-        optimum = optimum.clamp_min(self.least**2)
+        n = squares.shape[1]
+        n_of_all, _ = self.ranks.whole((n, 0))
+        optimum = self.ranks.total(squares.mean() * (n / n_of_all)).clamp_min(self.least**2)
         scale = self.prior.scale_pf
         scale.copy_(scale.square().lerp(optimum, self.lr).sqrt())
