@@ -125,7 +125,7 @@ class WarmUp:
     """Train in `lower-bound` mode, which has no noise, until it has settled.
 
     A model in space, or of another likelihood, begins with Poisson factors that know no space: they
-    decide which components are found. Where samples in space have few counts these are factors of
+    decide which components are found. Where there are many samples in space these are factors of
     bins of places, see :mod:`~pnmf_pyro.training.levels`.
 
     Parameters

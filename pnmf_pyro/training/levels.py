@@ -1,4 +1,4 @@
-r"""Coarse levels of places, on which the components of tables with few counts can be seen.
+r"""Coarse levels of places, on which components can be seen that the noise of single places hides.
 
 Where the fields are constant within a bin b of places, the added counts of its samples follow the
 same model with added size factors,
@@ -62,8 +62,7 @@ class Level:
 def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) -> list[Level]:
     """Return the levels from which L components of the counts go down, the coarsest first.
 
-    There are none where the samples themselves have as many counts as the finest level should, or
-    where they are so few that it would have few bins.
+    There are none where the samples are so few that the finest level would have few bins.
 
     Parameters
     ----------
@@ -85,11 +84,11 @@ def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) 
 
 def bin_sizes(counts: Counts, L: int) -> list[int]:
     """Return how many samples the bins of each level have on average, the coarsest first."""
-    N, size = counts.shape[0], 1
+    N, size = counts.shape[0], GROWTH
     mean_total = float(counts.row_totals.mean())
     while size * mean_total < ENOUGH and size < N:
         size *= GROWTH
-    if size == 1 or N // size < FINEST_BINS * L:
+    if N // size < FINEST_BINS * L:
         return []
     sizes = [size * GROWTH**k for k in range(LEVELS)]
     return [size for size in reversed(sizes) if N // size >= BINS * L]

@@ -51,14 +51,17 @@ def test_levels_grow_coarser_by_fours_until_bins_have_enough_counts():
     X, counts, places, s = poor(N=4000, D=4, mean=12.0)  # 48 counts a sample
     sizes = [len(X) / len(level.centres) for level in coarse_levels(counts, places, s, L=2)]
     mean_total = X.sum() / len(X)
-    finest = next(4**k for k in range(20) if 4**k * mean_total >= ENOUGH)
+    finest = next(4**k for k in range(1, 20) if 4**k * mean_total >= ENOUGH)
     expected = [size for size in (4 * finest, finest) if len(X) // size >= BINS * 2]
     np.testing.assert_allclose(sizes, expected, rtol=0.05)
 
 
-def test_samples_with_many_counts_or_too_few_bins_have_no_levels():
-    _, counts, places, s = poor(D=50, mean=20.0)
-    assert coarse_levels(counts, places, s, L=2) == []
+def test_samples_with_many_counts_have_bins_of_four_places():
+    _, counts, places, s = poor(N=1000, D=50, mean=20.0)
+    assert [len(level.centres) for level in coarse_levels(counts, places, s, L=2)] == [63, 250]
+
+
+def test_too_few_bins_are_no_level():
     _, counts, places, s = poor(N=500)
     assert coarse_levels(counts, places, s, L=5) == []
 
