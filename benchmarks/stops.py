@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 import pnmf_pyro
 from benchmarks.measure import report, timed
@@ -27,6 +30,9 @@ FITS: dict[str, dict[str, Any]] = {
     "SVGP": {"local": False, "num_inducing": 100},
     "LCGP": {"local": True, "K": 15},
 }
+
+# Code with which a process ends that has lost another one.
+LOST = 4
 
 # Seconds from one checkpoint to the next; what a process leaves that was killed while it wrote.
 EVERY = 0.1
@@ -47,6 +53,10 @@ def fitted(name: str, N: int, D: int, L: int, **more: Any) -> PNMF:
 def saved(model: PNMF, path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """All that a file holds of a model, in bytes."""
     model.save(path)
+    return _held(path)
+
+
+def _held(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     header, arrays = read_archive(path)
     return header, {name: array.tobytes() for name, array in arrays.items()}
 
@@ -87,6 +97,79 @@ def killed_once(name: str, sizes: tuple[int, ...], path: Path, seconds: float) -
     return at_work
 
 
+def killed_ranks(times: int, N: int, D: int, L: int, folder: Path) -> list[dict[str, Any]]:
+    """Kill one of two processes of a fit, or both, at a random moment, so many times.
+
+    As :func:`killed_fits`, in a process of its own; `told` is whether a process that was left has
+    said that the other one is lost, and whether the checkpoint was there.
+    """
+    call = [sys.executable, "-m", "benchmarks.stops", "ranks", *map(str, (times, N, D, L, folder))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    lines = subprocess.run(call, env=env, check=True, stdout=subprocess.PIPE).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _killed_ranks(times: int, N: int, D: int, L: int, folder: Path) -> Iterator[dict[str, Any]]:
+    random, path, sizes = np.random.default_rng(0), folder / "run.ckpt", (N, D, L)
+    expected = _of_two(_two(sizes, folder), folder)
+    again = _two(sizes, folder, path)
+    while not path.exists():
+        time.sleep(0.001)
+    seconds, same = timed(lambda: _of_two(again, folder) == expected)
+    assert same
+    while times:
+        path.unlink()
+        processes = _two(sizes, folder, path)
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, seconds))
+        killed = [processes[k] for k in ((0,), (1,), (0, 1))[random.integers(3)]]
+        at_work = all(one.is_alive() for one in processes)
+        for one in killed:
+            one.kill()
+        for one in processes:
+            one.join()
+        if not at_work:
+            seconds *= 0.9
+            continue
+        times -= 1
+        writing = bool(parts(folder))
+        left = [one.exitcode == LOST for one in processes if one not in killed]
+        told = all(left) and path.exists()
+        same = _of_two(_two(sizes, folder, path), folder) == expected
+        yield {"told": told, "writing": writing, "same": same, "rests": bool(parts(folder))}
+
+
+def _two(sizes: tuple[int, ...], folder: Path, path: Path | None = None) -> list[Any]:
+    """Start two processes of a fit, copies of this one."""
+    meeting = folder / "meeting"
+    meeting.unlink(missing_ok=True)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_be_rank, args=(k, sizes, folder, path)) for k in (0, 1)]
+    for one in processes:
+        one.start()
+    return processes
+
+
+def _be_rank(rank: int, sizes: tuple[int, ...], folder: Path, path: Path | None) -> None:
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    try:
+        model = fitted("non-spatial", *sizes, checkpoint=path, every=0)
+    except ConnectionError:
+        sys.exit(LOST)
+    model.save(folder / f"model{rank}.npz")
+    dist.destroy_process_group()
+
+
+def _of_two(processes: list[Any], folder: Path) -> list[Any]:
+    """Wait for two processes; return what each has found."""
+    for one in processes:
+        one.join()
+    assert [one.exitcode for one in processes] == [0, 0]
+    return [_held(folder / f"model{rank}.npz") for rank in (0, 1)]
+
+
 def parts(folder: Path) -> list[str]:
     """Names of files that were being written."""
     return [name for name in os.listdir(folder) if name.endswith(PART)]
@@ -99,11 +182,23 @@ def stops(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             sizes = options.N, options.D, options.L
             lines = list(killed_fits(name, options.repeats, *sizes, Path(folder)))
-        counts = {key: sum(line[key] for line in lines) for key in lines[0]}
-        report(benchmark="stops", fit=name, kills=len(lines), **counts)
+        _report(name, lines)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = options.N, options.D, options.L
+        _report("two processes", killed_ranks(options.repeats, *sizes, Path(folder)))
+
+
+def _report(name: str, lines: list[dict[str, Any]]) -> None:
+    counts = {key: sum(line[key] for line in lines) for key in lines[0]}
+    report(benchmark="stops", fit=name, kills=len(lines), **counts)
 
 
 if __name__ == "__main__":
-    kind, *numbers, where = sys.argv[1:]
+    kind, *told, where = sys.argv[1:]
+    numbers = [int(one) for one in told]
     warnings.simplefilter("ignore")
-    fitted(kind, *map(int, numbers), checkpoint=where, every=EVERY)
+    if kind == "ranks":
+        for line in _killed_ranks(*numbers, Path(where)):
+            print(json.dumps(line), flush=True)
+    else:
+        fitted(kind, *numbers, checkpoint=where, every=EVERY)

@@ -103,6 +103,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
 def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
     if options.plan:
         return _plan(options)
+    _check_checkpoint(options)
     if stays_in_store(options):
         return fit_in_store(options, ranks)
     if options.out is None:
@@ -112,7 +113,6 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
         check_output_path("--save-model", options.save_model, (".npz",))
     if options.report:
         check_report_path("--report", options.report)
-    _check_checkpoint(options)
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}

@@ -21,7 +21,6 @@ IN_MEMORY = (
     "covariates",
     "transpose",
     "report",
-    "checkpoint",
 )
 
 
@@ -58,6 +57,8 @@ def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
         "size_factors": "total" if options.size_factors == "total" else None,
         "spatial_key": None if options.no_space else options.spatial_key,
         "random_state": options.seed,
+        "checkpoint": options.checkpoint,
+        "every": options.every,
         **dict(options.set),
     }
     model, settled = shared.heard(lambda: fit(options.counts, **chosen))

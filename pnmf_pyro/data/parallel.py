@@ -91,12 +91,24 @@ class Ranks:
         """Return the sum of a tensor over all ranks."""
         return self.totals(part)[0]
 
+    def any(self, here: bool) -> bool:
+        """Say whether something is so on one rank at least."""
+        return bool(self.total(torch.tensor(float(here))) > 0)
+
     def gathered(self, thing: Found) -> list[Found]:
         """Return what each rank has for something small."""
         found: list[Any] = [thing] * self.size
         if self.size > 1:
             with _in_plain_words():
                 dist.all_gather_object(found, thing)
+        return found
+
+    def at_first(self, thing: Found) -> list[Found]:
+        """Return what each rank has, on the first rank; on the others nothing."""
+        found: list[Any] = [thing] * (self.size if self.leads else 0)
+        if self.size > 1:
+            with _in_plain_words():
+                dist.gather_object(thing, found if self.leads else None)
         return found
 
     def stacked(self, part: Tensor, dim: int) -> Tensor:
@@ -124,12 +136,12 @@ class Ranks:
 
     def all_or_none(self, call: Callable[[], Found], error: type[Exception]) -> Found:
         """Return what a call of this rank returns; an error of a type on one rank is one on all."""
-        found, failed = None, torch.zeros(1)
+        found, failed = None, False
         try:
             found = call()
         except error:
-            failed += 1
-        if self.total(failed) > 0:
+            failed = True
+        if self.any(failed):
             raise error("on one of the ranks" if self.size > 1 else "failed")
         return found  # type: ignore[return-value]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from pnmf_pyro.data.checks import check_matrix
 from pnmf_pyro.data.counts import Counts, DenseCounts, SparseCounts, Table, as_counts
 from pnmf_pyro.data.parallel import ALONE, Ranks
+from pnmf_pyro.data.tables import hash_of, hash_of_table
 
 # Stored entries of a slice.
 SLICE_ENTRIES = 1 << 20
@@ -57,6 +58,8 @@ class StoredCounts(Counts):
     ----------
     first : int
         Number of the first row of this rank in the store.
+    digest : str
+        What the counts of all ranks are known by.
 
     Raises
     ------
@@ -82,6 +85,7 @@ class StoredCounts(Counts):
         self.shape = (self._cuts[-1], D)
         n_stored = n_stored * self._cuts[-1] // max(1, N)
         self._as_it_is: dict[int, bool] = {}
+        self._digests: list[str] = []
         found, dtype = FirstPass(), torch.float32
         column_totals = torch.zeros(D, dtype=torch.float64)
         for _, block in self._slices(self._checked):
@@ -92,8 +96,11 @@ class StoredCounts(Counts):
             found.whole &= block.whole
             found.marks.append(_mark(block))
             column_totals += _column_totals(block)
-        for of_rank, whole in self.ranks.gathered((dtype, found.whole)):
+        digests: list[str] = []
+        for of_rank, whole, own in self.ranks.gathered((dtype, found.whole, self._digests)):
             dtype, found.whole = torch.promote_types(dtype, of_rank), found.whole and whole
+            digests += own
+        self.digest = hash_of(N, D, digests)
         self._marks = dict(zip(self._cuts[:-1], found.marks, strict=True))
         self.values = torch.zeros(1, dtype=dtype).expand(n_stored)  # which takes no memory
         self.row_totals = torch.cat(found.row_totals)
@@ -193,6 +200,7 @@ class StoredCounts(Counts):
         try:
             block = check_matrix(table)
             self._as_it_is[start] = _is_plain(table, block)
+            self._digests.append(hash_of_table(block.numpy()))
             return block
         except ValueError as error:
             raise ValueError(f"{self.name}, {self._named(start, stop)}: {error}") from error

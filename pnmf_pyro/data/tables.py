@@ -6,6 +6,7 @@ that has no table, or more than one, or hides entries, is refused here, by name.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike
+from pnmf_pyro.data.counts import Counts, CountsLike, MatrixLike, Table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -157,3 +158,23 @@ def _as_numbers(matrix: np.ndarray) -> np.ndarray:
         f"X must hold numbers; got entries of type {matrix.dtype} such as {matrix.flat[0]!r}. "
         "Drop columns of text and convert the rest to numbers."
     )
+
+
+def hash_of(*parts: Any) -> str:
+    """Return a hash of arrays, with their shapes and types, and of plain values."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype}{part.shape}".encode())
+            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        else:
+            found.update(repr(part).encode())
+    return found.hexdigest()
+
+
+def hash_of_table(X: Table) -> str:
+    """Return a hash of a table, by which it is known."""
+    parts = (X,) if isinstance(X, np.ndarray) else (X.data, X.indices, X.indptr)
+    return hash_of(X.shape, *parts)

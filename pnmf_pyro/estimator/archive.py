@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,13 +53,13 @@ def write_archive(
 
 def read_archive(
     path: str | os.PathLike,
-    known: Collection[str] | None = None,
+    known: Callable[[str], bool] = lambda name: True,
     what: str = "a model saved by pnmf_pyro",
     remedy: str = "Save it again with PNMF.save.",
 ) -> tuple[dict[str, Any], Arrays]:
     """Return header and arrays of a file that :func:`write_archive` wrote.
 
-    Only arrays with `known` names are read, all of them if None. A file that is damaged, of another
+    Only arrays with `known` names are read. A file that is damaged, of another
     kind, or of a newer version is a ValueError; sizes that it claims are checked before anything
     of that size is read. The error says of `what` kind it should be, and a `remedy`.
     """
@@ -80,11 +80,11 @@ def _checked(path: str | os.PathLike) -> Path:
     return Path(os.fsdecode(path))
 
 
-def _read(file: IO[bytes], known: Collection[str] | None) -> tuple[dict[str, Any], Arrays]:
+def _read(file: IO[bytes], known: Callable[[str], bool]) -> tuple[dict[str, Any], Arrays]:
     with zipfile.ZipFile(file) as archive:
         members = _members(archive)
         header = _header(str(_array(archive, members.pop(_HEADER))))
-        wanted = {n: m for n, m in members.items() if known is None or n in known}
+        wanted = {n: m for n, m in members.items() if known(n)}
         _check_sizes(wanted.values(), os.fstat(file.fileno()).st_size)
         return header, {name: _array(archive, member) for name, member in wanted.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,10 @@ from pnmf_pyro import __version__
 from pnmf_pyro.data.atomic import check_replaceable
 from pnmf_pyro.data.checks import check_number, noting, warn
 from pnmf_pyro.data.interrupts import Interrupts
+from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.resumable import State
+from pnmf_pyro.data.stored import StoredCounts
+from pnmf_pyro.data.tables import hash_of, hash_of_table
 from pnmf_pyro.estimator.archive import Arrays, read_archive, write_archive
 from pnmf_pyro.estimator.inputs import Data
 from pnmf_pyro.estimator.plain import HasParameters, plain_label, plain_parameters
@@ -48,8 +50,8 @@ class Unkept:
     found: State | None = None
     path: Path | None = None
 
-    def open(self, settings: HasParameters, data: Data) -> None:
-        """Read what there is of a fit with these parameters and data."""
+    def open(self, settings: HasParameters, data: Data, ranks: Ranks = ALONE) -> None:
+        """Read what there is of a fit with these parameters and data, by these ranks."""
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a plain value that is made once, however often the fit is stopped."""
@@ -73,6 +75,9 @@ class Unkept:
 class Checkpoint(Unkept):
     """The file of a fit that may be stopped at any moment.
 
+    Of several ranks all hand their states to the first, which writes them as one file: so they go
+    on from the same step, whichever of them was stopped, and when.
+
     Parameters
     ----------
     path : str or os.PathLike
@@ -95,16 +100,26 @@ class Checkpoint(Unkept):
         check_replaceable(self.path)
         self.identity: State = {}
         self.made: State = {}
+        self.ranks = ALONE
         self.interrupts = Interrupts()
         self.written: float | None = None
 
-    def open(self, settings: HasParameters, data: Data) -> None:
+    def open(self, settings: HasParameters, data: Data, ranks: Ranks = ALONE) -> None:
         """Read the file, if it is there; one of another fit is a ValueError."""
-        self.identity = identity_of(settings, data)
-        if not self.path.exists():
-            return
+        self.ranks, self.identity = ranks, identity_of(settings, data, ranks)
         remedy = "Remove it to begin anew, or name another file as checkpoint."
-        header, arrays = read_archive(self.path, None, "a checkpoint of pnmf_pyro", remedy)
+        header: State = {}
+        if there := self.path.exists():
+            header, arrays = read_archive(
+                self.path,
+                lambda name: name.startswith(f"{ranks.rank}."),
+                "a checkpoint of pnmf_pyro",
+                remedy,
+            )
+        held = hash_of(header) if there else "not there"
+        ranks.agree(**self.identity["data"], checkpoint=held)
+        if not there:
+            return
         if "checkpoint" not in header:
             raise ValueError(f"checkpoint: {self.path} holds a model, and no checkpoint. {remedy}")
         other = differences(header["checkpoint"], self.identity)
@@ -114,7 +129,7 @@ class Checkpoint(Unkept):
                 f"it was written for. {remedy}"
             )
         try:
-            state = rebuilt(header["state"], arrays)
+            state = rebuilt(header["states"][ranks.rank], arrays)
         except Exception as error:  # a part is missing, or on a device that is not here
             raise ValueError(f"checkpoint: {self.path} is damaged ({error!r}). {remedy}") from error
         self.made, self.found = state["made"], state["fit"]
@@ -140,10 +155,16 @@ class Checkpoint(Unkept):
         warning, and the fit goes on.
         """
         with self.interrupts.waiting():
-            plain, arrays = flattened({"made": self.made, "fit": state()})
-            header = {"checkpoint": self.identity, "state": plain}
+            own = flattened({"made": self.made, "fit": state()}, f"{self.ranks.rank}.")
+            states = self.ranks.at_first(own)
+            header = {"checkpoint": self.identity, "states": [plain for plain, _ in states]}
+            arrays = {name: one for _, of_rank in states for name, one in of_rank.items()}
             try:
-                write_archive(self.path, header, arrays, compressed=False)
+                self.ranks.by_first(
+                    lambda: write_archive(self.path, header, arrays, compressed=False)
+                )
+            except ConnectionError:
+                raise
             except OSError as error:
                 if self.written is None:
                     raise
@@ -155,7 +176,8 @@ class Checkpoint(Unkept):
     def passed(self, state: Callable[[], State | None]) -> None:
         """Write a state if it is time to, or a signal waits, which is then handed on."""
         last = -np.inf if self.written is None else self.written
-        if self.interrupts.came or time.monotonic() - last >= self.every:
+        due = self.ranks.leads and time.monotonic() - last >= self.every
+        if self.ranks.any(due or self.interrupts.came):
             self.keep(state)
 
 
@@ -165,8 +187,10 @@ def checkpoint_of(path: str | os.PathLike | None, every: float) -> Unkept:
     return Unkept() if path is None else Checkpoint(path, every)
 
 
-def identity_of(settings: HasParameters, data: Data) -> State:
+def identity_of(settings: HasParameters, data: Data, ranks: Ranks) -> State:
     """Return what must be the same for a fit to go on: versions, parameters, and data as hashes.
+
+    The data are those of all ranks, of which each has its own rows of a store.
 
     What a file cannot name, and a fit without a seed, are a ValueError.
     """
@@ -180,18 +204,17 @@ def identity_of(settings: HasParameters, data: Data) -> State:
         parameters = parameters_of(settings)
     except ValueError as error:
         raise ValueError(f"checkpoint cannot keep this fit: {error}") from error
-    places = data.places
-    X: Any = data.counts.numpy()
-    stored = (X,) if isinstance(X, np.ndarray) else (X.data, X.indices, X.indptr)
+    counts, places, s = data.counts, data.places, data.size_factors
+    known_by = counts.digest if isinstance(counts, StoredCounts) else hash_of_table(counts.numpy())
     hidden = () if data.hidden is None else (data.hidden.row_starts, data.hidden.columns_of)
     labels = [] if data.groups is None else [plain_label(one) for one in data.groups.names]
     design = None if data.design is None else data.design.plain(plain_label)
     return {
         "versions": versions(),
-        "parameters": parameters | {"device": str(data.counts.device)},
+        "parameters": parameters | {"device": str(counts.device), "processes": ranks.size},
         "data": {
-            "X": hash_of(X.shape, *stored),
-            "size_factors": hash_of(data.size_factors),
+            "X": known_by,
+            "size_factors": hash_of(None if s is None else counts.ranks.stacked(s, 0)),
             "mask": hash_of(*hidden),
             "coordinates": hash_of(None if places is None else places.coordinates),
             "groups": hash_of(labels, None if places is None else places.groups),
@@ -227,27 +250,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [*told, *(f"{name} has changed" for name in names)]
 
 
-def hash_of(*parts: Any) -> str:
-    """Return a hash of arrays, with their shapes and types, and of plain values."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().numpy()
-        if isinstance(part, np.ndarray):
-            found.update(f"{part.dtype}{part.shape}".encode())
-            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-        else:
-            found.update(repr(part).encode())
-    return found.hexdigest()
-
-
-def flattened(state: object) -> tuple[Any, Arrays]:
-    """Return a state as what JSON can hold, and its tensors as arrays."""
+def flattened(state: object, prefix: str = "") -> tuple[Any, Arrays]:
+    """Return a state as what JSON can hold, and its tensors as arrays, with names that begin so."""
     arrays: Arrays = {}
 
     def plain(one: Any) -> Any:
         if isinstance(one, Tensor):
-            name = str(len(arrays))
+            name = f"{prefix}{len(arrays)}"
             arrays[name] = one.detach().cpu().numpy()
             return {"tensor": [name, str(one.device)]}
         if isinstance(one, Mapping):

@@ -18,7 +18,7 @@ from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.stores import is_store
 from pnmf_pyro.data.tables import is_anndata, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
-from pnmf_pyro.estimator.checkpoints import EVERY
+from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.cost import Plan, plan_of
 from pnmf_pyro.estimator.inputs import Scales, read_data
 from pnmf_pyro.estimator.pnmf import PNMF
@@ -136,6 +136,7 @@ def fit(
     >>> model.components_.shape
     (2, 20)
     """
+    checkpoint_of(checkpoint, every)  # before X is read
     X = _of_table(X, table, spatial_key, parameters)
     keys = AnnDataKeys(layer, spatial_key, batch_key, key_added, copy)
     scales = Scales(size_factors, mask, *from_obs(X, batches, covariates))
@@ -151,6 +152,7 @@ def fit(
             n_components=n_components,
             size_factors=size_factors,
             parameters=parameters,
+            kept=kept,
         )
         return fit_store(path, keys, scales, parameters | kept, train)
     keys.refuse()
@@ -245,7 +247,7 @@ def _fit_anndata(
         X, coords, groups = keys.read(adata, parameters.get("spatial"))
         model = _fit_arrays(X, coords, groups, n_components, scales, parameters, kept)
     else:
-        model = _fit_stored(large, n_components, scales.size_factors, parameters)
+        model = _fit_stored(large, n_components, scales.size_factors, parameters, kept)
     model.feature_names_in_ = np.asarray(adata.var_names, dtype=object)
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
     written = keys.write(adata, model)
@@ -281,12 +283,16 @@ def _fit_arrays(
 
 
 def _fit_stored(
-    counts: StoredCounts, n_components: int, size_factors: MaybeArray, parameters: dict[str, Any]
+    counts: StoredCounts,
+    n_components: int,
+    size_factors: MaybeArray,
+    parameters: dict[str, Any],
+    kept: dict[str, Any],
 ) -> PNMF:
     """Fit counts that stay in a store, whose batches are read in their order."""
     chosen = dict(parameters)
     if chosen.get("batch_size") is not None:
         chosen.setdefault("shuffle", False)
     model = recommended(counts.ranks.whole(counts.shape), None, None, n_components, chosen)
-    model.fit(counts, size_factors=size_factors)
+    model.fit(counts, size_factors=size_factors, **kept)
     return model

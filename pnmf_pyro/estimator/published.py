@@ -36,7 +36,7 @@ def fit_and_publish(
     check_callback(callback, interval)
     check_parameters(estimator)
     ranks = processes()
-    agree_on_fit(ranks, estimator, scales, callback=callback, checkpoint=checkpoint.path)
+    agree_on_fit(ranks, estimator, scales, callback, checkpoint.path)
     warn_without_effect(estimator)
     before = vars(estimator).copy()
 
@@ -46,12 +46,13 @@ def fit_and_publish(
             callback(estimator, iteration, elbo)
 
     try:
-        data = own_rows(ranks, read_data(estimator, X, coordinates, groups, scales))
+        data = read_data(estimator, X, coordinates, groups, scales)
+        checkpoint.open(estimator, data, ranks)
+        data = own_rows(ranks, data)
         estimator.groups_ = None if data.groups is None else data.groups.names
         estimator.group_columns_ = None if data.groups is None else data.groups.columns
         estimator.mean_total_, estimator.design_ = data.mean_total, data.design
         estimator.keys_ = None
-        checkpoint.open(estimator, data)
         chosen = checkpoint.once("likelihood", lambda: chosen_likelihood(estimator, data))
         estimator.likelihood_, estimator.likelihood_densities_ = chosen
         fitted = fit_by_plan(estimator, data, report, announced(estimator, data), checkpoint)

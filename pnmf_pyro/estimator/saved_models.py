@@ -152,7 +152,7 @@ def read_model(path: str | os.PathLike, kind: type[Model]) -> Model:
     A file that is damaged, is no saved model, or holds a model of which no use can be made is a
     ValueError.
     """
-    header, arrays = read_archive(path, _KNOWN)
+    header, arrays = read_archive(path, _KNOWN.__contains__)
     try:
         if header["format_version"] == 1:
             header, arrays = of_version_1(header, arrays, _HELD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from pnmf_pyro.data.checks import check_device
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.parallel import Ranks
-from pnmf_pyro.estimator.checkpoints import hash_of, parameters_of, versions
+from pnmf_pyro.data.tables import hash_of, hash_of_table
+from pnmf_pyro.estimator.checkpoints import parameters_of, versions
 from pnmf_pyro.estimator.inputs import Data, Scales
 from pnmf_pyro.estimator.plain import HasParameters
 from pnmf_pyro.estimator.plan import make_model
@@ -36,7 +38,7 @@ ONE_OF: dict[str, tuple[object, ...]] = {
     "loadings_mode": ("multiplicative",),
     "batch_size": (None,),
     "y_batch_size": (None,),
-    **dict.fromkeys(("mask", "batches", "covariates", "callback", "checkpoint"), (None,)),
+    **dict.fromkeys(("mask", "batches", "covariates", "callback"), (None,)),
 }
 
 
@@ -77,14 +79,17 @@ def refuse(ranks: Ranks, values: Mapping[str, Any]) -> None:
         )
 
 
-def agree_on_fit(ranks: Ranks, settings: HasParameters, scales: Scales, **given: object) -> None:
+def agree_on_fit(
+    ranks: Ranks, settings: HasParameters, scales: Scales, callback: object, path: Path | None
+) -> None:
     """Raise a ValueError for a fit that ranks cannot share, or of which they were told otherwise.
 
-    `given` are other arguments of the fit.
+    The path is that of a checkpoint.
     """
     if ranks.size > 1:
-        refuse(ranks, {**settings.get_params(deep=False), **scales._asdict(), **given})
-        ranks.agree(**versions(), **parameters_of(settings))
+        given = {**settings.get_params(deep=False), **scales._asdict(), "callback": callback}
+        refuse(ranks, given)
+        ranks.agree(**versions(), **parameters_of(settings), checkpoint=path)
 
 
 def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
@@ -100,9 +105,7 @@ def own_rows(ranks: Ranks, data: Data) -> Data:
         return data
     counts, s = data.counts, data.size_factors
     if counts.ranks.size == 1:
-        X: Any = counts.numpy()
-        stored = (X,) if isinstance(X, np.ndarray) else (X.data, X.indices, X.indptr)
-        ranks.agree(X=hash_of(X.shape, *stored), size_factors=hash_of(s))
+        ranks.agree(X=hash_of_table(counts.numpy()), size_factors=hash_of(s))
         own, (first, last) = ranks.sharing([0, counts.shape[0]])
         counts = counts.rows(slice(first, last))
         counts.ranks = own

@@ -14,8 +14,8 @@ from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.parallel import Ranks, processes
 from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
+from pnmf_pyro.data.tables import hash_of
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, add_results
-from pnmf_pyro.estimator.checkpoints import hash_of
 from pnmf_pyro.estimator.inputs import Scales
 from pnmf_pyro.estimator.shares import refuse
 from pnmf_pyro.estimator.size import BYTES
@@ -76,7 +76,7 @@ def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
 
 def _too_many(ranks: Ranks, n_stored: int) -> bool:
     """Say whether so many counts, in the memory of each rank, would take more than there is."""
-    return any(ranks.gathered(ranks.size * BYTES["count"] * n_stored > available_memory()))
+    return ranks.any(ranks.size * BYTES["count"] * n_stored > available_memory())
 
 
 def large_table(
@@ -121,7 +121,6 @@ def _refuse_what_needs_memory(
         "copy": keys.copy or None,
         "spatial": parameters.get("spatial") or None,
         "prior": parameters.get("prior"),
-        "checkpoint": parameters.get("checkpoint"),
         "y_batch_size": parameters.get("y_batch_size"),
         "non_spatial_components": parameters.get("non_spatial_components"),
     }

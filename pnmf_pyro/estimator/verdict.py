@@ -31,8 +31,7 @@ def _doubt(model: PoissonFactorization, counts: Counts, elbo: float) -> str | No
     q, W = model.prior.marginal(), model.W.data
     factors = (q.loc + q.variance / 2).exp().mT.contiguous().to(W)
     parts = (q.loc, q.scale, factors, W, torch.tensor(elbo))
-    odd = torch.tensor(float(not all(part.isfinite().all() for part in parts)))
-    if counts.ranks.total(odd) > 0:
+    if counts.ranks.any(not all(part.isfinite().all() for part in parts)):
         largest = max(counts.ranks.gathered(float(counts.values.max())))
         return (
             f"The fit is not usable: its factors, loadings or ELBO (elbo_ = {elbo:g}) are not "
