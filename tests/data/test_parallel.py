@@ -12,7 +12,9 @@ def test_one_process_has_all_there_is():
     part = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     assert ALONE.total(part) is part
     assert ALONE.stacked(part, 1) is part
-    assert ALONE.gathered("word") == ["word"]
+    assert ALONE.gathered("word") == ALONE.at_first("word") == ["word"]
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
     ALONE.agree(anything=1)
     with pytest.raises(OSError, match="full"):
         ALONE.by_first(lambda: _fail(OSError("full")))

@@ -1,6 +1,7 @@
 """Fits whose rows are shared out among processes, against the same fits of one process."""
 
 import json
+import os
 import signal
 import warnings
 
@@ -11,6 +12,7 @@ import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
 
 import pnmf_pyro
+from benchmarks.stops import killed_ranks
 from pnmf_pyro.data import stored
 from tests.support.ranks import answers, counts, found, started
 
@@ -35,18 +37,20 @@ def same(one: dict, other: dict, exact: bool = False) -> None:
 
 
 def test_two_processes_find_what_one_finds_and_refuse_what_they_cannot_share(tmp_path):
-    path = tmp_path / "cells.h5ad"
+    path, kept = tmp_path / "cells.h5ad", tmp_path / "run.ckpt"
     anndata.AnnData(sp.csr_matrix(counts())).write_h5ad(path)
     ranks = answers(
         2,
         f"""
-X = counts()
-for _ in range(2):
-    answer(**found(pnmf_pyro.fit(X, {FIT})))
+X, kept = counts(), dict(checkpoint={str(kept)!r}, every=0)
+answer(**found(pnmf_pyro.fit(X, {FIT})))
+stop_at(20, lambda: pnmf_pyro.fit(X, {FIT}, **kept))
+answer(**found(pnmf_pyro.fit(X, {FIT}, **kept)))
 answer(**found(pnmf_pyro.fit({str(path)!r}, {FIT})))
 answer(
     components=failure(lambda: pnmf_pyro.fit(X, n_components=2 + RANK)),
     data=failure(lambda: pnmf_pyro.fit(X + RANK, {FIT})),
+    files=failure(lambda: pnmf_pyro.fit(X, {FIT}, checkpoint=str(RANK))),
     space=failure(lambda: pnmf_pyro.fit(X, X[:, :2], n_components=2)),
     rows=failure(lambda: pnmf_pyro.fit(X[:1], n_components=1)),
 )
@@ -54,14 +58,17 @@ answer(
     )
     for one in zip(*ranks, strict=True):  # each rank has the whole model
         same(one[0], one[1], exact=True)
-    first, again, of_store, refused = ranks[0]
-    same(first, again, exact=True)
+    first, resumed, of_store, refused = ranks[0]
+    same(first, resumed, exact=True)
     same(first, fit(counts()))
     alone = fit(path)
     np.testing.assert_allclose(of_store["history"], alone["history"], rtol=1e-9)
     assert anndata.read_h5ad(path).obsm["X_pnmf"].shape == (53, 2)
     assert "n_components is 2 on rank 0 and 3 on rank 1" in refused["components"]
     assert "X is " in refused["data"]
+    assert "checkpoint is 0 on rank 0 and 1 on rank 1" in refused["files"]
+    with pytest.raises(ValueError, match=r"another fit: processes was 2, and is 1\. Go on"):
+        fit(counts(), checkpoint=kept)
     assert refused["space"].startswith("ValueError: spatial=True is not for a fit of 2 ranks")
     assert "1 samples for 2 ranks" in refused["rows"]
 
@@ -86,6 +93,43 @@ def test_draws_of_slices_do_not_depend_on_who_reads_them(tmp_path, monkeypatch):
         f"answer(**found(pnmf_pyro.fit({str(path)!r}, {FIT}, size_factors='total')))",
     )
     same(ranks[0][0], fit(path, size_factors="total"))
+
+
+@pytest.mark.slow
+def test_fits_of_a_store_are_kept_and_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    path, kept = tmp_path / "cells.h5ad", tmp_path / "run.ckpt"
+    anndata.AnnData(sp.csr_matrix(counts())).write_h5ad(path)
+    ranks = answers(
+        2,
+        f"""
+kept = dict(size_factors="total", checkpoint={str(kept)!r}, every=0)
+answer(**found(pnmf_pyro.fit({str(path)!r}, {FIT}, size_factors="total")))
+stop_at(20, lambda: pnmf_pyro.fit({str(path)!r}, {FIT}, **kept))
+savez, calls = np.savez, []
+def full(file, **arrays):
+    calls.append(1)
+    if len(calls) > 6:
+        raise OSError(28, "No space left on device")
+    savez(file, **arrays)
+np.savez = full
+answer(**found(pnmf_pyro.fit({str(path)!r}, {FIT}, **kept)))
+answer(said=failure(lambda: pnmf_pyro.fit({str(path)!r}, {FIT}, **kept)))  # at once
+""",
+    )
+    for whole, resumed, refused in ranks:
+        same(ranks[0][0], whole, exact=True)
+        same(ranks[0][0], resumed, exact=True)
+        assert "No space left on device" in refused["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_processes_that_are_killed_go_on_to_the_same_bits(tmp_path):
+    """One of two, or both; what is left says so, and the last checkpoint stays."""
+    for line in killed_ranks(10, 53, 20, 2, tmp_path):
+        assert line["told"]
+        assert line["same"]
+        assert not line["rests"]
 
 
 @pytest.mark.slow

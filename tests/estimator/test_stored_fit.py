@@ -15,6 +15,7 @@ import pnmf_pyro
 from pnmf_pyro.command_line.cli import main
 from pnmf_pyro.data import stored
 from pnmf_pyro.estimator import stored_fit
+from tests.support.checkpoints import differing, writes
 
 X = (
     np.random.default_rng(0)
@@ -76,6 +77,24 @@ def test_batches_of_a_store(tmp_path):
     model = pnmf_pyro.fit(written(tmp_path), **settings)
     memory = pnmf_pyro.fit(sp.csr_matrix(X), **settings)
     np.testing.assert_allclose(model.history_[:5], memory.history_[:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [FLAT, {**FLAT, "batch_size": 50}])
+def test_a_stopped_fit_goes_on_to_the_same_bits(settings, tmp_path, monkeypatch):
+    path, kept = written(tmp_path), tmp_path / "run.ckpt"
+    expected = pnmf_pyro.fit(path, **settings)
+
+    def go_on():
+        return pnmf_pyro.fit(path, **settings, checkpoint=kept, every=0)
+
+    assert writes(go_on, monkeypatch, 12) == 12
+    assert differing(go_on(), expected) == []
+    other = X.copy()
+    other[-1, :2] = other[-1, 1::-1]  # with the same sums
+    assert (other != X).any()
+    written(tmp_path, table=sp.csr_matrix(other))
+    with pytest.raises(ValueError, match=r"another fit: X has changed\. Go on"):
+        go_on()
 
 
 def test_a_second_fit_takes_the_place_of_the_first(tmp_path):
@@ -180,11 +199,12 @@ def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(stored_fit, "available_memory", lambda: 1000)
     assert main(["fit", str(path), "--components", "2", "--out", str(tmp_path / "o.npz")]) != 0
     assert "--out must be" in capsys.readouterr().err
-    kept = ["--checkpoint", str(tmp_path / "run.ckpt")]
-    assert main(["fit", str(path), "--components", "2", "--out", str(path), *kept]) == 2
-    assert "--checkpoint needs the counts in memory" in capsys.readouterr().err
-    assert main(["fit", str(path), "--components", "2", "--out", str(path)]) == 0
+    told = ["fit", str(path), "--components", "2", "--out", str(path)]
+    told += ["--checkpoint", str(tmp_path / "run.ckpt")]
+    assert main(told) == 0
     assert "read by slices" in capsys.readouterr().out
+    assert main([*told, "--seed", "1"]) == 2
+    assert "random_state was 0, and is 1" in capsys.readouterr().err
     few = ["--set", "max_iter=3"]
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import pnmf_pyro
-from tests.support.ranks import RANK, answer, counts, failure, found
+from tests.support.ranks import RANK, answer, counts, failure, found, stop_at
 dist.init_process_group("gloo", timeout=timedelta(seconds=120))
 """
 
@@ -63,6 +63,25 @@ def failure(call) -> str:
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def stop_at(number: int, call) -> None:
+    """Stop a call after so many checkpoints."""
+    from pnmf_pyro.estimator.checkpoints import Checkpoint
+
+    keep, done = Checkpoint.keep, []
+
+    def counted(self, state) -> None:
+        keep(self, state)
+        done.append(1)
+        if len(done) == number:
+            raise KeyboardInterrupt
+
+    Checkpoint.keep = counted
+    try:
+        call()
+    except KeyboardInterrupt:
+        Checkpoint.keep = keep
 
 
 def counts():
