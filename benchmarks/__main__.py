@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 import pnmf_pyro
 from benchmarks import coverage, forecast, hidden, local, ours, peers, ranks, stored, tables, trust
 from benchmarks import spatial as places
+from benchmarks.device import device
 from benchmarks.durability import all_killed
 from benchmarks.labels import labels
 from benchmarks.measure import (
@@ -54,6 +56,7 @@ BENCHMARKS |= {one.__name__: one for one in (trust.threads, solves, stops)}
 BENCHMARKS |= {one.__name__: one for one in (forecast.plan, forecast.plan_once)}
 BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recovery)}
 BENCHMARKS["coverage"] = coverage.coverage
+BENCHMARKS["device"] = device
 BENCHMARKS["labels"] = labels
 BENCHMARKS["stored"] = stored.stored
 BENCHMARKS |= {one.__name__: one for one in (ranks.ranks, ranks.rank)}
@@ -370,6 +373,11 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
     parser.add_argument("--sizes", default="5000,10000,20000", help="numbers of places")
     parser.add_argument("--init", default=None, help="where fits of tissues start")
+    parser.add_argument(
+        "--devices",
+        default="cpu,cuda" if torch.cuda.is_available() else "cpu",
+        help="where to fit (device)",
+    )
     parser.add_argument("--data", default="digits,st_mob_rep11,simulated")
     options = parser.parse_args()
     BENCHMARKS[options.name](options)
