@@ -1,9 +1,12 @@
-"""Processes that share the rows of one table, by `torch.distributed`, and sums over all of them.
+"""Processes that share the work on one table, by `torch.distributed`: its rows, or what is sent.
 
 Each process, a rank, holds rows that lie beside one another. Of the rows of the others a fit needs
 sums alone. Each rank adds up its share of such a sum in the order of the ranks, and all gather the
 shares, so that one number of ranks always gives the same bits, and all ranks the same ones. Each
 sends less than two sums, however many ranks there are.
+
+A fit in space is held whole by each rank. They share out what takes long in it, and hand each other
+what each has found, so that all go on with the same.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Thing = TypeVar("Thing")
 Found = TypeVar("Found")
 
 
@@ -67,6 +71,15 @@ class Ranks:
         own = copy.copy(self)
         own.n_rows, own.rows = n_rows, slice(cuts[first], cuts[last])
         return own, list(cuts[first : last + 1])
+
+    def part(self, n: int) -> slice:
+        """Return which of n things are for this rank to work on."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def mapped(self, call: Callable[[Thing], Found], things: Sequence[Thing]) -> list[Found]:
+        """Return what a call makes of each thing; each rank calls it for some of them."""
+        own = [call(one) for one in things[self.part(len(things))]]
+        return [one for of_rank in self.gathered(own) for one in of_rank]
 
     def totals(self, *parts: Tensor) -> list[Tensor]:
         """Return the sums of tensors over all ranks, added in float64."""
@@ -176,6 +189,24 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+_together = ALONE
+
+
+def together() -> Ranks:
+    """Return the ranks that do the same at present, and may share it out."""
+    return _together
+
+
+@contextmanager
+def working_together(ranks: Ranks) -> Iterator[None]:
+    """Let ranks that hold the same share what takes long, in a block that all of them run."""
+    global _together
+    before, _together = _together, ranks
+    try:
+        yield
+    finally:
+        _together = before
 
 
 def processes() -> Ranks:

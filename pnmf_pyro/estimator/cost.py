@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnmf_pyro.data.memory import available_memory, held_memory
-from pnmf_pyro.data.parallel import ALONE
+from pnmf_pyro.data.parallel import ALONE, leads
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.calibration import Calibration
 from pnmf_pyro.estimator.coarse import places_of_bins
@@ -163,7 +163,7 @@ def plan_of(settings: Settings, data: Data) -> Plan:
 
 def announced(settings: Settings, data: Data) -> Sequence[StageCost]:
     """Print the plan of a fit that is `verbose` to standard error; return the costs of stages."""
-    if not settings.verbose or not data.counts.ranks.leads:
+    if not settings.verbose or not leads():
         return ()
     data = replace(data, counts=copy.copy(data.counts))  # those of this rank, as if it were alone
     data.counts.ranks = ALONE

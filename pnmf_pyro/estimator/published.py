@@ -9,7 +9,7 @@ import numpy as np
 
 from pnmf_pyro.data.checks import check_callback
 from pnmf_pyro.data.counts import CountsLike, MaybeArray
-from pnmf_pyro.data.parallel import processes
+from pnmf_pyro.data.parallel import ALONE, processes, working_together
 from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.cost import announced
 from pnmf_pyro.estimator.effects import warn_without_effect
@@ -55,7 +55,9 @@ def fit_and_publish(
         estimator.keys_ = None
         chosen = checkpoint.once("likelihood", lambda: chosen_likelihood(estimator, data))
         estimator.likelihood_, estimator.likelihood_densities_ = chosen
-        fitted = fit_by_plan(estimator, data, report, announced(estimator, data), checkpoint)
+        costs = announced(estimator, data)
+        with working_together(ALONE if data.places is None else ranks):
+            fitted = fit_by_plan(estimator, data, report, costs, checkpoint)
         model, estimator.history_, (estimator.elbo_, estimator.elbo_se_) = fitted
         model = of_all_rows(estimator, data, model)
         estimator._publish(model)

@@ -18,7 +18,13 @@ from pnmf_pyro.estimator.checkpoints import parameters_of, versions
 from pnmf_pyro.estimator.inputs import Data, Scales
 from pnmf_pyro.estimator.plain import HasParameters
 from pnmf_pyro.estimator.plan import make_model
-from pnmf_pyro.estimator.stages import Settle, SettleLoadings, WarmUp
+from pnmf_pyro.estimator.stages import (
+    Correlate,
+    LearnHyperparameters,
+    Settle,
+    SettleLoadings,
+    WarmUp,
+)
 from pnmf_pyro.models import PoissonFactorization
 
 # Tensors of a model that have a row for each sample, and the dimension of these.
@@ -29,9 +35,8 @@ OF_SAMPLES = {
     "exposure.size_factors": 0,
 }
 
-# Parameters that must have one of a few values where the rows are shared out.
+# Parameters that must have one of a few values where the rows are shared out, or a fit in space.
 ONE_OF: dict[str, tuple[object, ...]] = {
-    "spatial": (False,),
     "prior": (None,),
     "likelihood": (None, "poisson"),
     "training_mode": ("natural",),
@@ -40,6 +45,9 @@ ONE_OF: dict[str, tuple[object, ...]] = {
     "y_batch_size": (None,),
     **dict.fromkeys(("mask", "batches", "covariates", "callback"), (None,)),
 }
+IN_SPACE = {**ONE_OF, "local": (True,), "mode": ("lower-bound",), "non_spatial_components": (0,)}
+STAGES = (WarmUp, Settle, SettleLoadings)
+STAGES_IN_SPACE = (*STAGES, LearnHyperparameters, Correlate)
 
 
 @dataclass(frozen=True)
@@ -56,21 +64,27 @@ def refuse(ranks: Ranks, values: Mapping[str, Any]) -> None:
     """Raise a ValueError for arguments of a fit, by name, that several ranks cannot share."""
     if ranks.size == 1:
         return
-    odd = [k for k, one_of in ONE_OF.items() if k in values and not _is_one_of(values[k], one_of)]
+    spatial = bool(values.get("spatial"))
+    wanted = IN_SPACE if spatial else ONE_OF
+    odd = [k for k, one_of in wanted.items() if k in values and not _is_one_of(values[k], one_of)]
     init, stages = values.get("init"), values.get("stages") or ()
     starts = init if isinstance(init, list | tuple) else [init]
     if any(isinstance(start, str) and start == "k-means" for start in starts):
         odd.append("init")
     if check_device(values.get("device", "cpu")).type != "cpu":
         odd.append("device")
-    if any(type(one) not in (WarmUp, Settle, SettleLoadings) for one in stages):
+    known = STAGES_IN_SPACE if spatial else STAGES
+    drawn = spatial and any(
+        getattr(one, "mode", None) not in (None, "lower-bound") for one in stages
+    )
+    if drawn or any(type(one) not in known for one in stages):
         odd.append("stages")
     if odd:
         shown = "an array" if isinstance(values[odd[0]], np.ndarray) else repr(values[odd[0]])
         raise ValueError(
             f"{odd[0]}={shown[:60]} is not for a fit of {ranks.size} ranks, which is of Poisson "
-            "counts without space, in closed form and full passes. Leave it out, or start one "
-            "process."
+            "counts, in closed form and full passes, and in space of places with neighbours "
+            "(local=True, mode='lower-bound'). Leave it out, or start one process."
         )
     if not isinstance(values.get("random_state", 0), int | np.integer):
         raise ValueError(
@@ -90,6 +104,11 @@ def agree_on_fit(
         given = {**settings.get_params(deep=False), **scales._asdict(), "callback": callback}
         refuse(ranks, given)
         ranks.agree(**versions(), **parameters_of(settings), checkpoint=path)
+        if given["spatial"] and given["n_components"] < ranks.size:
+            raise ValueError(
+                f"n_components={given['n_components']} are fewer than {ranks.size} ranks, among "
+                "which the components of a fit in space are shared out. Start fewer processes."
+            )
 
 
 def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
@@ -99,11 +118,15 @@ def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
 def own_rows(ranks: Ranks, data: Data) -> Data:
     """Return the data of the rows of this rank, of data that are the same on all.
 
-    Of a store each rank has read its own rows already.
+    Of a store each rank has read its own rows already; in space it holds all.
     """
     if ranks.size == 1:
         return data
     counts, s = data.counts, data.size_factors
+    if data.places is not None:
+        places = hash_of(data.places.coordinates, data.places.groups)
+        ranks.agree(X=hash_of_table(counts.numpy()), size_factors=hash_of(s), places=places)
+        return data
     if counts.ranks.size == 1:
         ranks.agree(X=hash_of_table(counts.numpy()), size_factors=hash_of(s))
         own, (first, last) = ranks.sharing([0, counts.shape[0]])

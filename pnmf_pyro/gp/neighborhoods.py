@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.checks import check_choice, check_count
+from pnmf_pyro.data.parallel import together
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.data.random_state import check_random_state
 from pnmf_pyro.gp.cache import Cache
@@ -140,15 +141,18 @@ class Neighborhoods:
         """Weights (n, C, K) and variances (L, n) of targets given their neighbours."""
         values, scale = self._distinct_sets()
         targets, sources = targets.to(scale.device), sources.to(scale.device)
+        ranks = together()
+        mine = ranks.part(len(targets))
         weights, variances = conditional_weights(
-            targets,
+            targets[mine],
             sources,
-            near,
+            near[mine],
             lambda places: self.kernel.covariance(places, None, values),
             len(values["sigma"]),
             self.dtype,
-            names,
+            np.arange(len(targets))[mine] if names is None else names[mine],
         )
+        weights, variances = ranks.stacked(weights, 0), ranks.stacked(variances, 1)
         return weights, (scale * variances).expand(self.L, -1)
 
     def _distinct_sets(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -16,7 +16,7 @@ In the ordering, B has entries below its diagonal only: Q^-1 and its root are tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -139,6 +139,14 @@ class VecchiaFactor:
     def grid_diagonals(self) -> list[Tensor]:
         """Diagonals of Q_M in the ordering, for the grids from the coarsest on, each (M, L, 1)."""
         return list(self.triangle.grid_diagonals(self.ordered(1 / self.variances)))
+
+    def of(self, components: slice) -> VecchiaFactor:
+        """Return the factor of some of the components."""
+        weights = self.triangle.weights
+        own = weights if weights.shape[1] == 1 else weights[:, components].contiguous()
+        variances = self._ordered_variances[:, components, 0].T
+        make = partial(VecchiaFactor, self.graph, own, variances)
+        return self._cache(str(components), [self.variances], make)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.parallel import ALONE, together, working_together
 from pnmf_pyro.data.random_state import RandomState, check_random_state
 from pnmf_pyro.gp.coupled import conjugate_gradients
 from pnmf_pyro.gp.triangular import in_one_thread
@@ -105,8 +106,18 @@ class VecchiaPosterior:
     ) -> tuple[int, Tensor]:
         """Move x, in place, until r = b - A x is small; return the steps and the error, (L, R).
 
-        All are in the ordering, of shape (N, L, R).
+        All are in the ordering, of shape (N, L, R). Ranks that work together share the components.
         """
+        ranks = together()
+        if ranks.size > 1:
+            mine = ranks.part(self.factor.L)
+            own_h, own_x, own_r = (one[:, mine].contiguous() for one in (h, x, r))
+            with working_together(ALONE):
+                alone = VecchiaPosterior(self.factor.of(mine))
+                steps, error = alone._descend(own_h, own_x, own_r, tolerance, max_iterations)
+            x.copy_(ranks.stacked(own_x, 1))
+            r.copy_(ranks.stacked(own_r, 1))
+            return max(ranks.gathered(steps)), ranks.stacked(error, 0)
         precondition = _Preconditioner(self.factor, h)
         direction, power = torch.zeros_like(r), torch.ones_like(r[0])
         for iteration in range(max_iterations + 1):
@@ -189,12 +200,13 @@ class VecchiaPosterior:
             v = factor.ordered(factor.variances)
             b += factor.triangle.multiply_transposed(noise / v.sqrt().to(b))
         h = H.diagonal(dim1=-2, dim2=-1).clamp_min(0)[..., None]
+        ranks = together() if b.shape[-1] >= together().size else ALONE
         x = conjugate_gradients(
             lambda x: torch.baddbmm(factor.ordered_precision(x), H, x),
             _Preconditioner(factor, h),
-            b,
+            b[..., ranks.part(b.shape[-1])].contiguous(),
         )
-        return factor.restored(x)
+        return factor.restored(ranks.stacked(x, 2))
 
     def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.parallel import together
 from pnmf_pyro.data.places import extent, spacing
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.kernels import OF_GROUPS, Pairs, fill_symmetric
@@ -274,7 +275,11 @@ class HyperparameterSearch:
 
         A nugget does what a short lengthscale does as well.
         """
-        least = float(self.loss(values, mean))
+
+        def judge(one: dict[str, Tensor]) -> float:
+            return float(self.loss(one, mean))
+
+        least = judge(values)
         grids = {
             name: [values[name].new_tensor([value]) for value in grid]
             for name, grid in self._grids().items()
@@ -282,14 +287,11 @@ class HyperparameterSearch:
         }
         for alike in (("lengthscale", "nugget"), ("sigma",), tuple(OF_GROUPS)):
             names = [name for name in alike if name in self.names]
-            if not names:
-                continue
-            tried = [values]
-            for point in product(*(grids[name] for name in names)):
-                tried.append({**values, **dict(zip(names, point, strict=True))})
-            losses = [least, *(float(self.loss(one, mean)) for one in tried[1:])]
+            points = product(*(grids[name] for name in names)) if names else ()
+            tried = [values | dict(zip(names, point, strict=True)) for point in points]
+            losses = [least, *together().mapped(judge, tried)]
             best = int(np.nanargmin(losses))
-            least, values = losses[best], tried[best]
+            least, values = losses[best], [values, *tried][best]
         return least, values
 
     def _apart(self, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
@@ -301,7 +303,7 @@ class HyperparameterSearch:
         if len(self.kernel.sigma) == 1 or not self.names or len(self.judged) < JUDGED:
             return values
         self.dispersion = self._dispersion(values, mean)
-        own = [self._own(slice(l, l + 1), values, mean) for l in range(len(mean))]
+        own = together().mapped(lambda l: self._own(l, values, mean), range(len(mean)))
         apart = [name for name in self.names if name in LENGTHS]
         logs = {name: torch.cat([one[name] for one in own]).log() for name in apart}
         tried = []
@@ -314,8 +316,9 @@ class HyperparameterSearch:
         best = int(np.nanargmax(gain))
         return tried[best] if gain[best] > TOLD else tried[0]
 
-    def _own(self, mine: slice, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """Hyperparameters of one component by the evidence of its sites, from common values."""
+    def _own(self, l: int, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Hyperparameters of component l by the evidence of its sites, from common values."""
+        mine = slice(l, l + 1)
         fixed = {name: value[mine] for name, value in values.items()}
         origin = torch.cat([*(fixed[name].log() for name in self.names), mean[mine]])
 
