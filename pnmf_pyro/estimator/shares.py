@@ -74,10 +74,8 @@ def refuse(ranks: Ranks, values: Mapping[str, Any]) -> None:
     if check_device(values.get("device", "cpu")).type != "cpu":
         odd.append("device")
     known = STAGES_IN_SPACE if spatial else STAGES
-    drawn = spatial and any(
-        getattr(one, "mode", None) not in (None, "lower-bound") for one in stages
-    )
-    if drawn or any(type(one) not in known for one in stages):
+    modes = {getattr(one, "mode", None) for one in stages if spatial}
+    if modes - {None, "lower-bound"} or any(type(one) not in known for one in stages):
         odd.append("stages")
     if odd:
         shown = "an array" if isinstance(values[odd[0]], np.ndarray) else repr(values[odd[0]])

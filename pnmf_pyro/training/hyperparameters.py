@@ -275,11 +275,7 @@ class HyperparameterSearch:
 
         A nugget does what a short lengthscale does as well.
         """
-
-        def judge(one: dict[str, Tensor]) -> float:
-            return float(self.loss(one, mean))
-
-        least = judge(values)
+        least = float(self.loss(values, mean))
         grids = {
             name: [values[name].new_tensor([value]) for value in grid]
             for name, grid in self._grids().items()
@@ -289,7 +285,7 @@ class HyperparameterSearch:
             names = [name for name in alike if name in self.names]
             points = product(*(grids[name] for name in names)) if names else ()
             tried = [values | dict(zip(names, point, strict=True)) for point in points]
-            losses = [least, *together().mapped(judge, tried)]
+            losses = [least, *together().mapped(lambda one: float(self.loss(one, mean)), tried)]
             best = int(np.nanargmin(losses))
             least, values = losses[best], [values, *tried][best]
         return least, values

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pnmf_pyro.data.parallel import ALONE, Ranks
+from pnmf_pyro.data.parallel import ALONE, Ranks, together, working_together
 from tests.support.ranks import answers
 
 
@@ -15,6 +15,7 @@ def test_one_process_has_all_there_is():
     assert ALONE.gathered("word") == ALONE.at_first("word") == ["word"]
     assert ALONE.any(True)
     assert not ALONE.any(False)
+    assert ALONE.mapped(str, [3, 4]) == ["3", "4"]
     ALONE.agree(anything=1)
     with pytest.raises(OSError, match="full"):
         ALONE.by_first(lambda: _fail(OSError("full")))
@@ -24,6 +25,20 @@ def test_one_process_has_all_there_is():
 
 def _fail(error):
     raise error
+
+
+@pytest.mark.parametrize(("size", "n"), [(1, 4), (2, 5), (3, 3), (4, 2)])
+def test_each_thing_is_for_one_rank(size, n):
+    parts = [range(n)[Ranks(rank, size).part(n)] for rank in range(size)]
+    assert [one for part in parts for one in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_ranks_work_together_in_a_block():
+    ranks = Ranks(1, 3)
+    with pytest.raises(OSError, match="full"), working_together(ranks):
+        _fail(OSError("full") if together() is ranks else OSError("alone"))
+    assert together() is ALONE
 
 
 @pytest.mark.parametrize(("size", "n_slices"), [(1, 4), (2, 5), (3, 3), (4, 2)])

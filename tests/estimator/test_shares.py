@@ -14,7 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 import pnmf_pyro
 from benchmarks.stops import killed_ranks
 from pnmf_pyro.data import stored
-from tests.support.ranks import answers, counts, found, started
+from pnmf_pyro.training import hyperparameters
+from tests.support.ranks import answers, counts, counts_in_space, found, started
 
 FIT = "n_components=2, max_iter=60"
 
@@ -69,7 +70,7 @@ answer(
     assert "checkpoint is 0 on rank 0 and 1 on rank 1" in refused["files"]
     with pytest.raises(ValueError, match=r"another fit: processes was 2, and is 1\. Go on"):
         fit(counts(), checkpoint=kept)
-    assert refused["space"].startswith("ValueError: spatial=True is not for a fit of 2 ranks")
+    assert refused["space"].startswith("ValueError: local=False is not for a fit of 2 ranks")
     assert "1 samples for 2 ranks" in refused["rows"]
 
 
@@ -93,6 +94,45 @@ def test_draws_of_slices_do_not_depend_on_who_reads_them(tmp_path, monkeypatch):
         f"answer(**found(pnmf_pyro.fit({str(path)!r}, {FIT}, size_factors='total')))",
     )
     same(ranks[0][0], fit(path, size_factors="total"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_fit_in_space_is_that_of_one_process(size, tmp_path):
+    """Also one that was stopped; lengthscales of components of their own, shared out or not."""
+    settings = "n_components=3, local=True, K=8, max_iter=90"
+    ranks = answers(
+        size,
+        f"""
+from pnmf_pyro.training import hyperparameters
+hyperparameters.JUDGED = 100  # so that components have lengthscales of their own
+X, places = counts_in_space()
+kept = dict(checkpoint={str(tmp_path / "run.ckpt")!r}, every=0)
+answer(**found(pnmf_pyro.fit(X, places, {settings})))
+stop_at(30, lambda: pnmf_pyro.fit(X, places, {settings}, **kept))
+answer(**found(pnmf_pyro.fit(X, places, {settings}, **kept)))
+answer(
+    mode=failure(lambda: pnmf_pyro.fit(X, places, {settings}, mode="expanded")),
+    beside=failure(lambda: pnmf_pyro.fit(X, places, {settings}, non_spatial_components=1)),
+    few=failure(lambda: pnmf_pyro.fit(X, places, **(dict({settings}) | dict(n_components=1)))),
+    places=failure(lambda: pnmf_pyro.fit(X, places + RANK, {settings})),
+)
+""",
+    )
+    for whole, resumed, refused in ranks:
+        same(ranks[0][0], whole, exact=True)
+        same(ranks[0][0], resumed, exact=True)
+        assert refused["mode"].startswith("ValueError: mode='expanded' is not for a fit of")
+        assert refused["beside"].startswith("ValueError: non_spatial_components=1 is not for")
+        assert "n_components=1 are fewer than" in refused["few"]
+        assert "places is" in refused["places"]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(hyperparameters, "JUDGED", 100)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        X, places = counts_in_space()
+        alone = pnmf_pyro.fit(X, places, **eval(f"dict({settings})"))
+    assert len(set(alone.model_.prior.kernel.lengthscale.tolist())) == 3
+    same(ranks[0][0], found(alone))
 
 
 @pytest.mark.slow

@@ -48,6 +48,17 @@ def test_all_neighbours_give_the_exact_precision(complete):
     np.testing.assert_allclose(log_det, np.linalg.slogdet(exact)[1], rtol=1e-8)
 
 
+def test_the_factor_of_some_components_is_theirs(sparse):
+    _, factor, _ = sparse
+    x = np.random.default_rng(0).normal(size=(2, 60, 3))
+    for mine in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        own = factor.of(mine)
+        assert mine.stop - mine.start == own.L
+        np.testing.assert_allclose(own.variances, factor.variances[mine])
+        np.testing.assert_allclose(own.precision(x[mine]), factor.precision(x)[mine], rtol=1e-12)
+    assert factor.of(mine) is own
+
+
 def test_products_and_solves(sparse):
     _, factor, covariance = sparse
     x = np.random.default_rng(0).normal(size=(2, 60, 3))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import pnmf_pyro
-from tests.support.ranks import RANK, answer, counts, failure, found, stop_at
+from tests.support.ranks import RANK, answer, counts, counts_in_space, failure, found, stop_at
 dist.init_process_group("gloo", timeout=timedelta(seconds=120))
 """
 
@@ -91,6 +91,16 @@ def counts():
     random = np.random.default_rng(0)
     rates = np.exp(random.normal(size=(53, 2))) @ random.gamma(1.0, size=(2, 20))
     return random.poisson(3 * rates).astype(float)
+
+
+def counts_in_space():
+    """Counts (130, 20) of two components that vary in space, in float64, and places (130, 2)."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    places = random.uniform(size=(130, 2)) * 10
+    rates = np.exp(np.sin(places)) @ random.gamma(0.7, size=(2, 20))
+    return random.poisson(2 * rates).astype(float), places
 
 
 def found(model) -> dict:
