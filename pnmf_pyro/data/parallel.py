@@ -129,13 +129,14 @@ class Ranks:
         if self.size == 1:
             return part
         rows = part.movedim(dim, 0)
-        lengths = self.gathered(len(rows))
-        given = rows.new_zeros(max(lengths), *rows.shape[1:])
-        given[: len(rows)] = rows
-        found = [torch.empty_like(given) for _ in lengths]
+        lengths = list(torch.zeros(self.size, dtype=torch.int64).split(1))
         with _in_plain_words():
+            dist.all_gather(lengths, torch.tensor([len(rows)]))
+            given = rows.new_zeros(int(max(lengths)), *rows.shape[1:])
+            given[: len(rows)] = rows
+            found = [torch.empty_like(given) for _ in lengths]
             dist.all_gather(found, given)
-        whole = torch.cat([one[:n] for one, n in zip(found, lengths, strict=True)])
+        whole = torch.cat([one[: int(n)] for one, n in zip(found, lengths, strict=True)])
         return whole.movedim(0, dim).contiguous()
 
     def normals(self, like: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.course import NOTHING_KEPT, Course, Keeper
 from pnmf_pyro.training.extrapolation import MOST, Accepted, Extrapolation
 from pnmf_pyro.training.schedules import Schedule
-from pnmf_pyro.training.slices import loss_and_grads, parts, ranks_of
+from pnmf_pyro.training.slices import loss_and_grads, parts, sums_over
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -251,7 +251,8 @@ def evaluate_elbo(
             share = batch.counts.shape[0] / N
             with threads_for(batch, model):
                 total -= share * objective.loss(model.model, model.guide, batch)
-    return float(ranks_of(model).total(torch.tensor(total, dtype=torch.float64)))
+    ranks = sums_over(model, batches.counts)
+    return float(ranks.total(torch.tensor(total, dtype=torch.float64)))
 
 
 def final_elbo(

@@ -104,8 +104,9 @@ def test_a_fit_in_space_is_that_of_one_process(size, tmp_path):
     ranks = answers(
         size,
         f"""
-from pnmf_pyro.training import hyperparameters
+from pnmf_pyro.training import hyperparameters, slices
 hyperparameters.JUDGED = 100  # so that components have lengthscales of their own
+slices.LEAST_SHARED = 2000  # and bins are not shared out, samples are
 X, places = counts_in_space()
 kept = dict(checkpoint={str(tmp_path / "run.ckpt")!r}, every=0)
 answer(**found(pnmf_pyro.fit(X, places, {settings})))
