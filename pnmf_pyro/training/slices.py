@@ -34,7 +34,7 @@ def parts(batch: Batch) -> Iterator[Batch]:
     """Iterate over the slices of a batch in a store; over the batch itself where it is in memory.
 
     Each part estimates the whole, as batches do. What is drawn for a slice follows from its first
-    row, so that it does not depend on which rank reads it. Ranks that share the rows have their own.
+    row, so that it does not depend on which rank reads it. Ranks that share rows have their own.
     """
     counts = batch.counts
     if not isinstance(counts, StoredCounts):
