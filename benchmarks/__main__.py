@@ -60,6 +60,7 @@ BENCHMARKS["device"] = device
 BENCHMARKS["labels"] = labels
 BENCHMARKS["stored"] = stored.stored
 BENCHMARKS |= {one.__name__: one for one in (ranks.ranks, ranks.rank)}
+BENCHMARKS |= {one.__name__: one for one in (ranks.ranks_in_space, ranks.rank_in_space)}
 BENCHMARKS |= {one.__name__: one for one in (local.lcgp, local.local_fit)}
 BENCHMARKS |= {one.__name__: one for one in (local.local_bound, local.local_step)}
 

@@ -14,12 +14,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 
 import pnmf_pyro
 from benchmarks import tables
-from benchmarks.measure import peak_memory_mib, report
+from benchmarks.measure import peak_memory_mib, report, timed
 from pnmf_pyro.transforms import get_factors
 
 # Steps of the shorter of two fits, of which the difference is that of steps alone.
@@ -43,12 +44,59 @@ def ranks(options: argparse.Namespace) -> None:
     )
 
 
-def _started(size: int, given: dict[str, Any]) -> dict[str, Any]:
+def ranks_in_space(options: argparse.Namespace) -> None:
+    """Print fits of `--N` places with `--K` neighbours by one process, and by two, one thread each.
+
+    CPU seconds of a process say what is shared out where other programs keep the machine busy.
+    """
+    given = {k: getattr(options, k) for k in ("N", "D", "L", "K")}
+    alone, two = (_started(size, given, "rank_in_space") for size in (1, 2))
+    for size, found in ((1, alone), (2, two)):
+        report(benchmark="ranks_in_space", ranks=size, **given, **found)
+    report(
+        benchmark="ranks_in_space",
+        ratio_of_cpu=alone["cpu_seconds"] / two["cpu_seconds"],
+        ratio_of_fits=alone["seconds"] / two["seconds"],
+        elbo_differs=abs(two["elbo"] / alone["elbo"] - 1),
+    )
+
+
+def rank_in_space(options: argparse.Namespace) -> None:
+    """Be one of the processes of :func:`ranks_in_space`, and print what it found."""
+    N, D, L = options.N, options.D, options.L
+    random, several, sent = np.random.default_rng(0), int(os.environ["WORLD_SIZE"]) > 1, []
+    places = random.uniform(size=(N, 2)) * N**0.5
+    waves = places @ random.normal(size=(2, L)) / 8
+    rates = np.exp(np.sin(waves)) @ random.gamma(0.3, size=(L, D)) * 0.2
+    X = sp.csr_matrix(random.poisson(rates).astype("f4"))
+    if several:
+        sent = _count_bytes()
+        dist.init_process_group("gloo")
+    warnings.simplefilter("ignore")
+    few = {"local": True, "K": 5, "max_iter": 6}
+    pnmf_pyro.fit(X[:200], places[:200], n_components=2, **few)  # the first fit imports
+    before, cpu = len(sent), time.process_time()
+    seconds, model = timed(
+        lambda: pnmf_pyro.fit(X, places, n_components=L, local=True, K=options.K)
+    )
+    report(
+        seconds=seconds,
+        cpu_seconds=time.process_time() - cpu,
+        bytes=sum(sent[before:]),
+        steps=model.n_iter_,
+        elbo=model.elbo_,
+        peak_mib=peak_memory_mib(),
+    )
+    if several:
+        dist.destroy_process_group()
+
+
+def _started(size: int, given: dict[str, Any], name: str = "rank") -> dict[str, Any]:
     """Start the processes of a fit; return what the first one found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks", "rank"]
+    command = [sys.executable, "-m", "benchmarks", name]
     command += [f"--{key}={value}" for key, value in given.items()]
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     processes = [
