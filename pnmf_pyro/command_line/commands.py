@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 import warnings
@@ -39,6 +40,8 @@ THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` name, those of the process if None; return the exit code."""
     options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["pnmf-pyro", *given])
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # at once: a fit may take hours

@@ -183,7 +183,7 @@ def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[
         raise
     if options.report:
         try:
-            fit_report(model, source=str(options.out or "")).write(options.report)
+            fit_report(model, source=str(options.out or "")).write(options.report, options.command)
             written.append(options.report)
         except Exception as error:  # a plot must not cost the results
             left_out.append(f"the report is not written: {error}; results are in {options.out}")

@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
+from pnmf_pyro.command_line.pages import Page
 from pnmf_pyro.command_line.tables import read_counts
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
 from pnmf_pyro.data.checks import warn
@@ -251,6 +252,12 @@ def heard(fit: Callable[[], PNMF]) -> tuple[PNMF, bool]:
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Write a warning to standard error; the form of :func:`warnings.showwarning`."""
     sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
+
+
+def write_page(options: argparse.Namespace, page: Page, path: str) -> None:
+    """Write a page, with the command at its foot, and say so."""
+    page.write(path, options.command)
+    say(options, f"\nwrote {path}")
 
 
 def say(options: argparse.Namespace, text: str) -> None:

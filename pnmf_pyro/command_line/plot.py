@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pnmf_pyro.command_line.files import read_fit
-from pnmf_pyro.command_line.options import Commands, Exit, add_command, say
+from pnmf_pyro.command_line.options import Commands, Exit, add_command, write_page
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 
@@ -46,6 +46,5 @@ def run(options: argparse.Namespace) -> Exit:
         source=options.fit,
         y_down=not options.north_up,
     )
-    page.write(options.out)
-    say(options, f"wrote {options.out}")
+    write_page(options, page, options.out)
     return Exit.FINE

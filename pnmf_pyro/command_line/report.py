@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import numpy as np
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.calibration import LEVELS, Calibration
 from pnmf_pyro.analysis.differential import differential_features
+from pnmf_pyro.analysis.interpretation import contributions
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
@@ -44,6 +44,26 @@ CAPTIONS = {
     "ELBO": "It should be flat at the end. A line stands where a stage of the fit begins. Values "
     "of different stages are not to be compared.",
 }
+
+# What those of a check, a calibration, a choice and a comparison of features show.
+CHECKED = (
+    "Each point is a feature, a sample or a pair. On the line the model reproduces the data. Red "
+    "points are beyond 95% of the tables of the model. A statistic of the whole table is a line, "
+    "over bars that the tables of the model make."
+)
+CALIBRATED = (
+    "Where the truth lay among draws of its posterior; bars at both ends mean too narrow "
+    "intervals. The same for each quantity, minus what is right: in the grey band it is by chance. "
+    "The share of the truth in intervals of each level, minus the level, with two standard errors."
+)
+CHOSEN = (
+    "Lower is better at the left, higher at the right, where the band reaches from the worst to "
+    "the best pair of fits. The dashed line is the number that the rule chooses."
+)
+MARKED = (
+    "Each point is a feature. To the right it is more frequent than in the component that comes "
+    "closest, by powers of two. Higher up that is surer; the dotted line is the rate asked for."
+)
 
 # Features, samples or pairs that are named for each statistic that a model misses.
 NAMED = 8
@@ -83,6 +103,9 @@ def fit_report(
     known = getattr(found, "settings", None)  # of a fit in an AnnData object
     if known is None and not isinstance(fit, Results):
         known = settings(cast(Fitted, fit))
+    shares = contributions(found).sum(0)
+    summary["share of counts, by component"] = ", ".join(f"{s:.0%}" for s in shares / shares.sum())
+    summary["size factors"] = "yes" if np.ptp(found.size_factors) else "none"
     summary |= _origin(known or {}, source)
     drawn: dict[str, Callable] = {
         "Features by specificity": partial(plotting.plot_top_features, found, by="specificity"),
@@ -110,10 +133,10 @@ def _origin(known: Mapping[str, Any], source: str) -> dict[str, str]:
     learned = known.get("hyperparameters", {})
     found = {
         "file": source,
-        "page written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "fitted by pnmf_pyro": known.get("version", ""),
         "seed": known.get("seed", parameters.get("random_state", "")),
         "likelihood": parameters.get("likelihood", ""),
+        "column of sections": known.get("batch_key", ""),
         "kernel": known.get("kernel", ""),
     }
     if "lengthscale" in learned:
@@ -128,7 +151,7 @@ def check_report(check: PredictiveCheck) -> Page:
         f"{check.kind.capitalize()} predictive check",
         [
             *check_words(check),
-            Picture("Data and model", partial(plotting.plot_predictive_check, check)),
+            Picture("Data and model", partial(plotting.plot_predictive_check, check), CHECKED),
             *_farthest_off(check),
         ],
     )
@@ -179,7 +202,7 @@ def _name(label: object) -> str:
 
 def calibration_report(found: Calibration) -> Page:
     """Return a page on a calibration: verdict, coverage, and where the truth lay."""
-    picture = Picture("Ranks and coverage", partial(plotting.plot_calibration, found))
+    picture = Picture("Ranks and coverage", partial(plotting.plot_calibration, found), CALIBRATED)
     return Page("Calibration", [*calibration_words(found), picture])
 
 
@@ -199,7 +222,7 @@ def calibration_words(found: Calibration) -> list[Text | Table]:
 def selection_report(selection: ComponentSelection) -> Page:
     """Return a page on a choice of the number of components: curves, table and what they tell."""
     table, summary = selection_words(selection)
-    curves = Picture("Curves", partial(plotting.plot_selection, selection))
+    curves = Picture("Curves", partial(plotting.plot_selection, selection), CHOSEN)
     return Page("Number of components", [summary, curves, table])
 
 
@@ -211,7 +234,7 @@ def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
 
 def markers_report(model: PNMF, lfsr: float, n: int) -> Page:
     """Return a page on the features that mark each component: volcano plots and their table."""
-    plots = Picture("Log-ratios", partial(plotting.plot_volcano, model, lfsr=lfsr))
+    plots = Picture("Log-ratios", partial(plotting.plot_volcano, model, lfsr=lfsr), MARKED)
     return Page("Features of components", [plots, markers_table(model, lfsr, n)])
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
 
+# Inches that a character of a name takes, about.
+CHARACTER = 0.06
+
 # Smallest local false sign rate that is told from smaller ones.
 LEAST_LFSR = 1e-10
 
@@ -107,19 +110,24 @@ def plot_volcano(
     """
     table = differential_features(fit)
     chosen = chosen_numbers("components", components, fitted_module(fit, "fit").L)
-    axes = panels(len(chosen), (2.8, 2.6), 4, axes)
-    for ax, number in zip(axes, chosen, strict=True):
-        rows = table[table["component"] == number]
-        x = np.asarray(rows["mean"])
-        sure = -np.log10(np.clip(np.asarray(rows["lfsr"]), LEAST_LFSR, None))
-        marks = (x > 0) & (np.asarray(rows["lfsr"]) < lfsr)
-        ax.scatter(x[~marks], sure[~marks], s=6, color="0.7", linewidths=0)
-        ax.scatter(x[marks], sure[marks], s=9, color=BLUE, linewidths=0)
+    x, rates = np.asarray(table["mean"]), np.asarray(table["lfsr"])
+    sure = -np.log10(np.clip(rates, LEAST_LFSR, None))
+    marks = (x > 0) & (rates < lfsr)
+    parts = [np.flatnonzero(np.asarray(table["component"]) == number) for number in chosen]
+    named = [part[np.argsort(np.where(marks, -x, 1)[part], kind="stable")[:n]] for part in parts]
+    named = [some[marks[some]] for some in named]
+    names = np.array([*map(verbatim, table["feature"])])
+    width = 2.6 + CHARACTER * max((len(name) for some in named for name in names[some]), default=0)
+    axes = panels(len(chosen), (width, 2.6), max(1, min(4, int(WIDEST / width))), axes)
+    for ax, number, part, some in zip(axes, chosen, parts, named, strict=True):
+        for kind, size, colour in ((~marks, 6, "0.7"), (marks, 9, BLUE)):
+            ax.scatter(x[part][kind[part]], sure[part][kind[part]], size, colour, linewidths=0)
         ax.axhline(-np.log10(lfsr), color="0.5", linewidth=0.6, linestyle=":")
         ax.axvline(0, color="0.5", linewidth=0.6)
-        names, named = np.asarray(rows["feature"]), np.flatnonzero(marks)
-        named = named[np.argsort(-x[named], kind="stable")[:n]]
-        _name_points(ax, x[named], sure[named], names[named])
+        ax.update_datalim([(-1, 0), (1, 2)])  # at least, so that what is alike looks alike
+        ax.autoscale_view()
+        _name_points(ax, x[some], sure[some], names[some])
+        ax.locator_params(axis="x", nbins=5)
         ax.set_title(f"component {number}", fontsize=9)
         ax.tick_params(labelsize=7)
         ax.set_xlabel("log2 ratio to the closest other", fontsize=8)
@@ -129,20 +137,14 @@ def plot_volcano(
 
 
 def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: np.ndarray) -> None:
-    """Write the names of points in a column at the right of all, as far apart as lines of text."""
-    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    line, last = 0.07 * (high - low), np.inf
-    for i in np.lexsort((-x, -y)):
-        last = min(y[i], last - line)
-        ax.annotate(
-            verbatim(names[i]),
-            (x[i], y[i]),
-            (right + 0.04 * (right - left), last),
-            fontsize=7,
-            va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5", "shrinkB": 2},
-        )
-    ax.set_xlim(left, right + 0.35 * (right - left))
+    """Write the names of points in a column right of the axes, as far apart as lines of text."""
+    low, high = ax.get_ylim()
+    line, last = min(0.08, 1 / max(1, len(names))) * (high - low), np.inf
+    leader = {"arrowstyle": "-", "lw": 0.4, "color": "0.5", "shrinkB": 2, "relpos": (0, 0.5)}
+    for left, i in zip(range(len(names))[::-1], np.lexsort((-x, -y)), strict=True):
+        last = max(min(y[i], last - line), low + line * left)
+        where, beside = (x[i], y[i]), ax.get_yaxis_transform()
+        ax.annotate(names[i], where, (1.03, last), "data", beside, leader, fontsize=7, va="center")
 
 
 def plot_loadings(

@@ -195,7 +195,8 @@ def map_columns(
             numbers.append((shown, ax))
         else:
             legend(ax, column.categories)
-    tissue.annotate(axes[0])
+        tissue.write_names(ax)
+    tissue.draw_scale_bar(axes[0])
     if numbers:
         _colour_bars(numbers, look)
     return axes

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from pnmf_pyro import fit, plotting
 
@@ -27,6 +28,21 @@ def test_names_of_features(plot, model):
     assert drawn(ax.get_yticklabels()) == {(name, False) for name in NAMES}
 
 
+def test_long_names_of_a_volcano_stand_beside_it_and_not_on_each_other():
+    rng = np.random.default_rng(1)
+    W = np.kron(np.eye(2), np.full((5, 1), 4.0)) + 0.5
+    X = rng.poisson(rng.gamma(1.0, 1.0, size=(200, 2)) @ W.T)
+    names = [f"a species with quite a long name {j}" for j in range(10)]
+    axes = plotting.plot_volcano(fit(pd.DataFrame(X, columns=names), n_components=2))
+    axes[0].figure.canvas.draw()
+    for ax in axes:
+        written = [Text.get_window_extent(text) for text in ax.texts]  # less its line
+        assert sorted(text.get_text() for text in ax.texts) in (names[:5], names[5:])
+        assert all(box.x0 > ax.bbox.x1 and box.x1 < ax.figure.bbox.x1 for box in written)
+        assert all(one.y0 > other.y1 for one, other in zip(written, written[1:], strict=False))
+        assert ax.bbox.width > 100
+
+
 def test_names_of_sections_and_panels():
     anndata = pytest.importorskip("anndata")
     rng = np.random.default_rng(0)
@@ -37,7 +53,7 @@ def test_names_of_sections_and_panels():
     axes = plotting.plot_spatial(adata, NAMES, groups="slide")
     axes[0].figure.canvas.draw()
     assert drawn(ax.title for ax in axes) == {(name, False) for name in NAMES}
-    assert {("$1$", False), ("$2$", False)} <= drawn(axes[0].texts)
+    assert all({("$1$", False), ("$2$", False)} <= drawn(ax.texts) for ax in axes)
 
 
 @pytest.mark.parametrize("n", [200, 25_000])
