@@ -1,5 +1,7 @@
 """Names with signs of mathematics in plots: drawn as they are."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,7 +41,7 @@ def test_long_names_of_a_volcano_stand_beside_it_and_not_on_each_other():
         written = [Text.get_window_extent(text) for text in ax.texts]  # less its line
         assert sorted(text.get_text() for text in ax.texts) in (names[:5], names[5:])
         assert all(box.x0 > ax.bbox.x1 and box.x1 < ax.figure.bbox.x1 for box in written)
-        assert all(one.y0 > other.y1 for one, other in zip(written, written[1:], strict=False))
+        assert all(one.y0 > other.y1 for one, other in pairwise(written))
         assert ax.bbox.width > 100
 
 
