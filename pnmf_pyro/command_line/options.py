@@ -151,6 +151,21 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
+def add_maps(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`map_style` reads."""
+    parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
+    parser.add_argument(
+        "--north-up",
+        action="store_true",
+        help="maps have the second coordinate up (default: down, as in images)",
+    )
+
+
+def map_style(options: argparse.Namespace) -> dict[str, Any]:
+    """How a report draws maps, by the names that it takes."""
+    return {"unit": options.unit, "y_down": not options.north_up}
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that computes."""
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
