@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pnmf_pyro import __version__
 from pnmf_pyro.command_line import calibrate, check, demo, fit, markers, plot, select
+from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.options import epilog, show_warning
 from pnmf_pyro.command_line.outputs import check_clashes
@@ -45,6 +46,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # at once: a fit may take hours
+            shared.find_table(options)
             check_clashes(options)
             return options.run(options)
     except THEIRS as error:

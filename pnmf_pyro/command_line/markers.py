@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
         shared.write_page(options, page, options.out)
     elif options.out:
         _write_csv(options.out, differential_features(model))
-        shared.say(options, f"\nwrote {options.out}")
+        shared.say(options, f"wrote {options.out}")
     return shared.Exit.FINE
 
 

@@ -16,10 +16,11 @@ from sklearn.exceptions import ConvergenceWarning
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.pages import Page
-from pnmf_pyro.command_line.tables import read_counts
+from pnmf_pyro.command_line.tables import read_counts, region_places, table_path
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, unnamed_places
+from pnmf_pyro.data.stores import is_zarr
+from pnmf_pyro.estimator.anndata_bridge import ANNOTATION, AnnDataKeys, unnamed_places
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
 
@@ -73,8 +74,9 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
         "counts",
         metavar="COUNTS",
         help=".h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt, the last four "
-        "also with .gz; a folder of 10x or .zarr",
+        "also with .gz; a folder of 10x or .zarr, of AnnData or SpatialData",
     )
+    add_table(parser)
     parser.add_argument("--layer", help="layer of an AnnData file to take in place of X")
     parser.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
     parser.add_argument(
@@ -97,6 +99,21 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
         help=f"sign between cells: {', '.join(SEPARATORS)} or one character",
     )
     text.add_argument("--decimal", choices=(".", ","), help="sign before decimals")
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Add the option that :func:`find_table` reads."""
+    parser.add_argument("--table", help="table of a SpatialData store, where it has several")
+
+
+def find_table(options: argparse.Namespace) -> None:
+    """Let options that name a SpatialData store name its table."""
+    if not hasattr(options, "table"):
+        return
+    whole: str = options.counts if hasattr(options, "counts") else options.fit
+    for name in ("counts", "fit", "out"):
+        if getattr(options, name, None) == whole:
+            setattr(options, name, table_path(whole, options.table))
 
 
 def add_places(parser: argparse.ArgumentParser, use: str) -> None:
@@ -220,6 +237,9 @@ def places(
         raise ValueError("--coords and --spatial-key both name coordinates: leave one of them out.")
     if table.annotation is not None:
         if spatial_key == SPATIAL_KEY and SPATIAL_KEY not in table.annotation.obsm:
+            if ANNOTATION in table.annotation.uns and is_zarr(options.counts):
+                table.annotation.obsm[SPATIAL_KEY] = region_places(options.counts, table.annotation)
+                return keys.places(table.annotation)
             _warn_unused_places(table.annotation)
             keys = AnnDataKeys(None, None, options.batch_key)
         return keys.places(table.annotation)
@@ -272,7 +292,7 @@ def show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def write_page(options: argparse.Namespace, page: Page, path: str) -> None:
     """Write a page, with the command at its foot, and say so."""
     page.write(path, options.command)
-    say(options, f"\nwrote {path}")
+    say(options, f"wrote {path}")
 
 
 def say(options: argparse.Namespace, text: str) -> None:

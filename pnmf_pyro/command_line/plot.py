@@ -10,6 +10,7 @@ from pnmf_pyro.command_line.options import (
     Exit,
     add_command,
     add_maps,
+    add_table,
     map_style,
     write_page,
 )
@@ -32,7 +33,10 @@ def add(commands: Commands) -> None:
             "pnmf-pyro plot model.npz --out report.html",
         ),
     )
-    parser.add_argument("fit", metavar="FIT", help=".h5ad with results, or .npz with a saved model")
+    parser.add_argument(
+        "fit", metavar="FIT", help=".h5ad or .zarr with results, or .npz with a saved model"
+    )
+    add_table(parser)
     parser.add_argument("--out", "-o", required=True, help="where to write it, .html")
     parser.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
     add_maps(parser)

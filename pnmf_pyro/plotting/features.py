@@ -184,10 +184,11 @@ def plot_loadings(
     scores, ranked = ranked_features(found, n, by)
     _, first = np.unique(ranked, return_index=True)
     rows = ranked.ravel()[np.sort(first)]  # without repetition
-    ax = one_axes(ax, (1.6 + 0.3 * L, 0.8 + 0.15 * len(rows)))
+    names = [*map(verbatim, found.feature_names[rows])]
+    room = CHARACTER * max(map(len, names))
+    ax = one_axes(ax, (1.2 + room + 0.3 * L, 0.8 + 0.15 * len(rows)))
     share = scores["share"][rows]
     image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    names = [*map(verbatim, found.feature_names[rows])]
     ax.set_yticks(range(len(rows)), names, fontsize=7)
     _explain(ax, image, L, "share of a feature's counts", 0.5)
     return ax

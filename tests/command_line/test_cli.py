@@ -50,7 +50,9 @@ def files(counts, tmp_path):
 def test_fit_in_space_over_sections(files, tmp_path):
     out = tmp_path / "factors.h5ad"
     assert fit(files["h5ad"], "--out", out, "--batch-key", "region", "--set", "tol=0.05") == 0
-    parameters = anndata.read_h5ad(out).uns["pnmf"]["parameters"]
+    found = anndata.read_h5ad(out).uns["pnmf"]
+    assert found["batch_key"] == "region"  # without it plot would draw them on top of each other
+    parameters = found["parameters"]
     assert parameters["spatial"]
     assert parameters["multigroup"]
 
