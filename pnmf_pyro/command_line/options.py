@@ -170,7 +170,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def add_maps(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`map_style` reads."""
-    parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
+    parser.add_argument("--unit", default="", help="unit of coordinates, for scale bars; um is µm")
     parser.add_argument(
         "--north-up",
         action="store_true",
@@ -180,7 +180,7 @@ def add_maps(parser: argparse.ArgumentParser) -> None:
 
 def map_style(options: argparse.Namespace) -> dict[str, Any]:
     """How a report draws maps, by the names that it takes."""
-    return {"unit": options.unit, "y_down": not options.north_up}
+    return {"unit": "µm" if options.unit == "um" else options.unit, "y_down": not options.north_up}
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -176,4 +176,5 @@ def check_report_path(name: str, path: str | Path) -> Path:
             f"{name} must end in .html, a page for a browser; got {Path(path).name}. "
             "pnmf_pyro.plotting draws single plots, for files of any kind."
         )
+    pyplot()  # before anything is computed for the page
     return check_output_path(name, path, (".html",))

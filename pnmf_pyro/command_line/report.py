@@ -34,6 +34,8 @@ MARKER_COLUMNS = {
 CAPTIONS = {
     "Factors": "How active a component is at each place. Twice the factor means twice the counts "
     "from the component. Each component has a scale of its own.",
+    "Samples": "Which share of a sample's counts comes from each component. Columns sum to 1. "
+    "Samples with the same strongest component stand together.",
     "Uncertainty of log-factors": "The standard deviation of the logarithm of a factor: 0.1 is "
     "about ten per cent of the factor.",
     "Features by specificity": "The features that tell a component from the others. Specificity is "
@@ -95,18 +97,14 @@ def fit_report(
     >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
     >>> page = fit_report(pnmf_pyro.fit(X, n_components=2))
     >>> [block.heading for block in page.blocks]
-    ['The fit', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
+    ['The fit', 'Samples', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
     >>> page.write("fit.html")  # doctest: +SKIP
     """
     found = results_of(fit, key)
-    summary = {name: str(value) for name, value in found.summary().items()}
     known = getattr(found, "settings", None)  # of a fit in an AnnData object
     if known is None and not isinstance(fit, Results):
         known = settings(cast(Fitted, fit))
-    shares = contributions(found).sum(0)
-    summary["share of counts, by component"] = ", ".join(f"{s:.0%}" for s in shares / shares.sum())
-    summary["size factors"] = "yes" if np.ptp(found.size_factors) else "none"
-    summary |= _origin(known or {}, source)
+    summary = _numbers(found, known or {}) | _origin(known or {}, source)
     drawn: dict[str, Callable] = {
         "Features by specificity": partial(plotting.plot_top_features, found, by="specificity"),
         "Loadings": partial(plotting.plot_loadings, found),
@@ -120,11 +118,24 @@ def fit_report(
             ),
         }
         drawn = maps | drawn
+    else:
+        drawn = {"Samples": partial(plotting.plot_samples, found)} | drawn
     if found.elbo_history is not None:
         drawn["ELBO"] = partial(plotting.plot_elbo, found)
     table = Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
     pictures = [Picture(name, draw, CAPTIONS[name]) for name, draw in drawn.items()]
     return Page("Poisson factorisation", [table, *pictures])
+
+
+def _numbers(found: Results, known: Mapping[str, Any]) -> dict[str, str]:
+    """What there is to say of a fit in numbers, by name."""
+    summary = {name: str(value) for name, value in found.summary().items()}
+    if "elbo" in known:  # that of the whole fit, as the command fit says it
+        summary.pop("ELBO at the last step (nats)", None)
+        summary["ELBO (nats)"] = f"{known['elbo']:.6g} ± {known['elbo_se']:.2g}"
+    shares = contributions(found).sum(0)
+    summary["share of counts, by component"] = ", ".join(f"{s:.0%}" for s in shares / shares.sum())
+    return summary | {"size factors": "yes" if np.ptp(found.size_factors) else "none"}
 
 
 def _origin(known: Mapping[str, Any], source: str) -> dict[str, str]:

@@ -55,6 +55,7 @@ def plot_elbo(
     margin = 0.08 * (np.ptp(late) or 1.0)
     ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.set(xlabel="iteration", ylabel="ELBO (nats)")
+    ax.ticklabel_format(axis="y", style="plain", useOffset=False)
     if len(stages) > 1:
         _mark_stages(ax, stages)
     plain(ax)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.differential import differential_features
-from pnmf_pyro.analysis.interpretation import ranked_features, top_features
+from pnmf_pyro.analysis.interpretation import contributions, ranked_features, top_features
 from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
 from pnmf_pyro.plotting.figures import BLUE, WIDEST, AxesLike, one_axes, panels, plain, verbatim
 from pnmf_pyro.training.fitted import Fitted, fitted_module
@@ -191,6 +191,42 @@ def plot_loadings(
     image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(rows)), names, fontsize=7)
     _explain(ax, image, L, "share of a feature's counts", 0.5)
+    return ax
+
+
+def plot_samples(
+    fit: Fit, ax: Axes | None = None, *, cmap: str = "viridis", key: str = "pnmf"
+) -> Axes:
+    """Show as a heat map how components share the expected counts of each sample.
+
+    A column is a sample, and sums to 1 over components. Samples with the same strongest component
+    stand together, those with most of it first.
+
+    Parameters
+    ----------
+    fit, key
+        As for :func:`plot_top_features`.
+    ax : matplotlib Axes, optional
+        Axes to draw in; those of a new figure unless given.
+    cmap : str
+        Colour map.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    counts = contributions(results_of(fit, key))
+    share = counts / counts.sum(1, keepdims=True)
+    shown = share[np.lexsort((-share.max(1), share.argmax(1)))].T
+    ax = one_axes(ax, (7.0, 1.0 + 0.2 * len(shown)))
+    image = ax.imshow(shown, cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    ax.set_yticks(range(len(shown)))
+    ax.tick_params(labelsize=7)
+    ax.set_xlabel("samples, by their strongest component", fontsize=9)
+    ax.set_ylabel("component", fontsize=9)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label("share of counts", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return ax
 
 

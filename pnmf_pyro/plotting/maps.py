@@ -225,7 +225,9 @@ def _labels(places: Fit | ArrayLike, groups: ArrayLike | None) -> ArrayLike | No
 
 
 def _columns(values: ArrayLike) -> list[Column]:
-    """Columns of numbers, one for each panel."""
+    """Columns of numbers, one for each panel, or one of words or categories."""
+    if np.ndim(values) == 1 and is_categorical(values) and not isinstance(values, list | tuple):
+        return [Column.of_labels(values)]
     table = check_array("values", values)
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or 0 in table.shape:

@@ -212,7 +212,7 @@ def test_plot_writes_a_report(files, tmp_path, capsys):
 def test_plot_takes_saved_models_without_places(fitted, tmp_path):
     fitted.save(tmp_path / "model.npz")
     assert main(["plot", str(tmp_path / "model.npz"), "--out", str(tmp_path / "a.html")]) == 0
-    assert (tmp_path / "a.html").read_text().count("<img") == 4
+    assert (tmp_path / "a.html").read_text().count("<img") == 5
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_fit_writes_a_model_and_a_report(folder, tmp_path, capsys):
     assert run("fit", folder / "poisson.csv", *options) == 0
     assert f"wrote {out}, {model}, {report}" in capsys.readouterr().out
     assert list(PNMF.load(model).feature_names_in_) == FEATURES
-    assert report.read_text().count("data:image/png;base64,") == 4
+    assert report.read_text().count("data:image/png;base64,") == 5
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

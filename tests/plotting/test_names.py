@@ -71,6 +71,8 @@ def test_words_are_categories_with_a_legend(n):
     axes = plotting.plot_spatial(adata, ["leiden", "side"])
     names = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in axes]
     assert names == [["2", "10"], ["left", "right"]]
+    alone = plotting.plot_spatial(places, side)[0]  # without AnnData
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == ["left", "right"]
     mappable = (axes[1].images or axes[1].collections)[0]
     values = np.ma.compressed(np.ma.masked_invalid(mappable.get_array()))
     assert set(np.unique(values)) == {0.0, 1.0}
