@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import warnings
@@ -111,9 +112,12 @@ def find_table(options: argparse.Namespace) -> None:
     if not hasattr(options, "table"):
         return
     whole: str = options.counts if hasattr(options, "counts") else options.fit
-    for name in ("counts", "fit", "out"):
-        if getattr(options, name, None) == whole:
-            setattr(options, name, table_path(whole, options.table))
+    found = table_path(whole, options.table)
+    for name in ("counts", "fit", "out") if found != whole else ():
+        if (path := getattr(options, name, None)) and os.path.realpath(path) == os.path.realpath(
+            whole
+        ):
+            setattr(options, name, found)
 
 
 def add_places(parser: argparse.ArgumentParser, use: str) -> None:

@@ -186,7 +186,7 @@ def files_in(folder):
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_results_go_into_the_table_of_a_spatialdata_store(store, adata, monkeypatch, capsys):
     before = files_in(store)
-    fit = ("fit", store, "--components", 2, "--set", "max_iter=2", "--quiet", "--out", store)
+    fit = ("fit", store, "--components", 2, "--set", "max_iter=2", "--quiet", "--out", f"{store}/")
     assert run(*fit, "--table", "placed") == 0
     after = files_in(store)
     changed = {str(file) for file in before if before[file] != after[file]}
