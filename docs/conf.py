@@ -52,7 +52,7 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"pnmf_pyro {release}"
-html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
+html_theme_options = {"show_prev_next": True, "navigation_with_keys": False}
 _WITH_SECTION_NAVIGATION = {"api"}
 html_sidebars: dict[str, list[str]] = {
     page.stem: []

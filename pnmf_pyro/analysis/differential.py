@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import ndtr
 
+from pnmf_pyro.analysis.interpretation import contributions
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.checks import check_choice
 from pnmf_pyro.estimator.results import results_of
@@ -57,7 +58,9 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
     against : {'closest', 'each'}
         `closest` compares with one other component, that for which it is the least sure that the
         feature is more frequent in this one. So a positive log-ratio with a small lfsr marks the
-        component against all others. `each` compares with each of the others.
+        component against all others. A component is passed over that expects fewer counts than
+        half of one for each feature: nothing is known of its profile. `each` compares with each of
+        the others.
 
     Returns
     -------
@@ -103,7 +106,8 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
         mirrored = Shrunk(-found.mean, found.sd, found.not_below, found.not_above)
         for values, one in zip(posterior, mirrored, strict=True):
             values[m, l] = one
-    others = _others(posterior.not_above, against)
+    empty = contributions(fit).sum(0) < PSEUDOCOUNT * D
+    others = _others(posterior.not_above - 2.0 * empty[:, None], against)
     return _table(results_of(fit).feature_names, others, estimate, se, posterior)
 
 

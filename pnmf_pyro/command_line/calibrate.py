@@ -64,6 +64,5 @@ def run(options: argparse.Namespace) -> shared.Exit:
     )
     shared.say(options, "\n\n".join(map(str, calibration_words(found))))
     if options.out:
-        calibration_report(found).write(options.out)
-        shared.say(options, f"\nwrote {options.out}")
+        shared.write_page(options, calibration_report(found), options.out)
     return shared.Exit.LOOK if found.flagged else shared.Exit.FINE

@@ -73,8 +73,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     check = _with_sample_names(check, table)
     shared.say(options, "\n\n".join(map(str, check_words(check))))
     if options.out:
-        check_report(check).write(options.out)
-        shared.say(options, f"\nwrote {options.out}")
+        shared.write_page(options, check_report(check), options.out)
     return shared.Exit.LOOK if check.flagged else shared.Exit.FINE
 
 

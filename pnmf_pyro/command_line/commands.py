@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from pnmf_pyro import __version__
 from pnmf_pyro.command_line import calibrate, check, demo, fit, markers, plot, select
+from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
 from pnmf_pyro.command_line.options import epilog, show_warning
 from pnmf_pyro.command_line.outputs import check_clashes
@@ -39,9 +41,12 @@ THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` name, those of the process if None; return the exit code."""
     options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["pnmf-pyro", *given])
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # at once: a fit may take hours
+            shared.find_table(options)
             check_clashes(options)
             return options.run(options)
     except THEIRS as error:

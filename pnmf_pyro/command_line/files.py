@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def read_fit(path: str | Path) -> PNMF | AnnData:
-    """Read an .h5ad file with results, or the .npz of :meth:`PNMF.save`."""
-    path, kind = check_file(path, "FIT", (".h5ad", ".npz"))
+    """Read an .h5ad file or .zarr folder with results, or the .npz of :meth:`PNMF.save`."""
+    path, kind = check_file(path, "FIT", (".h5ad", ".npz"), folders=True)
     if kind == ".npz":
         return PNMF.load(path)
     with readable(path):

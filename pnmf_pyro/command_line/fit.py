@@ -71,6 +71,7 @@ def add(commands: shared.Commands) -> None:
         help="write the fitted model as well, .npz, for check, plot and PNMF.load",
     )
     parser.add_argument("--report", help="write the report that plot draws as well, .html")
+    shared.add_maps(parser)
     _add_checkpoint(parser)
     add_effects(parser)
     shared.add_settings(parser)
@@ -183,7 +184,8 @@ def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[
         raise
     if options.report:
         try:
-            fit_report(model, source=str(options.out or "")).write(options.report)
+            page = fit_report(model, source=str(options.out or ""), **shared.map_style(options))
+            page.write(options.report, options.command)
             written.append(options.report)
         except Exception as error:  # a plot must not cost the results
             left_out.append(f"the report is not written: {error}; results are in {options.out}")

@@ -66,11 +66,11 @@ def run(options: argparse.Namespace) -> shared.Exit:
     model = read_model(options.model)
     shared.say(options, str(markers_table(model, options.lfsr, options.top)))
     if options.out and Path(options.out).suffix == ".html":
-        markers_report(model, options.lfsr, options.top).write(options.out)
+        page = markers_report(model, options.lfsr, options.top)
+        shared.write_page(options, page, options.out)
     elif options.out:
         _write_csv(options.out, differential_features(model))
-    if options.out:
-        shared.say(options, f"\nwrote {options.out}")
+        shared.say(options, f"wrote {options.out}")
     return shared.Exit.FINE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import warnings
@@ -15,10 +16,12 @@ from sklearn.exceptions import ConvergenceWarning
 
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
-from pnmf_pyro.command_line.tables import read_counts
+from pnmf_pyro.command_line.pages import Page
+from pnmf_pyro.command_line.tables import read_counts, region_places, table_path
 from pnmf_pyro.command_line.text_form import NAMES, SEPARATORS, TextForm
 from pnmf_pyro.data.checks import warn
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, unnamed_places
+from pnmf_pyro.data.stores import is_zarr
+from pnmf_pyro.estimator.anndata_bridge import ANNOTATION, AnnDataKeys, unnamed_places
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import SPATIAL_KEY
 
@@ -72,8 +75,9 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
         "counts",
         metavar="COUNTS",
         help=".h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt, the last four "
-        "also with .gz; a folder of 10x or .zarr",
+        "also with .gz; a folder of 10x or .zarr, of AnnData or SpatialData",
     )
+    add_table(parser)
     parser.add_argument("--layer", help="layer of an AnnData file to take in place of X")
     parser.add_argument("--transpose", action="store_true", help="COUNTS is features by samples")
     parser.add_argument(
@@ -96,6 +100,24 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
         help=f"sign between cells: {', '.join(SEPARATORS)} or one character",
     )
     text.add_argument("--decimal", choices=(".", ","), help="sign before decimals")
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Add the option that :func:`find_table` reads."""
+    parser.add_argument("--table", help="table of a SpatialData store, where it has several")
+
+
+def find_table(options: argparse.Namespace) -> None:
+    """Let options that name a SpatialData store name its table."""
+    if not hasattr(options, "table"):
+        return
+    whole: str = options.counts if hasattr(options, "counts") else options.fit
+    found = table_path(whole, options.table)
+    for name in ("counts", "fit", "out") if found != whole else ():
+        if (path := getattr(options, name, None)) and os.path.realpath(path) == os.path.realpath(
+            whole
+        ):
+            setattr(options, name, found)
 
 
 def add_places(parser: argparse.ArgumentParser, use: str) -> None:
@@ -148,6 +170,21 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="set any parameter of pnmf_pyro.PNMF, such as --set mode=expanded; may be repeated",
     )
     add_common(parser)
+
+
+def add_maps(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`map_style` reads."""
+    parser.add_argument("--unit", default="", help="unit of coordinates, for scale bars; um is µm")
+    parser.add_argument(
+        "--north-up",
+        action="store_true",
+        help="maps have the second coordinate up (default: down, as in images)",
+    )
+
+
+def map_style(options: argparse.Namespace) -> dict[str, Any]:
+    """How a report draws maps, by the names that it takes."""
+    return {"unit": "µm" if options.unit == "um" else options.unit, "y_down": not options.north_up}
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +241,9 @@ def places(
         raise ValueError("--coords and --spatial-key both name coordinates: leave one of them out.")
     if table.annotation is not None:
         if spatial_key == SPATIAL_KEY and SPATIAL_KEY not in table.annotation.obsm:
+            if ANNOTATION in table.annotation.uns and is_zarr(options.counts):
+                table.annotation.obsm[SPATIAL_KEY] = region_places(options.counts, table.annotation)
+                return keys.places(table.annotation)
             _warn_unused_places(table.annotation)
             keys = AnnDataKeys(None, None, options.batch_key)
         return keys.places(table.annotation)
@@ -251,6 +291,12 @@ def heard(fit: Callable[[], PNMF]) -> tuple[PNMF, bool]:
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Write a warning to standard error; the form of :func:`warnings.showwarning`."""
     sys.stderr.write(f"pnmf-pyro: warning: {message}\n")
+
+
+def write_page(options: argparse.Namespace, page: Page, path: str) -> None:
+    """Write a page, with the command at its foot, and say so."""
+    page.write(path, options.command)
+    say(options, f"wrote {path}")
 
 
 def say(options: argparse.Namespace, text: str) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 from pnmf_pyro.command_line.count_table import CountTable
 from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.data.checks import check_output_path
+from pnmf_pyro.data.stores import is_zarr
 from pnmf_pyro.estimator.anndata_bridge import (
     COLUMNS,
-    add_results,
+    AnnDataKeys,
     import_anndata,
     import_h5py,
     results,
@@ -31,6 +32,7 @@ from pnmf_pyro.estimator.anndata_bridge import (
 from pnmf_pyro.estimator.archive import write_archive
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.estimator.results import EFFECTS
+from pnmf_pyro.estimator.stored_fit import write_fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -57,6 +59,7 @@ TABLES = {
 OPTIONAL = {**dict.fromkeys(EFFECTS, "feature"), "dispersion": "feature"}
 STALE = [f"PNMF_{name}" for name in EFFECTS]  # in varm of an .h5ad file
 ENDINGS = (".h5ad", ".npz", ".csv")
+STORES = (".h5ad", ".zarr")
 
 
 def check_clashes(options: argparse.Namespace) -> None:
@@ -104,11 +107,13 @@ def _goes_into(options: argparse.Namespace) -> bool:
     if not hasattr(options, "save_model") or options.transpose:
         return False
     counts, out = Path(options.counts), Path(options.out)
-    return counts.suffix == out.suffix == ".h5ad" and _is_same(counts, out)
+    return _kind(counts) == _kind(out) in STORES and _is_same(counts, out)
 
 
 def _kind(path: str | Path) -> str:
-    """The ending that says how results are written; that of CSV for a folder."""
+    """The ending that says how results are written; that of CSV for a folder of none."""
+    if is_zarr(path):
+        return ".zarr"
     is_folder = str(path).endswith(("/", os.sep)) or os.path.isdir(path)
     return ".csv" if is_folder else Path(path).suffix
 
@@ -116,23 +121,23 @@ def _kind(path: str | Path) -> str:
 def check_results_path(options: argparse.Namespace) -> None:
     """Raise an error if results cannot be written where --out says, before a fit takes its time."""
     kind = _kind(options.out)
-    if Path(options.out).suffix == ".zarr":
+    if Path(options.out).suffix == ".zarr" and not _goes_into(options):
         raise ValueError(
-            "--out cannot be a .zarr store for counts that are read into memory; write .h5ad, or "
-            "use pnmf_pyro.fit('cells.zarr') from Python, which writes into it."
+            f"--out cannot be a .zarr store other than COUNTS; give .h5ad, or {options.counts} "
+            "where that is a store."
         )
-    if kind not in ENDINGS:
+    if kind not in ENDINGS and not _goes_into(options):
         raise ValueError(
             f"--out must end in {' or '.join(ENDINGS)}, or in / for a folder of CSV files; got "
             f"{Path(options.out).name}."
         )
-    for path in files_of(options.out):
+    for path in files_of(options.out) if kind != ".zarr" else ():
         new = path.parent == Path(options.out) and not path.parent.exists()
         one = path.parent if new else path  # a folder that is to be made
         check_output_path("--out", one, (one.suffix,))
-    if kind == ".h5ad":
+    if kind in STORES:
         import_anndata()
-    if _goes_into(options):
+    if kind == ".h5ad" and _goes_into(options):
         with import_h5py().File(options.out, "r") as file:
             _check_layout(options.out, file)
 
@@ -150,6 +155,7 @@ def write_results(
         Annotation of the counts that cannot be written.
     """
     path, kind = Path(options.out), _kind(options.out)
+    keys = AnnDataKeys(options.layer, options.spatial_key, options.batch_key)
     samples, features = table.sample_names, table.feature_names
     if kind == ".csv":
         return _write_csv(options.out, model, samples, features), []
@@ -158,10 +164,12 @@ def write_results(
         names = {"sample_names": samples, "feature_names": features}
         named = {key: np.asarray(value, dtype=str) for key, value in names.items() if value}
         write_archive(path, {"settings": settings(model)}, results(model) | named)
+    elif kind == ".zarr":
+        write_fit(path, keys, model, table.annotation and table.annotation.obsm)
     elif _goes_into(options):
-        _write_into(path, _bare(model, table))
+        _write_into(path, _bare(keys, model, table))
     else:
-        adata, left_out = _annotated(model, table)
+        adata, left_out = _annotated(keys, model, table)
         image = _image(adata)
         with replacing(path) as part:
             part.write_bytes(image)
@@ -221,19 +229,18 @@ def _write_lines(path: Path, *tables: Iterable[Sequence[object]]) -> None:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def _bare(model: PNMF, table: CountTable) -> AnnData:
+def _bare(keys: AnnDataKeys, model: PNMF, table: CountTable) -> AnnData:
     """Results with the names of samples and features alone."""
     adata = import_anndata().AnnData(shape=table.X.shape)
     adata.obs_names = table.sample_names or adata.obs_names
     adata.var_names = table.feature_names or adata.var_names
-    add_results(adata, model)
-    return adata
+    return keys.write(adata, model)
 
 
-def _annotated(model: PNMF, table: CountTable) -> tuple[AnnData, list[str]]:
+def _annotated(keys: AnnDataKeys, model: PNMF, table: CountTable) -> tuple[AnnData, list[str]]:
     """Results with the annotation of samples and features, and what of it cannot be written."""
     if table.annotation is None:
-        adata = _bare(model, table)
+        adata = _bare(keys, model, table)
         if table.coordinates is not None:
             adata.obsm["spatial"] = table.coordinates
         return adata, []
@@ -255,8 +262,7 @@ def _annotated(model: PNMF, table: CountTable) -> tuple[AnnData, list[str]]:
                 if not _is_writable(AnnData(shape=adata.shape, **{part: {key: held[key]}})):
                     left_out.append(f"{part}[{key!r}]")
                     del held[key]
-    add_results(adata, model)
-    return adata, left_out
+    return keys.write(adata, model), left_out
 
 
 def _is_writable(adata: AnnData) -> bool:

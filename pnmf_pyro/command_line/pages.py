@@ -8,12 +8,14 @@ import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pnmf_pyro import __version__
 from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.plotting.figures import pyplot
@@ -31,8 +33,11 @@ STYLE = """
 body{font-family:sans-serif;line-height:1.5;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 img{max-width:100%}
 h2{font-size:1.15em;margin:1.6em 0 .6em}
-section.table{max-width:100%;overflow-x:auto;display:inline-block;vertical-align:top;margin-right:2em}
-p{white-space:pre-line;max-width:48em;margin:0}
+section{max-width:100%;overflow-x:auto}
+.table,.picture{display:inline-block;vertical-align:top;margin-right:2em}
+.picture>div{max-width:100%}
+footer{margin:2em 0;color:#666;font-size:.85em;overflow-wrap:anywhere}
+p{white-space:pre-line;max-width:48em;margin:0 0 .4em}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 .number{text-align:right}
@@ -115,10 +120,12 @@ class Picture:
             figure.savefig(file, format="png", dpi=DPI)
         finally:
             pyplot().close(figure)
+        width = round(DPI * figure.get_figwidth())  # which the caption does not exceed
         data = base64.b64encode(file.getvalue()).decode()
         alt = html.escape(self.heading, quote=True)
         words = f"<p>{html.escape(self.caption)}</p>" if self.caption else ""
-        return f'{words}<img alt="{alt}" src="data:image/png;base64,{data}">'
+        image = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        return f"<div style='width:{width}px'>{words}{image}</div>"
 
 
 Block = Text | Table | Picture
@@ -131,14 +138,14 @@ class Page:
     title: str
     blocks: Sequence[Block]
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Path, command: str = "") -> None:
         """Write the page to a file that ends in .html and holds the pictures."""
-        text = self.html()
+        text = self.html(command)
         with replacing(check_report_path("path", path)) as part:
             part.write_text(text, encoding="utf-8")
 
-    def html(self) -> str:
-        """Return the page as one HTML file."""
+    def html(self, command: str = "") -> str:
+        """Return the page as one HTML file; its foot has date, version and command."""
         title = html.escape(self.title)
         head = (
             "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -149,7 +156,9 @@ class Page:
             f"<h2>{html.escape(block.heading)}</h2>{block.html()}</section>"
             for block in self.blocks
         )
-        body = f"<h1>{title}</h1>\n{blocks}"
+        now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+        by = f"pnmf_pyro {__version__}{command and ': '}{command}"
+        body = f"<h1>{title}</h1>\n{blocks}\n<footer>Written {now} by {html.escape(by)}</footer>"
         return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
 
 
@@ -167,4 +176,5 @@ def check_report_path(name: str, path: str | Path) -> Path:
             f"{name} must end in .html, a page for a browser; got {Path(path).name}. "
             "pnmf_pyro.plotting draws single plots, for files of any kind."
         )
+    pyplot()  # before anything is computed for the page
     return check_output_path(name, path, (".html",))

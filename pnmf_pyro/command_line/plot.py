@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 
 from pnmf_pyro.command_line.files import read_fit
-from pnmf_pyro.command_line.options import Commands, Exit, add_command, say
+from pnmf_pyro.command_line.options import (
+    Commands,
+    Exit,
+    add_command,
+    add_maps,
+    add_table,
+    map_style,
+    write_page,
+)
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import fit_report
 
@@ -25,27 +33,20 @@ def add(commands: Commands) -> None:
             "pnmf-pyro plot model.npz --out report.html",
         ),
     )
-    parser.add_argument("fit", metavar="FIT", help=".h5ad with results, or .npz with a saved model")
+    parser.add_argument(
+        "fit", metavar="FIT", help=".h5ad or .zarr with results, or .npz with a saved model"
+    )
+    add_table(parser)
     parser.add_argument("--out", "-o", required=True, help="where to write it, .html")
     parser.add_argument("--key", default="pnmf", help="key_added of the fit (default: pnmf)")
-    parser.add_argument("--unit", default="", help="unit of the coordinates, for scale bars")
-    parser.add_argument(
-        "--north-up",
-        action="store_true",
-        help="the second coordinate points up, as on maps (default: down, as in images)",
-    )
+    add_maps(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:
     """Draw and write."""
     check_report_path("--out", options.out)
     page = fit_report(
-        read_fit(options.fit),
-        key=options.key,
-        unit=options.unit,
-        source=options.fit,
-        y_down=not options.north_up,
+        read_fit(options.fit), key=options.key, source=options.fit, **map_style(options)
     )
-    page.write(options.out)
-    say(options, f"wrote {options.out}")
+    write_page(options, page, options.out)
     return Exit.FINE

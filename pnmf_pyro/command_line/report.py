@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import numpy as np
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.calibration import LEVELS, Calibration
 from pnmf_pyro.analysis.differential import differential_features
+from pnmf_pyro.analysis.interpretation import contributions
 from pnmf_pyro.analysis.predictive_checks import PredictiveCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.command_line.pages import Block, Page, Picture, Table, Text
@@ -34,6 +34,8 @@ MARKER_COLUMNS = {
 CAPTIONS = {
     "Factors": "How active a component is at each place. Twice the factor means twice the counts "
     "from the component. Each component has a scale of its own.",
+    "Samples": "Which share of a sample's counts comes from each component. Columns sum to 1. "
+    "Samples with the same strongest component stand together.",
     "Uncertainty of log-factors": "The standard deviation of the logarithm of a factor: 0.1 is "
     "about ten per cent of the factor.",
     "Features by specificity": "The features that tell a component from the others. Specificity is "
@@ -44,6 +46,26 @@ CAPTIONS = {
     "ELBO": "It should be flat at the end. A line stands where a stage of the fit begins. Values "
     "of different stages are not to be compared.",
 }
+
+# What those of a check, a calibration, a choice and a comparison of features show.
+CHECKED = (
+    "Each point is a feature, a sample or a pair. On the line the model reproduces the data. Red "
+    "points are beyond 95% of the tables of the model. A statistic of the whole table is a line, "
+    "over bars that the tables of the model make."
+)
+CALIBRATED = (
+    "Where the truth lay among draws of its posterior; bars at both ends mean too narrow "
+    "intervals. The same for each quantity, minus what is right: in the grey band it is by chance. "
+    "The share of the truth in intervals of each level, minus the level, with two standard errors."
+)
+CHOSEN = (
+    "Lower is better at the left, higher at the right, where the band reaches from the worst to "
+    "the best pair of fits. The dashed line is the number that the rule chooses."
+)
+MARKED = (
+    "Each point is a feature. To the right it is more frequent than in the component that comes "
+    "closest, by powers of two. Higher up that is surer; the dotted line is the rate asked for."
+)
 
 # Features, samples or pairs that are named for each statistic that a model misses.
 NAMED = 8
@@ -75,15 +97,14 @@ def fit_report(
     >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
     >>> page = fit_report(pnmf_pyro.fit(X, n_components=2))
     >>> [block.heading for block in page.blocks]
-    ['The fit', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
+    ['The fit', 'Samples', 'Features by specificity', 'Loadings', 'Correlation of factors', 'ELBO']
     >>> page.write("fit.html")  # doctest: +SKIP
     """
     found = results_of(fit, key)
-    summary = {name: str(value) for name, value in found.summary().items()}
     known = getattr(found, "settings", None)  # of a fit in an AnnData object
     if known is None and not isinstance(fit, Results):
         known = settings(cast(Fitted, fit))
-    summary |= _origin(known or {}, source)
+    summary = _numbers(found, known or {}) | _origin(known or {}, source)
     drawn: dict[str, Callable] = {
         "Features by specificity": partial(plotting.plot_top_features, found, by="specificity"),
         "Loadings": partial(plotting.plot_loadings, found),
@@ -97,11 +118,24 @@ def fit_report(
             ),
         }
         drawn = maps | drawn
+    else:
+        drawn = {"Samples": partial(plotting.plot_samples, found)} | drawn
     if found.elbo_history is not None:
         drawn["ELBO"] = partial(plotting.plot_elbo, found)
     table = Table("The fit", {"quantity": list(summary), "value": list(summary.values())})
     pictures = [Picture(name, draw, CAPTIONS[name]) for name, draw in drawn.items()]
     return Page("Poisson factorisation", [table, *pictures])
+
+
+def _numbers(found: Results, known: Mapping[str, Any]) -> dict[str, str]:
+    """What there is to say of a fit in numbers, by name."""
+    summary = {name: str(value) for name, value in found.summary().items()}
+    if "elbo" in known:  # that of the whole fit, as the command fit says it
+        summary.pop("ELBO at the last step (nats)", None)
+        summary["ELBO (nats)"] = f"{known['elbo']:.6g} ± {known['elbo_se']:.2g}"
+    shares = contributions(found).sum(0)
+    summary["share of counts, by component"] = ", ".join(f"{s:.0%}" for s in shares / shares.sum())
+    return summary | {"size factors": "yes" if np.ptp(found.size_factors) else "none"}
 
 
 def _origin(known: Mapping[str, Any], source: str) -> dict[str, str]:
@@ -110,10 +144,10 @@ def _origin(known: Mapping[str, Any], source: str) -> dict[str, str]:
     learned = known.get("hyperparameters", {})
     found = {
         "file": source,
-        "page written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "fitted by pnmf_pyro": known.get("version", ""),
         "seed": known.get("seed", parameters.get("random_state", "")),
         "likelihood": parameters.get("likelihood", ""),
+        "column of sections": known.get("batch_key", ""),
         "kernel": known.get("kernel", ""),
     }
     if "lengthscale" in learned:
@@ -128,7 +162,7 @@ def check_report(check: PredictiveCheck) -> Page:
         f"{check.kind.capitalize()} predictive check",
         [
             *check_words(check),
-            Picture("Data and model", partial(plotting.plot_predictive_check, check)),
+            Picture("Data and model", partial(plotting.plot_predictive_check, check), CHECKED),
             *_farthest_off(check),
         ],
     )
@@ -179,7 +213,7 @@ def _name(label: object) -> str:
 
 def calibration_report(found: Calibration) -> Page:
     """Return a page on a calibration: verdict, coverage, and where the truth lay."""
-    picture = Picture("Ranks and coverage", partial(plotting.plot_calibration, found))
+    picture = Picture("Ranks and coverage", partial(plotting.plot_calibration, found), CALIBRATED)
     return Page("Calibration", [*calibration_words(found), picture])
 
 
@@ -199,7 +233,7 @@ def calibration_words(found: Calibration) -> list[Text | Table]:
 def selection_report(selection: ComponentSelection) -> Page:
     """Return a page on a choice of the number of components: curves, table and what they tell."""
     table, summary = selection_words(selection)
-    curves = Picture("Curves", partial(plotting.plot_selection, selection))
+    curves = Picture("Curves", partial(plotting.plot_selection, selection), CHOSEN)
     return Page("Number of components", [summary, curves, table])
 
 
@@ -211,7 +245,7 @@ def selection_words(selection: ComponentSelection) -> tuple[Table, Text]:
 
 def markers_report(model: PNMF, lfsr: float, n: int) -> Page:
     """Return a page on the features that mark each component: volcano plots and their table."""
-    plots = Picture("Log-ratios", partial(plotting.plot_volcano, model, lfsr=lfsr))
+    plots = Picture("Log-ratios", partial(plotting.plot_volcano, model, lfsr=lfsr), MARKED)
     return Page("Features of components", [plots, markers_table(model, lfsr, n)])
 
 

@@ -77,8 +77,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     )
     shared.say(options, "\n\n".join(map(str, selection_words(selection))))
     if options.out:
-        selection_report(selection).write(options.out)
-        shared.say(options, f"\nwrote {options.out}")
+        shared.write_page(options, selection_report(selection), options.out)
     return shared.Exit.LOOK if selection.beyond else shared.Exit.FINE
 
 

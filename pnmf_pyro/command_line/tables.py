@@ -28,10 +28,13 @@ from pnmf_pyro.command_line.matrix_files import (
 )
 from pnmf_pyro.command_line.text_form import TextForm
 from pnmf_pyro.command_line.text_tables import read_text
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, import_anndata
+from pnmf_pyro.data.stores import is_zarr
+from pnmf_pyro.estimator.anndata_bridge import ANNOTATION, AnnDataKeys, import_anndata
 from pnmf_pyro.estimator.results import import_optional
+from pnmf_pyro.estimator.spatialdata_bridge import centroids
 
 if TYPE_CHECKING:
+    import numpy as np
     from anndata import AnnData
 
 # What readers of damaged files raise; a fault of ours is mostly another kind.
@@ -131,10 +134,34 @@ def _read(
 def _anndata_table(path: Path, layer: str | None) -> CountTable:
     adata = open_anndata(path)
     X = AnnDataKeys(layer).counts(adata)
-    # The images of squidpy, which tell how many sections there are.
-    kept = {"spatial": adata.uns["spatial"]} if "spatial" in adata.uns else {}
+    # The images of squidpy, which tell how many sections there are, and what SpatialData says.
+    kept = {key: adata.uns[key] for key in ("spatial", ANNOTATION) if key in adata.uns}
     bare = import_anndata().AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm), uns=kept)
     return CountTable(X, list(adata.obs_names), list(adata.var_names), bare)
+
+
+def table_path(path: str, name: str | None) -> str:
+    """Return where a table of a SpatialData store lies, the only one unless named.
+
+    Other paths are returned as they are.
+    """
+    if not is_zarr(path) or (Path(path) / "obs").exists():
+        if name is not None:
+            raise ValueError(f"--table is for SpatialData stores; leave it out for {path}.")
+        return path
+    names = sorted(folder.parent.name for folder in Path(path).glob("tables/*/obs"))
+    name = names[0] if name is None and len(names) == 1 else name
+    if name not in names:
+        got = "none was named" if name is None else f"got {name!r}"
+        raise ValueError(f"--table must name a table of the store {path}, of {names}; {got}.")
+    return str(Path(path) / "tables" / name)
+
+
+def region_places(path: str, table: AnnData) -> np.ndarray:
+    """Return centroids of the elements that the rows of a table of a SpatialData store are of."""
+    what = f"obsm['spatial'] is not in {path}: --no-space fits without, and centroids"
+    spatialdata = import_optional("spatialdata", f"{what} need spatialdata", "spatialdata")
+    return centroids(spatialdata.read_zarr(Path(path).parents[1]), table)
 
 
 def open_anndata(path: Path) -> AnnData:
@@ -188,8 +215,7 @@ def check_file(
     """
     path = Path(path)
     if folders and path.is_dir():
-        is_zarr = any((path / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
-        return path, ".zarr" if is_zarr or path.suffix == ".zarr" else "a folder"
+        return path, ".zarr" if is_zarr(path) or path.suffix == ".zarr" else "a folder"
     if not path.is_file():
         raise FileNotFoundError(f"{argument} must be a file; there is no {path}.")
     suffix = path.suffix.lower()

@@ -18,9 +18,16 @@ from pnmf_pyro.data.stored import StoredCounts
 ENDINGS = (".h5ad", ".zarr")
 
 
+def is_zarr(path: str | os.PathLike) -> bool:
+    """Say whether a path is a folder of zarr, whatever its name."""
+    return any((Path(path) / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
+
+
 def is_store(thing: object) -> bool:
     """Say whether something is a path that may be a store."""
-    return isinstance(thing, str | os.PathLike) and Path(thing).suffix in ENDINGS
+    if not isinstance(thing, str | os.PathLike):
+        return False
+    return Path(thing).suffix in ENDINGS or is_zarr(thing)
 
 
 def needed(name: str) -> ModuleType:
@@ -40,7 +47,7 @@ def opened(path: str | os.PathLike, writable: bool = False) -> Iterator[Any]:
     if not path.exists():
         raise ValueError(f"There is no {path}.")
     mode = "r+" if writable else "r"
-    if path.suffix == ".zarr":
+    if path.is_dir():
         yield _zarr_group(path, mode)
         return
     try:
@@ -66,12 +73,13 @@ def _zarr_group(path: Path, mode: str) -> Any:
 
 
 def gather_metadata(path: Path) -> None:
-    """Gather the metadata of a .zarr store in one place anew, where it had them there."""
-    plain, gathered = path / "zarr.json", path / ".zmetadata"
-    if gathered.exists() or (plain.exists() and "consolidated_metadata" in plain.read_text()):
-        with warnings.catch_warnings():  # that version 3 of zarr does not specify it
-            warnings.simplefilter("ignore")
-            needed("zarr").consolidate_metadata(str(path))
+    """Gather the metadata of a .zarr store, and of those around it, anew where they had them."""
+    for folder in (path, *path.parents):
+        plain, gathered = folder / "zarr.json", folder / ".zmetadata"
+        if gathered.exists() or (plain.exists() and "consolidated_metadata" in plain.read_text()):
+            with warnings.catch_warnings():  # that version 3 of zarr does not specify it
+                warnings.simplefilter("ignore")
+                needed("zarr").consolidate_metadata(str(folder))
 
 
 def stored_counts(

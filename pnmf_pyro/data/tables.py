@@ -42,7 +42,10 @@ def counts_of(adata: AnnData, layer: str | None = None) -> Any:
         raise ValueError(f"layer={layer!r} is not there; its layers are {list(adata.layers)}.")
     X = adata.X if layer is None else adata.layers[layer]
     if X is None:
-        raise ValueError(f"adata has no X; name a layer of counts, of {list(adata.layers)}.")
+        raise ValueError(
+            f"adata has no X; name a layer of counts, of {list(adata.layers)}, or take the object "
+            "that was fitted: the command line writes results without counts."
+        )
     for read in ("to_memory", "compute"):  # of a file, of dask
         if hasattr(X, read):
             return getattr(X, read)()

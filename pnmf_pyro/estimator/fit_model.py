@@ -59,7 +59,7 @@ def fit_model(
     random_state: RandomState = 0,
     verbose: bool = False,
 ) -> ModelFit:
-    """Train a model, its guide and its prior by Adam, whatever they are.
+    """Train a model, its guide and its prior by Adam.
 
     The steps of :func:`pnmf_pyro.fit` are those of one model, the Poisson factorisation. These need
     nothing but a `model` and a `guide`, so they are for what has been changed: another likelihood,

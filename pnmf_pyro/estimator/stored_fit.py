@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from pnmf_pyro.data.parallel import Ranks, processes
 from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
 from pnmf_pyro.data.tables import hash_of
-from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys, add_results
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.inputs import Scales
 from pnmf_pyro.estimator.shares import refuse
 from pnmf_pyro.estimator.size import BYTES
@@ -48,19 +48,21 @@ def fit_store(
         names = np.asarray(io.read_elem(store["var"]).index, dtype=object)
         ranks.agree(features=hash_of(list(names)), size_factors=hash_of(scales.size_factors))
         model = train(stored_counts(store, str(path), keys.layer, ranks))
-        results = _without_counts(store) if ranks.leads else None
     model.feature_names_in_ = names
     model.keys_ = AnnDataKeys(keys.layer, keys.spatial_key, keys.batch_key)
-    ranks.by_first(lambda: _write(path, keys, cast("AnnData", results), model))
+    ranks.by_first(lambda: write_fit(path, keys, model))
     return model
 
 
-def _write(path: str | os.PathLike, keys: AnnDataKeys, results: AnnData, model: Any) -> None:
-    """Write what was found of a store into it."""
-    add_results(results, model, keys.key_added)
-    if keys.layer is not None:
-        results.uns[keys.key_added]["layer"] = keys.layer
-    write_elements(path, _elements(results, keys.key_added))
+def write_fit(
+    path: str | os.PathLike, keys: AnnDataKeys, model: Any, obsm: Mapping[str, Any] | None = None
+) -> None:
+    """Write a fit of the counts of a store into it, and of `obsm` what the store does not have."""
+    with opened(path) as store:
+        results = _without_counts(store)
+        for name in {*(obsm or ())} - {*store.get("obsm", ())}:
+            results.obsm[name] = (obsm or {})[name]
+    write_elements(path, _elements(keys.write(results, model), keys.key_added))
 
 
 def exceeds_memory(path: str | os.PathLike, layer: str | None = None) -> bool:
@@ -189,13 +191,13 @@ def write_elements(path: str | os.PathLike, elements: dict[str, Any]) -> None:
                     del store[where]
             raise
         for where in elements:
-            if Path(path).suffix == ".zarr":
+            if Path(path).is_dir():
                 _replace_folder(Path(path) / where)
                 continue
             if where in store:
                 del store[where]
             store.move(f"{where}{NEW}", where)
-    if Path(path).suffix == ".zarr":
+    if Path(path).is_dir():
         gather_metadata(Path(path))
 
 

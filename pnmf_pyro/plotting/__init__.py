@@ -15,6 +15,7 @@ from pnmf_pyro.plotting.features import (
     plot_component_images,
     plot_factor_correlation,
     plot_loadings,
+    plot_samples,
     plot_top_features,
     plot_volcano,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "plot_lengthscale_profile",
     "plot_loadings",
     "plot_predictive_check",
+    "plot_samples",
     "plot_selection",
     "plot_spatial",
     "plot_top_features",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binom
 
 from pnmf_pyro.analysis.calibration import FLAGGED, LEVELS, Calibration
-from pnmf_pyro.plotting.checks import ODD, SEEN, USUAL
-from pnmf_pyro.plotting.figures import AxesLike, check_answer, panels, plain
+from pnmf_pyro.plotting.checks import ODD, USUAL
+from pnmf_pyro.plotting.figures import AxesLike, check_answer, ink, panels, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Bars of a histogram of ranks, and levels at which coverage is drawn.
 BARS = 10
 FINE_LEVELS = np.linspace(0.05, 0.95, 19)
+
+# How ranges of chance are filled, on any background.
+BAND: dict[str, Any] = {"color": "0.5", "alpha": 0.25, "lw": 0}
 
 
 def plot_calibration(calibration: Calibration, axes: AxesLike = None) -> np.ndarray:
@@ -56,11 +59,9 @@ def _histogram(ax: Axes, found: Calibration) -> None:
     shares = (found.ranks.ravel() + 0.5) / K
     n, width = shares.size, np.diff(edges)
     low, high = binom.ppf(0.025, n, width) / n / width, binom.ppf(0.975, n, width) / n / width
-    ax.fill_between(
-        edges, np.append(low, low[-1]), np.append(high, high[-1]), step="post", color="0.88", lw=0
-    )
+    ax.fill_between(edges, np.append(low, low[-1]), np.append(high, high[-1]), step="post", **BAND)
     ax.hist(shares, edges, density=True, color=USUAL, edgecolor="white", lw=0.5, alpha=0.8)
-    ax.axhline(1, color=SEEN, lw=0.8)
+    ax.axhline(1, color=ink(ax), lw=0.8)
     ax.set_xlabel("rank of the truth among draws", fontsize=8)
     ax.set_ylabel("density", fontsize=8)
     ax.set_title(f"{n} ranks, 95% range of each bar", fontsize=9)
@@ -69,8 +70,8 @@ def _histogram(ax: Axes, found: Calibration) -> None:
 def _distribution(ax: Axes, found: Calibration) -> None:
     share = np.arange(1, found.n_draws + 1) / (found.n_draws + 1)
     low, high = found.band()
-    ax.fill_between(share, low - share, high - share, color="0.88", lw=0)
-    ax.axhline(0, color=SEEN, lw=0.8)
+    ax.fill_between(share, low - share, high - share, **BAND)
+    ax.axhline(0, color=ink(ax), lw=0.8)
     odd = found.p_values * len(found.p_values) < FLAGGED
     for q in np.argsort(odd, kind="stable"):
         away = found.counted(q)[0] / found.n_simulations - share
@@ -79,7 +80,7 @@ def _distribution(ax: Axes, found: Calibration) -> None:
         ax.plot(share, away, color=colour, lw=1.0, ls=style, alpha=0.9)
     ax.set_xlabel("rank of the truth among draws", fontsize=8)
     ax.set_ylabel("distribution function minus uniform", fontsize=8)
-    colour = ODD if odd.any() else SEEN
+    colour = ODD if odd.any() else ink(ax)
     ax.set_title(
         f"ranks of {len(odd)} quantities, p = {found.p_value:.2g}", color=colour, fontsize=9
     )
@@ -88,7 +89,7 @@ def _distribution(ax: Axes, found: Calibration) -> None:
 def _coverage(ax: Axes, found: Calibration) -> None:
     shares, errors = np.array([found.coverage(level) for level in FINE_LEVELS]).T
     away = shares - FINE_LEVELS
-    ax.axhline(0, color=SEEN, lw=0.8)
+    ax.axhline(0, color=ink(ax), lw=0.8)
     ax.fill_between(FINE_LEVELS, away - 2 * errors, away + 2 * errors, color=USUAL, alpha=0.3, lw=0)
     ax.plot(FINE_LEVELS, away, color=USUAL, lw=1.2)
     marked = np.array([found.coverage(level) for level in LEVELS])
@@ -98,5 +99,5 @@ def _coverage(ax: Axes, found: Calibration) -> None:
     ax.set_xlabel("level of the interval", fontsize=8)
     ax.set_ylabel("share that holds the truth, minus level", fontsize=8)
     share, error = marked[LEVELS.index(0.9)]
-    colour = ODD if found.off else SEEN
+    colour = ODD if found.off else ink(ax)
     ax.set_title(f"90% intervals: {share:.3f} (s.e. {error:.3f})", color=colour, fontsize=9)

@@ -8,12 +8,12 @@ import numpy as np
 
 from pnmf_pyro.analysis.predictive_checks import FLAGGED, PredictiveCheck, StatisticCheck
 from pnmf_pyro.analysis.selection import ComponentSelection
-from pnmf_pyro.plotting.figures import AxesLike, check_answer, panels, plain, verbatim
+from pnmf_pyro.plotting.figures import AxesLike, check_answer, ink, panels, plain, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEEN, USUAL, ODD = "#222222", "#7a9cc6", "#d1495b"
+USUAL, ODD = "#7a9cc6", "#d1495b"
 
 # Points beyond which a panel is drawn as pixels in a vector file.
 RASTERIZED = 1000
@@ -43,7 +43,7 @@ def plot_predictive_check(check: PredictiveCheck, axes: AxesLike = None) -> np.n
     for ax, one in zip(axes, check.results, strict=True):
         (_histogram if len(one.observed) == 1 else _scatter)(ax, one)
         of = "" if one.statistic.of == "table" else f" of each {one.statistic.of}"
-        colour = ODD if one.p_value < FLAGGED else SEEN
+        colour = ODD if one.p_value < FLAGGED else ink(ax)
         name = verbatim(one.statistic.name.replace("_", " "))
         ax.set_title(f"{name}{of}\np = {one.p_value:.3g}", fontsize=9, color=colour)
         ax.tick_params(labelsize=8)
@@ -62,14 +62,14 @@ def _scatter(ax: Axes, one: StatisticCheck) -> None:
     low, high = both.min(), both.max()
     if low > 0 and high > max(1, 30 * low):  # shares stay on a linear scale
         ax.set(xscale="log", yscale="log")
-    ax.axline((low, low), (high, high if high > low else low + 1), color=SEEN, lw=0.8, zorder=0)
+    ax.axline((low, low), (high, high if high > low else low + 1), color=ink(ax), lw=0.8, zorder=0)
     ax.set_xlabel("replicated (mean)", fontsize=8)
     ax.set_ylabel("observed", fontsize=8)
 
 
 def _histogram(ax: Axes, one: StatisticCheck) -> None:
     ax.hist(one.replicated[:, 0], bins="auto", color=USUAL)
-    ax.axvline(one.observed[0], color=ODD if one.p_value < FLAGGED else SEEN, lw=1.5)
+    ax.axvline(one.observed[0], color=ODD if one.p_value < FLAGGED else ink(ax), lw=1.5)
     ax.set_xlabel("replicated (bars), observed (line)", fontsize=8)
     ax.set_ylabel("tables", fontsize=8)
 
@@ -92,12 +92,12 @@ def plot_selection(selection: ComponentSelection, axes: AxesLike = None) -> np.n
     left, right = panels(2, (4, 3.2), 2, axes)
     numbers = selection.n_components
     mean, error = selection.mean_deviance, selection.standard_error
-    left.errorbar(numbers, mean, error, fmt="o-", color=USUAL, ecolor=SEEN, capsize=3, ms=5)
+    left.errorbar(numbers, mean, error, fmt="o-", color=USUAL, ecolor=ink(left), capsize=3, ms=5)
     left.set_ylabel("held-out deviance\n(± 1 s.e. of the difference)")
     lowest, highest = selection.stability.min(1), selection.stability.max(1)
     right.fill_between(numbers, lowest, highest, color=USUAL, alpha=0.3, lw=0)
     right.plot(numbers, selection.stability.mean(1), "o-", color=USUAL, ms=5)
-    right.set_ylabel("stability\n(cosine of matched components)")
+    right.set_ylabel("stability, mean and range\n(cosine of matched components)")
     right.set_ylim(min(0.5, lowest.min() - 0.02), 1.01)
     for ax in (left, right):
         ax.axvline(selection.chosen, color=ODD, lw=1, ls="--", zorder=0)

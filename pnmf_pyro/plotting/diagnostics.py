@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from pnmf_pyro.analysis.lengthscales import LengthscaleProfile
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.estimator.results import Fit, is_fit, results_of
-from pnmf_pyro.plotting.figures import BLUE, check_answer, one_axes, plain
+from pnmf_pyro.plotting.figures import BLUE, check_answer, ink, one_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +55,7 @@ def plot_elbo(
     margin = 0.08 * (np.ptp(late) or 1.0)
     ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.set(xlabel="iteration", ylabel="ELBO (nats)")
+    ax.ticklabel_format(axis="y", style="plain", useOffset=False)
     if len(stages) > 1:
         _mark_stages(ax, stages)
     plain(ax)
@@ -119,7 +120,8 @@ def plot_lengthscale_profile(profile: LengthscaleProfile, ax: Axes | None = None
     excess = profile.loss - profile.loss.min()
     ax.plot(profile.lengthscales, excess, color=BLUE, lw=1.5, marker="o", ms=3)
     height, from_below = np.full(len(profile.learned), 0.03), ax.get_xaxis_transform()
-    ax.plot(profile.learned, height, "k|", ms=12, mew=1.5, transform=from_below, label=LEARNED)
+    marks: dict[str, Any] = {"marker": "|", "ls": "", "color": ink(ax), "ms": 12, "mew": 1.5}
+    ax.plot(profile.learned, height, **marks, transform=from_below, label=LEARNED)
     mean = np.exp(np.log(profile.learned).mean())
     ax.axvline(mean, color="0.4", lw=1, ls=":", label="learned, geometric mean", zorder=0)
     ax.set(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.differential import differential_features
-from pnmf_pyro.analysis.interpretation import ranked_features, top_features
+from pnmf_pyro.analysis.interpretation import contributions, ranked_features, top_features
 from pnmf_pyro.estimator.results import Fit, chosen_numbers, is_fit, results_of
 from pnmf_pyro.plotting.figures import BLUE, WIDEST, AxesLike, one_axes, panels, plain, verbatim
 from pnmf_pyro.training.fitted import Fitted, fitted_module
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Rows of a heat map of loadings that are made without being asked for, at most about.
 ROWS = 60
+
+# Inches that a character of a name takes, about.
+CHARACTER = 0.06
 
 # Smallest local false sign rate that is told from smaller ones.
 LEAST_LFSR = 1e-10
@@ -107,19 +110,24 @@ def plot_volcano(
     """
     table = differential_features(fit)
     chosen = chosen_numbers("components", components, fitted_module(fit, "fit").L)
-    axes = panels(len(chosen), (2.8, 2.6), 4, axes)
-    for ax, number in zip(axes, chosen, strict=True):
-        rows = table[table["component"] == number]
-        x = np.asarray(rows["mean"])
-        sure = -np.log10(np.clip(np.asarray(rows["lfsr"]), LEAST_LFSR, None))
-        marks = (x > 0) & (np.asarray(rows["lfsr"]) < lfsr)
-        ax.scatter(x[~marks], sure[~marks], s=6, color="0.7", linewidths=0)
-        ax.scatter(x[marks], sure[marks], s=9, color=BLUE, linewidths=0)
+    x, rates = np.asarray(table["mean"]), np.asarray(table["lfsr"])
+    sure = -np.log10(np.clip(rates, LEAST_LFSR, None))
+    marks = (x > 0) & (rates < lfsr)
+    parts = [np.flatnonzero(np.asarray(table["component"]) == number) for number in chosen]
+    named = [part[np.argsort(np.where(marks, -x, 1)[part], kind="stable")[:n]] for part in parts]
+    named = [some[marks[some]] for some in named]
+    names = np.array([*map(verbatim, table["feature"])])
+    width = 2.6 + CHARACTER * max((len(name) for some in named for name in names[some]), default=0)
+    axes = panels(len(chosen), (width, 2.6), max(1, min(4, int(WIDEST / width))), axes)
+    for ax, number, part, some in zip(axes, chosen, parts, named, strict=True):
+        for kind, size, colour in ((~marks, 6, "0.7"), (marks, 9, BLUE)):
+            ax.scatter(x[part][kind[part]], sure[part][kind[part]], size, colour, linewidths=0)
         ax.axhline(-np.log10(lfsr), color="0.5", linewidth=0.6, linestyle=":")
         ax.axvline(0, color="0.5", linewidth=0.6)
-        names, named = np.asarray(rows["feature"]), np.flatnonzero(marks)
-        named = named[np.argsort(-x[named], kind="stable")[:n]]
-        _name_points(ax, x[named], sure[named], names[named])
+        ax.update_datalim([(-1, 0), (1, 2)])  # at least, so that what is alike looks alike
+        ax.autoscale_view()
+        _name_points(ax, x[some], sure[some], names[some])
+        ax.locator_params(axis="x", nbins=5)
         ax.set_title(f"component {number}", fontsize=9)
         ax.tick_params(labelsize=7)
         ax.set_xlabel("log2 ratio to the closest other", fontsize=8)
@@ -129,20 +137,14 @@ def plot_volcano(
 
 
 def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: np.ndarray) -> None:
-    """Write the names of points in a column at the right of all, as far apart as lines of text."""
-    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    line, last = 0.07 * (high - low), np.inf
-    for i in np.lexsort((-x, -y)):
-        last = min(y[i], last - line)
-        ax.annotate(
-            verbatim(names[i]),
-            (x[i], y[i]),
-            (right + 0.04 * (right - left), last),
-            fontsize=7,
-            va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5", "shrinkB": 2},
-        )
-    ax.set_xlim(left, right + 0.35 * (right - left))
+    """Write the names of points in a column right of the axes, as far apart as lines of text."""
+    low, high = ax.get_ylim()
+    line, last = min(0.08, 1 / max(1, len(names))) * (high - low), np.inf
+    leader = {"arrowstyle": "-", "lw": 0.4, "color": "0.5", "shrinkB": 2, "relpos": (0, 0.5)}
+    for left, i in zip(range(len(names))[::-1], np.lexsort((-x, -y)), strict=True):
+        last = max(min(y[i], last - line), low + line * left)
+        where, beside = (x[i], y[i]), ax.get_yaxis_transform()
+        ax.annotate(names[i], where, (1.03, last), "data", beside, leader, fontsize=7, va="center")
 
 
 def plot_loadings(
@@ -182,12 +184,49 @@ def plot_loadings(
     scores, ranked = ranked_features(found, n, by)
     _, first = np.unique(ranked, return_index=True)
     rows = ranked.ravel()[np.sort(first)]  # without repetition
-    ax = one_axes(ax, (1.6 + 0.3 * L, 0.8 + 0.15 * len(rows)))
+    names = [*map(verbatim, found.feature_names[rows])]
+    room = CHARACTER * max(map(len, names))
+    ax = one_axes(ax, (1.2 + room + 0.3 * L, 0.8 + 0.15 * len(rows)))
     share = scores["share"][rows]
     image = ax.imshow(share, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    names = [*map(verbatim, found.feature_names[rows])]
     ax.set_yticks(range(len(rows)), names, fontsize=7)
     _explain(ax, image, L, "share of a feature's counts", 0.5)
+    return ax
+
+
+def plot_samples(
+    fit: Fit, ax: Axes | None = None, *, cmap: str = "viridis", key: str = "pnmf"
+) -> Axes:
+    """Show as a heat map how components share the expected counts of each sample.
+
+    A column is a sample, and sums to 1 over components. Samples with the same strongest component
+    stand together, those with most of it first.
+
+    Parameters
+    ----------
+    fit, key
+        As for :func:`plot_top_features`.
+    ax : matplotlib Axes, optional
+        Axes to draw in; those of a new figure unless given.
+    cmap : str
+        Colour map.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    counts = contributions(results_of(fit, key))
+    share = counts / counts.sum(1, keepdims=True)
+    shown = share[np.lexsort((-share.max(1), share.argmax(1)))].T
+    ax = one_axes(ax, (7.0, 1.0 + 0.2 * len(shown)))
+    image = ax.imshow(shown, cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    ax.set_yticks(range(len(shown)))
+    ax.tick_params(labelsize=7)
+    ax.set_xlabel("samples, by their strongest component", fontsize=9)
+    ax.set_ylabel("component", fontsize=9)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label("share of counts", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return ax
 
 

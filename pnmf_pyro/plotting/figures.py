@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -73,6 +73,11 @@ def verbatim(name: object) -> str:
     """Return a name as matplotlib is to draw it, a pair with a comma, dollar signs as such."""
     text = ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
     return text.replace("$", r"\$")
+
+
+def ink(ax: Axes) -> Any:
+    """Return the colour of text in the style, which stands out from the background."""
+    return ax.title.get_color()
 
 
 def plain(ax: Axes) -> None:

@@ -32,18 +32,20 @@ def plot_group_levels(levels: GroupLevels, ax: Axes | None = None) -> Axes:
     """
     check_answer("levels", levels, GroupLevels, "group_levels")
     G, L = levels.levels.shape
-    ax = one_axes(ax, (max(3.5, 1.8 + 0.32 * L), max(2.2, 1.2 + 0.2 * G)))
+    names = [*map(verbatim, levels.groups)]
+    room = 0.055 * max(map(len, names))
+    ax = one_axes(ax, (max(3.1, 1.4 + 0.32 * L) + room, max(2.2, 1.2 + 0.2 * G)))
     relative = levels.levels / np.maximum(levels.levels.max(0), np.finfo(float).tiny)
     number = np.asarray([KINDS.index(kind) for kind in levels.kinds])
     order = np.lexsort((relative.argmax(0), number))
     image = ax.imshow(relative[:, order], vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    ax.set_yticks(range(G), [verbatim(name) for name in levels.groups], fontsize=7)
+    ax.set_yticks(range(G), names, fontsize=7)
     ax.set_xticks(range(L), [str(l) for l in order], fontsize=8)
     ax.set_xlabel("component")
     for kind in np.unique(number):
         columns = np.flatnonzero(number[order] == kind)
         text = ax.text(columns[0] - 0.3, -0.6, KINDS[kind], fontsize=8, va="bottom")
-        text.set(rotation=25, rotation_mode="anchor")
+        text.set(rotation=40, rotation_mode="anchor")
         if columns[0] > 0:
             ax.axvline(columns[0] - 0.5, color="white", lw=2)
     bar = ax.figure.colorbar(image, ax=ax)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +20,12 @@ ORANGE = "#e08214"
 # Bins of the histogram of features.
 BINS = np.linspace(0, 1, 21)
 
+# Numbers of components below bars, and characters of two names in one line, at most.
+MOST_TICKS, ONE_LINE = 25, 45
+
 
 def plot_importance_of_space(
-    fit: Fit, n: int = 3, *, axes: AxesLike = None, key: str = "pnmf"
+    fit: Fit, n: int = 3, *, axes: AxesLike = None, key: str = "pnmf", **style: Any
 ) -> np.ndarray:
     """Show how much is due to components that are smooth in space.
 
@@ -40,6 +43,8 @@ def plot_importance_of_space(
         Three axes to draw in; those of a new figure unless given.
     key : str
         `key_added` of the fit, for AnnData.
+    **style
+        Of the map, see :class:`~pnmf_pyro.plotting.tissue.MapStyle`.
 
     Returns
     -------
@@ -49,9 +54,9 @@ def plot_importance_of_space(
     axes = panels(3, (3.6, 3.0), 3, axes)
     _components(axes[0], importance_of_space(found, "components"))
     _features(axes[1], found.feature_names, found.importance_of_space("feature"), n)
-    where, groups = found.coordinates, found.groups
-    plot_spatial(where, found.importance_of_space("sample"), groups, axes=axes[2:])
-    axes[2].set_title("importance of space", fontsize=9)
+    where, importance = (found.coordinates, found.groups), found.importance_of_space("sample")
+    style = {"lowest": 0.0, "titles": ["importance of space"], **style}
+    plot_spatial(where[0], importance, where[1], axes=axes[2:], **style)
     return axes
 
 
@@ -62,9 +67,10 @@ def _components(ax: Axes, table: np.ndarray) -> None:
     for kind, colour, name in ((True, BLUE, "in space"), (False, ORANGE, "free")):
         chosen = in_space == kind
         ax.bar(numbers[chosen], share[chosen], color=colour, label=name)
-    ax.set_xticks(numbers)
-    ax.set(xlabel="component", ylabel="share of expected counts")
-    ax.legend(frameon=False, fontsize=8)
+    ax.locator_params(axis="x", nbins=MOST_TICKS, integer=True)
+    ax.tick_params(axis="x", labelsize=7)
+    ax.set(xlabel="component", ylabel="share of expected counts", xlim=(-0.6, len(numbers) - 0.4))
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     plain(ax)
 
 
@@ -74,9 +80,10 @@ def _features(ax: Axes, names: np.ndarray, importance: np.ndarray, n: int) -> No
     ax.hist(importance[known], BINS.tolist(), color=BLUE)
     ax.set(xlim=(0, 1), xlabel="importance of space", ylabel="features")
     order = known[np.argsort(importance[known], kind="stable")]
-    ends = (("left", 0.02, order[:n]), ("right", 0.98, order[len(order) - n :][::-1]))
-    for side, x, chosen in ends if n > 0 else ():
-        text = "\n".join(verbatim(names[one]) for one in chosen)
-        ax.text(x, 0.98, text, ha=side, va="top", fontsize=7, transform=ax.transAxes)
-    ax.set_ylim(top=1.35 * ax.get_ylim()[1])
+    n = min(n, len(order))
+    least, most = ([verbatim(names[one]) for one in some] for some in (order[:n], order[::-1][:n]))
+    below = sum(max(map(len, some), default=0) for some in (least, most)) > ONE_LINE
+    for side, x, lines in (("left", 0.02, least), ("right", 0.98, [""] * (n + 1) * below + most)):
+        ax.text(x, 0.98, "\n".join(lines), ha=side, va="top", fontsize=7, transform=ax.transAxes)
+    ax.set_ylim(top=(2.0 if below else 1.35) * ax.get_ylim()[1])
     plain(ax)

@@ -140,7 +140,8 @@ def plot_spatial(
         Coordinates, or what holds them.
     values : array-like of shape (n_samples,) or (n_samples, n_panels), str or sequence of str
         Numbers to map; for AnnData, also names of columns of obs and of features. A column of
-        words, truth values or categories has a colour for each, and a legend.
+        words, truth values or categories has a colour for each, and a legend; so has an array or a
+        Series of them.
     groups : array-like of shape (n_samples,) or str, optional
         Section of each sample; for AnnData, also a column of obs.
     titles : sequence of str, optional
@@ -153,7 +154,8 @@ def plot_spatial(
     ndarray of matplotlib Axes, one for each panel
     """
     look = MapStyle(**style)
-    several = isinstance(values, list | tuple | np.ndarray) and len(values) > 0
+    named = list | tuple | np.ndarray if is_anndata(places) else list | tuple
+    several = isinstance(values, named) and len(values) > 0
     if isinstance(values, str) or (several and isinstance(values[0], str)):
         names = np.atleast_1d(values)
         titles = [*map(verbatim, names)] if titles is None else titles
@@ -195,7 +197,8 @@ def map_columns(
             numbers.append((shown, ax))
         else:
             legend(ax, column.categories)
-    tissue.annotate(axes[0])
+        tissue.write_names(ax)
+    tissue.draw_scale_bar(axes[0])
     if numbers:
         _colour_bars(numbers, look)
     return axes
@@ -224,7 +227,9 @@ def _labels(places: Fit | ArrayLike, groups: ArrayLike | None) -> ArrayLike | No
 
 
 def _columns(values: ArrayLike) -> list[Column]:
-    """Columns of numbers, one for each panel."""
+    """Columns of numbers, one for each panel, or one of words or categories."""
+    if np.ndim(values) == 1 and is_categorical(values) and not isinstance(values, list | tuple):
+        return [Column.of_labels(values)]
     table = check_array("values", values)
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or 0 in table.shape:

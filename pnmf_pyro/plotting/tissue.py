@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from pnmf_pyro.data.checks import check_count, check_positive
 from pnmf_pyro.data.places import GroupCodes, check_coordinates
 from pnmf_pyro.plotting.categories import Column, colours
-from pnmf_pyro.plotting.figures import WIDEST, verbatim
+from pnmf_pyro.plotting.figures import WIDEST, ink, verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,28 +182,24 @@ class Tissue:
         extent = (left, right, bottom, top)
         return ax.imshow(shown.reshape(shape).T, origin="lower", extent=extent)
 
-    def annotate(self, ax: Axes) -> None:
-        """Write the names of the sections, and draw the scale bar."""
+    def write_names(self, ax: Axes) -> None:
+        """Write the names of the sections above them."""
         edge = -self.disc / 2 if self.look.y_down else self.disc / 2
-        write = partial(ax.annotate, textcoords="offset points", fontsize=7)
+        write = partial(ax.annotate, textcoords="offset points", annotation_clip=False, fontsize=7)
         for name, (x, y) in zip(self.names, self.tops, strict=False):
-            write(
-                verbatim(name),
-                (x, y + edge),
-                (0, 2),
-                ha="center",
-                va="bottom",
-                annotation_clip=False,
-            )
+            write(verbatim(name), (x, y + edge), (0, 2), ha="center", va="bottom")
+
+    def draw_scale_bar(self, ax: Axes) -> None:
+        """Draw the scale bar, if there is to be one."""
         if not self.look.scale_bar:
             return
         length = round_length(0.4 * self.width * self.look.unit_length)
         left, below = self.limits[0][0] + self.disc, self.limits[1][0]
         right = left + length / self.look.unit_length
         y = below + (-0.6 if self.look.y_down else 0.6) * self.bar
-        ink = ax.title.get_color()  # of the style
-        ax.plot([left, right], [y, y], color=ink, lw=2, solid_capstyle="butt")
-        write(f"{length:g} {self.look.unit or 'units'}", (left, y), (0, -3), va="top", ha="left")
+        ax.plot([left, right], [y, y], color=ink(ax), lw=2, solid_capstyle="butt")
+        text, below = f"{length:g} {self.look.unit or 'units'}", "offset points"
+        ax.annotate(text, (left, y), (0, -3), textcoords=below, fontsize=7, va="top", ha="left")
 
 
 def disc_width(sections: Sequence[np.ndarray]) -> float:

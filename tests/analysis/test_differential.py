@@ -134,6 +134,14 @@ def test_levels_of_components_play_no_part(fitted):
     np.testing.assert_allclose(scaled, covariances, rtol=1e-3, atol=1e-5)
 
 
+def test_an_empty_component_is_closest_to_none():
+    """Nothing is known of its profile, so that no feature would be surely above it."""
+    module = pnmf_pyro.fit(marked(0, N=100, mean=30.0)[1], n_components=3).model_
+    module.W.assign(module.W.data * module.W.data.new_tensor([1.0, 1.0, 1e-9]))
+    closest = pnmf_pyro.differential_features(module)
+    assert set(closest["against"][closest["component"] < 2]) == {0, 1}
+
+
 def test_bad_input(fitted):
     _, model = fitted
     with pytest.raises(ValueError, match="against must be one of"):

@@ -50,7 +50,9 @@ def files(counts, tmp_path):
 def test_fit_in_space_over_sections(files, tmp_path):
     out = tmp_path / "factors.h5ad"
     assert fit(files["h5ad"], "--out", out, "--batch-key", "region", "--set", "tol=0.05") == 0
-    parameters = anndata.read_h5ad(out).uns["pnmf"]["parameters"]
+    found = anndata.read_h5ad(out).uns["pnmf"]
+    assert found["batch_key"] == "region"  # without it plot would draw them on top of each other
+    parameters = found["parameters"]
     assert parameters["spatial"]
     assert parameters["multigroup"]
 
@@ -210,7 +212,7 @@ def test_plot_writes_a_report(files, tmp_path, capsys):
 def test_plot_takes_saved_models_without_places(fitted, tmp_path):
     fitted.save(tmp_path / "model.npz")
     assert main(["plot", str(tmp_path / "model.npz"), "--out", str(tmp_path / "a.html")]) == 0
-    assert (tmp_path / "a.html").read_text().count("<img") == 4
+    assert (tmp_path / "a.html").read_text().count("<img") == 5
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,6 @@ def test_a_report_says_what_it_shows_and_where_the_fit_comes_from():
     X = np.random.default_rng(0).poisson(5, size=(40, 12))
     model = fit(X, np.random.default_rng(1).uniform(size=(40, 2)), n_components=2)
     text = fit_report(model, source="factors.h5ad", y_down=False).html()
-    for name in ("factors.h5ad", "page written", "fitted by pnmf_pyro", "seed", "lengthscales"):
+    for name in ("factors.h5ad", "Written 20", "fitted by pnmf_pyro", "seed", "lengthscales"):
         assert name in text
     assert text.count("<p>") == 6  # a caption for each picture

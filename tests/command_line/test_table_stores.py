@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import sys
 
 import anndata
 import h5py
@@ -12,6 +13,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from pnmf_pyro.command_line.cli import main
+from pnmf_pyro.command_line.files import read_fit
 from pnmf_pyro.command_line.tables import read_counts
 
 # Cells by genes.
@@ -156,6 +158,60 @@ def test_zarr_folders(adata, tmp_path):
     table = read_counts(tmp_path / "table")
     np.testing.assert_array_equal(table.X.toarray(), adata.X.toarray())
     assert table.sample_names == list(adata.obs_names)
+
+
+@pytest.fixture
+def store(adata, tmp_path):
+    """A store as SpatialData writes it: tables of AnnData beside other elements."""
+    zarr = pytest.importorskip("zarr")
+    rng = np.random.default_rng(0)
+    adata.obs["region"] = pd.Categorical(["cells"] * 30)
+    keys = {"region": "cells", "region_key": "region", "instance_key": "region"}
+    adata.uns["spatialdata_attrs"] = keys
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    group.create_group("images").create_group("slide")
+    group.create_group("tables")
+    bare = adata.copy()
+    adata.obsm["spatial"] = rng.uniform(0, 9, (30, 2))
+    adata.write_zarr(tmp_path / "s.zarr" / "tables" / "placed")
+    bare.write_zarr(tmp_path / "s.zarr" / "tables" / "bare")
+    return tmp_path / "s.zarr"
+
+
+def files_in(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_results_go_into_the_table_of_a_spatialdata_store(store, adata, monkeypatch, capsys):
+    before = files_in(store)
+    fit = ("fit", store, "--components", 2, "--set", "max_iter=2", "--quiet", "--out", f"{store}/")
+    assert run(*fit, "--table", "placed") == 0
+    after = files_in(store)
+    changed = {str(file) for file in before if before[file] != after[file]}
+    assert all(
+        "/placed/obs/" in file or file.endswith((".zmetadata", ".zattrs")) for file in changed
+    )
+    new = {
+        file.relative_to(store / "tables" / "placed").parts[:2] for file in after.keys() - before
+    }
+    names = {("obsm", f"X_pnmf{end}") for end in ("", "_sd", "_log_sd")}
+    assert new == {*names, ("varm", "PNMF_loadings"), ("uns", "pnmf")}
+    found = anndata.read_zarr(store / "tables" / "placed")
+    assert found.uns["pnmf"]["spatial_key"] == "spatial"
+    np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
+    assert "X_pnmf" in read_fit(store / "tables" / "placed").obsm
+    monkeypatch.setitem(sys.modules, "spatialdata", None)
+    capsys.readouterr()
+    for table, message in (
+        ((), "--table must name a table of the store .* of ['bare', 'placed']; none was named"),
+        (("--table", "bar"), "got 'bar'"),
+        (("--table", "bare"), "--no-space fits without, and centroids need spatialdata"),
+    ):
+        assert run(*fit, *table) == 2
+        assert re.search(message.replace("[", r"\["), capsys.readouterr().err)
+    assert run("fit", store / "tables" / "bare", "--table", "bare", "--out", "a.npz") == 2
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")

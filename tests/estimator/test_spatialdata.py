@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import pnmf_pyro
+from pnmf_pyro.command_line.cli import main
 from pnmf_pyro.transforms import get_factors
 
 sd = pytest.importorskip(
@@ -63,6 +64,17 @@ def test_a_fit_is_that_of_the_table_at_the_centroids(sdata, places):
     np.testing.assert_allclose(model.components_, expected.components_)
     np.testing.assert_allclose(found.obsm["X_pnmf"], get_factors(expected), rtol=1e-5)
     assert pnmf_pyro.plan(sdata, **QUICK).prior == "SVGP"
+
+
+def test_the_command_line_reads_a_store_and_writes_into_its_table(sdata, places, tmp_path):
+    sdata.write(tmp_path / "section.zarr")
+    quick = ["--components", "2", "--set", "max_iter=20", "--quiet"]
+    store = str(tmp_path / "section.zarr")
+    assert main(["fit", store, "--out", store, *quick]) in (0, 1)
+    found = sd.read_zarr(store)
+    np.testing.assert_allclose(found["table"].obsm["spatial"], places)
+    assert found["table"].obsm["X_pnmf"].shape == (N, 2)
+    assert found["cells"].equals(sdata["cells"])
 
 
 def test_results_are_written_and_read_with_the_object(sdata, tmp_path):

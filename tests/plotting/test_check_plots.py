@@ -42,6 +42,12 @@ def test_panels_of_a_check():
     assert not first.collections[0].get_rasterized()
 
 
+def test_words_and_lines_stand_out_from_a_dark_background():
+    with plt.style.context("dark_background"):
+        axes = plot_predictive_check(results(40, 30))
+    assert axes[1].title.get_color() == axes[1].lines[0].get_color() == "white"
+
+
 def test_axes_of_ones_own():
     axes = plt.subplots(1, 2)[1]
     assert list(plot_predictive_check(results(3, 4), axes)) == list(axes)

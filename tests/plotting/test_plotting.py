@@ -410,6 +410,16 @@ def test_models_without_space(counts):
         plotting.plot_factors(model, coordinates=lattice(9)[:80], colour="red")
 
 
+def test_samples_have_shares_that_sum_to_one_and_stand_by_their_strongest_component():
+    adata = results()
+    shown = np.asarray(plotting.plot_samples(adata).images[0].get_array())
+    counts = adata.obsm["X_pnmf"] * adata.varm["PNMF_loadings"].sum(0)
+    share = counts / counts.sum(1, keepdims=True)
+    np.testing.assert_allclose(np.sort(shown.max(0)), np.sort(share.max(1)))
+    np.testing.assert_allclose(shown.sum(0), 1)
+    assert list(shown.argmax(0)) == sorted(share.argmax(1))
+
+
 def test_importance_of_space_has_components_features_and_places():
     adata = results()
     adata.uns["pnmf"]["in_space"] = [True, True, True, False]
