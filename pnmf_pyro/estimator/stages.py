@@ -25,14 +25,17 @@ from pnmf_pyro.data.checks import (
 )
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
+from pnmf_pyro.data.parallel import ALONE
 from pnmf_pyro.estimator.coarse import hand_down, levels_of, of_bins
 from pnmf_pyro.estimator.parameters import Settings
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
+from pnmf_pyro.training.joint_loadings import settle_jointly
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 from pnmf_pyro.training.site_regression import start_from
 
@@ -45,6 +48,11 @@ WARM_UP_TOL = 0.4
 # Steps in which samples depart from the bins they came from, given the loadings. Many would leave
 # each to its own counts alone.
 SAMPLE_STEPS = 3
+
+# N D L^2 up to which loadings settle jointly, at 100 rounds of about 15 steps each in time; and the
+# change of log W in one round that ends them.
+JOINT_ENTRIES = 10_000_000
+JOINT_TOL = 1e-4
 
 
 @dataclass
@@ -343,7 +351,53 @@ class SettleLoadings:
         return [Run("loadings", training, draft.take_over())]
 
 
-STAGES = (Settle, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
+@dataclass(frozen=True)
+class SettleJointly:
+    """Settle loadings under the joint posterior of the components of a sample, then q given them.
+
+    Intervals need it where components share features: the bound of a factorised q leads to loadings
+    that are too distinct. See :mod:`~pnmf_pyro.training.joint_loadings`. It is for Poisson counts,
+    without space, of small tables; for others the stage does nothing.
+
+    Parameters
+    ----------
+    rounds : int
+        Number of rounds at most.
+    """
+
+    rounds: int = 100
+
+    def __post_init__(self) -> None:
+        check_count("rounds", self.rounds)
+
+    def plan(self, draft: Draft) -> Sequence[Run]:
+        """Return the run that moves loadings first, and then trains q."""
+        settings, model, counts = draft.settings, draft.model, draft.counts
+        if not self._applies(settings, model):
+            return []
+        take_over = draft.take_over()
+        training = training_of(settings, model, settings.mode, settings.tol, loadings=None)
+        training.steps = [one for one in training.steps if isinstance(one[0], SiteSteps)]
+        training.warns = False
+
+        def prepare() -> None:
+            take_over()
+            X = counts.to(model.W.dtype).to_dense()
+            learns = settings.scale_pf == "auto" and settings.prior is None
+            settle_jointly(model, X, self.rounds, JOINT_TOL, learns)
+
+        return [Run("joint", training, prepare)]
+
+    def _applies(self, settings: Settings, model: PoissonFactorization) -> bool:
+        named = settings.training_mode == "natural" and settings.loadings_mode == "multiplicative"
+        whole = settings.batch_size is None and settings.y_batch_size is None
+        poisson = model.observation is None and not model.exposure.learned
+        plain = type(model.prior) is GaussianPrior and model.W.requires_grad
+        small = model.N * model.D * model.L**2 <= JOINT_ENTRIES
+        return named and whole and poisson and plain and small and model.ranks is ALONE
+
+
+STAGES = (Settle, SettleJointly, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
 
 
 def plain_stage(stage: Any) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+r"""Loadings, and the scale of the prior, under the joint posterior of each sample's components.
+
+The bound of a factorised q leads to loadings that are too distinct: what components share it takes
+for uncertainty. Here q(F_i) = N(m_i, S_i) has the full covariance of the components. With
+
+.. math:: A_{il} = E \exp F_{il} = \exp(m_{il} + S_{ill} / 2), \qquad \rho = A W^T, \qquad
+    \phi_{ijl} = W_{jl} A_{il} / \rho_{ij},
+
+the expected log-likelihood of a sample is, to second order in S,
+
+.. math:: \sum_j X_{ij} (\log \rho_{ij} - \tfrac12 \phi_{ij}^T S_i \phi_{ij}) - w_i^T A_i,
+
+w the slope of its total rate. Its slope in W is zero where loadings are what they explain,
+
+.. math:: W_{jl} = \frac{\sum_i X_{ij} \phi'_{ijl}}{\sum_i e_{ij} A_{il}}, \qquad
+    \phi'_{ijl} = \phi_{ijl} (1 + \phi_{ij}^T S_i \phi_{ij} - (S_i \phi_{ij})_l) \approx
+    E \frac{W_{jl} \exp F_{il}}{\rho_{ij}(F)}.
+
+Of F it is zero in m_i where :math:`\sum_j X_{ij} \phi'_{ij} - w_i A_i = m_i / \sigma^2`. The
+precision is that of the prior and :math:`\sum_j X_{ij} E \phi \phi^T`, to second order as well,
+
+.. math:: E \phi \phi^T \approx \phi' \phi'^T + J S J, \qquad
+    J = \mathrm{diag}(\phi') - \phi' \phi'^T.
+
+As for :mod:`~pnmf_pyro.priors.joint`, it is scaled where the counts of a component are others than
+expected. Each round is a Newton step of all m_i, then one of :math:`\log W` (expectation
+maximisation), with the means of the components moved to 0, that of the prior, and the scale to its
+optimum (Liu, Rubin and Wu 1998, parameter expansion). Rounds are extrapolated as in
+:mod:`~pnmf_pyro.training.extrapolation`; where a round turns back they start again from rest
+(O'Donoghue and Candes 2015).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pnmf_pyro.models.factorization import PoissonFactorization
+from pnmf_pyro.priors.gaussian import GaussianPrior
+from pnmf_pyro.priors.joint import PSEUDOCOUNT
+from pnmf_pyro.training.extrapolation import FIRST, GROWTH, SHRINKAGE
+
+# The largest extrapolation, a longest Newton step, and how far parts of a rate are corrected.
+MOST, LONGEST = 0.95, 1.0
+
+# Loadings relative to the largest below which they are nothing.
+NOTHING = 1e-12
+
+
+class JointPosteriors:
+    """N(m_i, S_i) for each sample, from q(F) of a model on; m of shape (N, L), S (N, L, L).
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        With a :class:`~pnmf_pyro.priors.gaussian.GaussianPrior`.
+    X : Tensor of shape (N, D)
+        Counts, 0 where they are hidden.
+    """
+
+    def __init__(self, model: PoissonFactorization, X: Tensor):
+        q = model.prior.marginal()
+        self.exposure, self.X = model.exposure, X
+        self.m = q.loc.detach().T.contiguous()
+        self.S = torch.diag_embed(q.variance.detach().T)
+
+    @property
+    def factors(self) -> Tensor:
+        """E exp F, (N, L)."""
+        return (self.m + self.S.diagonal(dim1=1, dim2=2) / 2).exp()
+
+    def shares(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return phi' of each entry, S phi and phi^T S phi; (N, D, L), (N, D, L), (N, D, 1)."""
+        parts = self.factors[:, None, :] * W
+        phi = parts / parts.sum(2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+        moved = phi @ self.S
+        spread = (phi * moved).sum(2, keepdim=True)
+        shares = phi * (spread - moved).clamp_(-LONGEST, LONGEST).exp_()
+        return shares.div_(shares.sum(2, keepdim=True).clamp_min_(NOTHING)), moved, spread
+
+    def update(self, W: Tensor, scale: float) -> None:
+        """Take a step to the posteriors given loadings (D, L) and the scale of the prior."""
+        shares, moved, spread = self.shares(W)
+        weighted = shares * self.X[:, :, None]
+        allocated = weighted.sum(1)
+        expected = self.factors * self.exposure.rates(W)
+        less = (weighted * (spread / 2 - moved)).mT @ shares
+        H = (weighted.mT @ shares) * (1 + self.S) + less + less.mT
+        r = ((expected + PSEUDOCOUNT) / (allocated + PSEUDOCOUNT)).sqrt()
+        P = H * r[:, :, None] * r[:, None, :]
+        P.diagonal(dim1=1, dim2=2).add_(scale**-2)
+        self.S = torch.cholesky_inverse(torch.linalg.cholesky(P))
+        P.diagonal(dim1=1, dim2=2).add_((expected - allocated).clamp_min(0))
+        slope = allocated - expected - self.m / scale**2
+        step = torch.cholesky_solve(slope[:, :, None], torch.linalg.cholesky(P))[:, :, 0]
+        self.m = self.m + step.clamp(-LONGEST, LONGEST)
+
+    def loadings(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loadings that W explain, and the counts that they have; each (D, L)."""
+        counts = torch.einsum("nj,njl->jl", self.X, self.shares(W)[0])
+        totals = self.exposure.totals(self.factors)
+        return counts / totals.clamp_min(torch.finfo(W.dtype).tiny), counts
+
+
+@torch.no_grad()
+def settle_jointly(
+    model: PoissonFactorization, X: Tensor, rounds: int, tol: float, learns_scale: bool
+) -> None:
+    """Move the loadings, and the scale of the prior, to their optimum under joint posteriors.
+
+    Parameters
+    ----------
+    model : PoissonFactorization
+        A Poisson model of which the prior is a GaussianPrior. Its q(F) moves along with the means.
+    X : Tensor of shape (N, D)
+    rounds : int
+        Number of rounds at most.
+    tol : float
+        Change of log W in one round, root mean square over counts, that ends them.
+    learns_scale : bool
+    """
+    prior = model.prior
+    assert isinstance(prior, GaussianPrior)
+    posteriors = JointPosteriors(model, X)
+    nothing = float((NOTHING * model.W.data.max()).log())
+    log_W = model.W.data.detach().log().clamp_min(nothing)
+    log_scale = prior.scale_pf.log()
+    beta, last = FIRST, None
+    for _ in range(rounds):
+        W = log_W.exp()
+        posteriors.update(W, float(log_scale.exp()))
+        found, counts = posteriors.loadings(W)
+        level = posteriors.m.mean(0)
+        posteriors.m = posteriors.m - level
+        now = (found.log() + level).clamp_min(nothing)
+        of_scale = log_scale
+        if learns_scale:
+            squares = posteriors.m.square() + posteriors.S.diagonal(dim1=1, dim2=2)
+            of_scale = squares.mean().double().log() / 2
+        step = now - log_W
+        small = (counts * step.square()).sum() < tol**2 * counts.sum()
+        log_W, log_scale, before = now, of_scale, last
+        last = now, of_scale
+        if small:
+            break
+        if before is None:
+            continue
+        ahead = now - before[0]
+        if (counts * step * ahead).sum() > 0:
+            beta = min(MOST, beta * GROWTH)
+            log_W = now + beta * ahead
+            log_scale = of_scale + beta * (of_scale - before[1])
+        else:
+            beta /= SHRINKAGE
+    if bool(now.isfinite().all()):
+        model.W.assign(torch.where(now > nothing, now, -torch.inf).exp())
+        prior.scale_pf.copy_(of_scale.exp())
+        prior.assign(posteriors.m.T, posteriors.S.diagonal(dim1=1, dim2=2).T.sqrt())
