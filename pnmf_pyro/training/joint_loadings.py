@@ -41,7 +41,7 @@ from pnmf_pyro.priors.joint import PSEUDOCOUNT
 from pnmf_pyro.training.extrapolation import FIRST, GROWTH, SHRINKAGE
 
 # The largest extrapolation, a longest Newton step, and how far parts of a rate are corrected.
-MOST, LONGEST = 0.95, 1.0
+MOST, LONGEST = 0.98, 1.0
 
 # Loadings relative to the largest below which they are nothing.
 NOTHING = 1e-12
@@ -69,23 +69,26 @@ class JointPosteriors:
         """E exp F, (N, L)."""
         return (self.m + self.S.diagonal(dim1=1, dim2=2) / 2).exp()
 
-    def shares(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return phi' of each entry, S phi and phi^T S phi; (N, D, L), (N, D, L), (N, D, 1)."""
-        parts = self.factors[:, None, :] * W
-        phi = parts / parts.sum(2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-        moved = phi @ self.S
-        spread = (phi * moved).sum(2, keepdim=True)
+    def shares(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return phi' of each entry, and phi^T S phi / 2 - S phi; each (N, L, D)."""
+        parts = self.factors[:, :, None] * W.T
+        phi = parts / parts.sum(1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny)
+        moved = self.S @ phi
+        spread = (phi * moved).sum(1, keepdim=True)
         shares = phi * (spread - moved).clamp_(-LONGEST, LONGEST).exp_()
-        return shares.div_(shares.sum(2, keepdim=True).clamp_min_(NOTHING)), moved, spread
+        return shares.div_(shares.sum(1, keepdim=True).clamp_min_(NOTHING)), spread / 2 - moved
 
-    def update(self, W: Tensor, scale: float) -> None:
-        """Take a step to the posteriors given loadings (D, L) and the scale of the prior."""
-        shares, moved, spread = self.shares(W)
-        weighted = shares * self.X[:, :, None]
-        allocated = weighted.sum(1)
+    def update(self, W: Tensor, scale: float) -> Tensor:
+        """Take a step to the posteriors given loadings (D, L) and the scale of the prior.
+
+        Return the counts that each loading had before it, (D, L).
+        """
+        shares, change = self.shares(W)
+        weighted = shares * self.X[:, None, :]
+        allocated = weighted.sum(2)
         expected = self.factors * self.exposure.rates(W)
-        less = (weighted * (spread / 2 - moved)).mT @ shares
-        H = (weighted.mT @ shares) * (1 + self.S) + less + less.mT
+        less = (weighted * change) @ shares.mT
+        H = (weighted @ shares.mT) * (1 + self.S) + less + less.mT
         r = ((expected + PSEUDOCOUNT) / (allocated + PSEUDOCOUNT)).sqrt()
         P = H * r[:, :, None] * r[:, None, :]
         P.diagonal(dim1=1, dim2=2).add_(scale**-2)
@@ -94,12 +97,7 @@ class JointPosteriors:
         slope = allocated - expected - self.m / scale**2
         step = torch.cholesky_solve(slope[:, :, None], torch.linalg.cholesky(P))[:, :, 0]
         self.m = self.m + step.clamp(-LONGEST, LONGEST)
-
-    def loadings(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loadings that W explain, and the counts that they have; each (D, L)."""
-        counts = torch.einsum("nj,njl->jl", self.X, self.shares(W)[0])
-        totals = self.exposure.totals(self.factors)
-        return counts / totals.clamp_min(torch.finfo(W.dtype).tiny), counts
+        return weighted.sum(0).T
 
 
 @torch.no_grad()
@@ -128,21 +126,20 @@ def settle_jointly(
     beta, last = FIRST, None
     for _ in range(rounds):
         W = log_W.exp()
-        posteriors.update(W, float(log_scale.exp()))
-        found, counts = posteriors.loadings(W)
+        counts = posteriors.update(W, float(log_scale.exp()))
+        totals = model.exposure.totals(posteriors.factors)
         level = posteriors.m.mean(0)
         posteriors.m = posteriors.m - level
-        now = (found.log() + level).clamp_min(nothing)
+        now = ((counts / totals).log() + level).clamp_min(nothing)
         of_scale = log_scale
         if learns_scale:
             squares = posteriors.m.square() + posteriors.S.diagonal(dim1=1, dim2=2)
             of_scale = squares.mean().double().log() / 2
         step = now - log_W
-        small = (counts * step.square()).sum() < tol**2 * counts.sum()
-        log_W, log_scale, before = now, of_scale, last
-        last = now, of_scale
-        if small:
+        if (counts * step.square()).sum() < tol**2 * counts.sum():
             break
+        log_W, log_scale, before = now, of_scale, last
+        last = now, of_scale, posteriors.m
         if before is None:
             continue
         ahead = now - before[0]
@@ -150,6 +147,7 @@ def settle_jointly(
             beta = min(MOST, beta * GROWTH)
             log_W = now + beta * ahead
             log_scale = of_scale + beta * (of_scale - before[1])
+            posteriors.m = last[2] + beta * (last[2] - before[2])
         else:
             beta /= SHRINKAGE
     if bool(now.isfinite().all()):
