@@ -35,7 +35,7 @@ from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
-from pnmf_pyro.training.joint_loadings import settle_jointly
+from pnmf_pyro.training.joint_loadings import keep_higher, settle_jointly
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 from pnmf_pyro.training.site_regression import start_from
 
@@ -49,10 +49,8 @@ WARM_UP_TOL = 0.4
 # each to its own counts alone.
 SAMPLE_STEPS = 3
 
-# N D L^2 up to which loadings settle jointly, at 100 rounds of about 15 steps each in time; and the
-# change of log W in one round that ends them.
+# N D L^2 up to which loadings settle jointly: a few seconds.
 JOINT_ENTRIES = 10_000_000
-JOINT_TOL = 1e-4
 
 
 @dataclass
@@ -356,8 +354,9 @@ class SettleJointly:
     """Settle loadings under the joint posterior of the components of a sample, then q given them.
 
     Intervals need it where components share features: the bound of a factorised q leads to loadings
-    that are too distinct. See :mod:`~pnmf_pyro.training.joint_loadings`. It is for Poisson counts,
-    without space, of small tables; for others the stage does nothing.
+    that are too distinct. See :mod:`~pnmf_pyro.training.joint_loadings`. What is found is kept
+    where the ELBO is higher there. It is for Poisson counts without space, by steps in closed form
+    without noise, of small tables; for others the stage does nothing.
 
     Parameters
     ----------
@@ -365,39 +364,51 @@ class SettleJointly:
         Number of rounds at most.
     """
 
-    rounds: int = 100
+    rounds: int = 200
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds)
 
     def plan(self, draft: Draft) -> Sequence[Run]:
-        """Return the run that moves loadings first, and then trains q."""
+        """Return the run that moves loadings and the scale of the prior, and then q."""
         settings, model, counts = draft.settings, draft.model, draft.counts
-        if not self._applies(settings, model):
-            return []
-        take_over = draft.take_over()
         training = training_of(settings, model, settings.mode, settings.tol, loadings=None)
-        training.steps = [one for one in training.steps if isinstance(one[0], SiteSteps)]
-        training.warns = False
+        if not (training.monotone and self._applies(settings, model)):
+            return []
+        for_q = [one for one in training.steps if isinstance(one[0], SiteSteps)]
+        learns_scale, take_over = len(for_q) < len(training.steps), draft.take_over()
 
-        def prepare() -> None:
+        def settle() -> None:
             take_over()
-            X = counts.to(model.W.dtype).to_dense()
-            learns = settings.scale_pf == "auto" and settings.prior is None
-            settle_jointly(model, X, self.rounds, JOINT_TOL, learns)
+            keep_higher(
+                model,
+                counts,
+                training.objective,
+                for_q,
+                training.convergence,
+                lambda: settle_jointly(model, counts, self.rounds, learns_scale),
+            )
 
-        return [Run("joint", training, prepare)]
+        return [Run("joint", prepare=settle)]
 
-    def _applies(self, settings: Settings, model: PoissonFactorization) -> bool:
-        named = settings.training_mode == "natural" and settings.loadings_mode == "multiplicative"
-        whole = settings.batch_size is None and settings.y_batch_size is None
-        poisson = model.observation is None and not model.exposure.learned
-        plain = type(model.prior) is GaussianPrior and model.W.requires_grad
+    @staticmethod
+    def _applies(settings: Settings, model: PoissonFactorization) -> bool:
+        plain = type(model.prior) is GaussianPrior and model.observation is None
+        multiplicative = settings.loadings_mode == "multiplicative" and model.W.requires_grad
         small = model.N * model.D * model.L**2 <= JOINT_ENTRIES
-        return named and whole and poisson and plain and small and model.ranks is ALONE
+        at_once = not model.exposure.learned and model.ranks is ALONE
+        return plain and multiplicative and small and at_once
 
 
-STAGES = (Settle, SettleJointly, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
+STAGES = (
+    Settle,
+    SettleJointly,
+    WarmUp,
+    LearnHyperparameters,
+    RestoreSpread,
+    Correlate,
+    SettleLoadings,
+)
 
 
 def plain_stage(stage: Any) -> dict[str, Any]:

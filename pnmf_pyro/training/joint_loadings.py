@@ -32,19 +32,35 @@ optimum (Liu, Rubin and Wu 1998, parameter expansion). Rounds are extrapolated a
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.batches import Batches
+from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.gaussian import GaussianPrior
 from pnmf_pyro.priors.joint import PSEUDOCOUNT
+from pnmf_pyro.training.convergence import Judge
 from pnmf_pyro.training.extrapolation import FIRST, GROWTH, SHRINKAGE
+from pnmf_pyro.training.loop import Steps, evaluate_elbo, train
+
+logger = logging.getLogger("pnmf_pyro")
 
 # The largest extrapolation, a longest Newton step, and how far parts of a rate are corrected.
 MOST, LONGEST = 0.98, 1.0
 
 # Loadings relative to the largest below which they are nothing.
 NOTHING = 1e-12
+
+# Change of log W in one round, root mean square over counts, that ends them.
+TOL = 1e-4
+
+# Steps in which q settles given new loadings, at most.
+Q_STEPS = 100
 
 
 class JointPosteriors:
@@ -102,7 +118,7 @@ class JointPosteriors:
 
 @torch.no_grad()
 def settle_jointly(
-    model: PoissonFactorization, X: Tensor, rounds: int, tol: float, learns_scale: bool
+    model: PoissonFactorization, counts: Counts, rounds: int, learns_scale: bool
 ) -> None:
     """Move the loadings, and the scale of the prior, to their optimum under joint posteriors.
 
@@ -110,40 +126,38 @@ def settle_jointly(
     ----------
     model : PoissonFactorization
         A Poisson model of which the prior is a GaussianPrior. Its q(F) moves along with the means.
-    X : Tensor of shape (N, D)
+    counts : Counts of shape (N, D)
     rounds : int
         Number of rounds at most.
-    tol : float
-        Change of log W in one round, root mean square over counts, that ends them.
     learns_scale : bool
     """
     prior = model.prior
     assert isinstance(prior, GaussianPrior)
-    posteriors = JointPosteriors(model, X)
+    posteriors = JointPosteriors(model, counts.to(model.W.dtype).to_dense())
     nothing = float((NOTHING * model.W.data.max()).log())
     log_W = model.W.data.detach().log().clamp_min(nothing)
     log_scale = prior.scale_pf.log()
     beta, last = FIRST, None
     for _ in range(rounds):
         W = log_W.exp()
-        counts = posteriors.update(W, float(log_scale.exp()))
+        R = posteriors.update(W, float(log_scale.exp()))
         totals = model.exposure.totals(posteriors.factors)
         level = posteriors.m.mean(0)
         posteriors.m = posteriors.m - level
-        now = ((counts / totals).log() + level).clamp_min(nothing)
+        now = ((R / totals).log() + level).clamp_min(nothing)
         of_scale = log_scale
         if learns_scale:
             squares = posteriors.m.square() + posteriors.S.diagonal(dim1=1, dim2=2)
             of_scale = squares.mean().double().log() / 2
         step = now - log_W
-        if (counts * step.square()).sum() < tol**2 * counts.sum():
+        if (R * step.square()).sum() < TOL**2 * R.sum():
             break
         log_W, log_scale, before = now, of_scale, last
         last = now, of_scale, posteriors.m
         if before is None:
             continue
         ahead = now - before[0]
-        if (counts * step * ahead).sum() > 0:
+        if (R * step * ahead).sum() > 0:
             beta = min(MOST, beta * GROWTH)
             log_W = now + beta * ahead
             log_scale = of_scale + beta * (of_scale - before[1])
@@ -154,3 +168,25 @@ def settle_jointly(
         model.W.assign(torch.where(now > nothing, now, -torch.inf).exp())
         prior.scale_pf.copy_(of_scale.exp())
         prior.assign(posteriors.m.T, posteriors.S.diagonal(dim1=1, dim2=2).T.sqrt())
+
+
+def keep_higher(
+    model: PoissonFactorization,
+    counts: Counts,
+    objective: FactorizationELBO,
+    steps: Steps,
+    judge: Judge,
+    change: Callable[[], None],
+) -> None:
+    """Change a model and let q settle by `steps`; go back where that leaves the ELBO lower."""
+    batches, generator = Batches(counts), torch.Generator()
+    before = evaluate_elbo(model, batches, objective, generator)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    change()
+    given = model, batches, objective, steps, generator
+    train(*given, max_iter=Q_STEPS, convergence=judge, monotone=True, warn=False)
+    after = evaluate_elbo(model, batches, objective, generator)
+    better = after >= before
+    logger.info("joint: ELBO %.6g, before %.6g%s", after, before, "" if better else ", kept")
+    if not better:
+        model.load_state_dict(kept)
