@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.checks import (
     MODES,
     check_choice,
@@ -35,8 +36,9 @@ from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
-from pnmf_pyro.training.joint_loadings import keep_higher, settle_jointly
+from pnmf_pyro.training.joint_loadings import settle_jointly
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
+from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.site_regression import start_from
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
@@ -51,6 +53,9 @@ SAMPLE_STEPS = 3
 
 # N D L^2 up to which loadings settle jointly: a few seconds.
 JOINT_ENTRIES = 10_000_000
+
+# Steps at most in which q settles given these.
+Q_STEPS = 100
 
 
 @dataclass
@@ -355,8 +360,8 @@ class SettleJointly:
 
     Intervals need it where components share features: the bound of a factorised q leads to loadings
     that are too distinct. See :mod:`~pnmf_pyro.training.joint_loadings`. What is found is kept
-    where the ELBO is higher there. It is for Poisson counts without space, by steps in closed form
-    without noise, of small tables; for others the stage does nothing.
+    where the evidence is higher there. The stage is for small tables of Poisson counts, without
+    space, and steps in closed form without noise; for others it does nothing.
 
     Parameters
     ----------
@@ -364,7 +369,7 @@ class SettleJointly:
         Number of rounds at most.
     """
 
-    rounds: int = 200
+    rounds: int = 300
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds)
@@ -380,14 +385,10 @@ class SettleJointly:
 
         def settle() -> None:
             take_over()
-            keep_higher(
-                model,
-                counts,
-                training.objective,
-                for_q,
-                training.convergence,
-                lambda: settle_jointly(model, counts, self.rounds, learns_scale),
-            )
+            if settle_jointly(model, counts, self.rounds, learns_scale):
+                objective, judge = training.objective, training.convergence
+                given = model, Batches(counts), objective, for_q, torch.Generator()
+                train(*given, max_iter=Q_STEPS, convergence=judge, monotone=True, warn=False)
 
         return [Run("joint", prepare=settle)]
 

@@ -33,20 +33,16 @@ optimum (Liu, Rubin and Wu 1998, parameter expansion). Rounds are extrapolated a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
 
-from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import Counts
-from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.gaussian import GaussianPrior
 from pnmf_pyro.priors.joint import PSEUDOCOUNT
-from pnmf_pyro.training.convergence import Judge
 from pnmf_pyro.training.extrapolation import FIRST, GROWTH, SHRINKAGE
-from pnmf_pyro.training.loop import Steps, evaluate_elbo, train
 
 logger = logging.getLogger("pnmf_pyro")
 
@@ -56,11 +52,12 @@ MOST, LONGEST = 0.98, 1.0
 # Loadings relative to the largest below which they are nothing.
 NOTHING = 1e-12
 
-# Change of log W in one round, root mean square over counts, that ends them.
-TOL = 1e-4
+# Rounds in which posteriors settle given the first loadings; and after how many the evidence is
+# looked at, which must have risen by so many nats.
+FIRST_ROUNDS, EVERY, WORTH = 5, 20, 1.0
 
-# Steps in which q settles given new loadings, at most.
-Q_STEPS = 100
+# Draws for the evidence, and their spread relative to that of the posterior, which is too narrow.
+DRAWS, WIDER = 20, 1.2
 
 
 class JointPosteriors:
@@ -115,78 +112,90 @@ class JointPosteriors:
         self.m = self.m + step.clamp(-LONGEST, LONGEST)
         return weighted.sum(0).T
 
+    def evidence(self, W: Tensor, scale: Tensor) -> float:
+        """Estimate the log likelihood of W and the scale of the prior, constants left out.
+
+        By importance sampling, with the same draws at each call (Burda, Grosse and Salakhutdinov
+        2016). It has an expectation no higher than what it estimates.
+        """
+        L, generator = self.m.shape[1], torch.Generator().manual_seed(0)
+        root = WIDER * torch.linalg.cholesky(self.S)
+        level = root.diagonal(dim1=1, dim2=2).log().sum(1) - L * scale.log()
+        values = []
+        for _ in range(DRAWS):
+            z = torch.randn(self.m.shape, generator=generator, dtype=torch.float64).to(self.m)
+            F = self.m + (root @ z[:, :, None])[:, :, 0]
+            factors = F.exp()
+            of_counts = self.X * (factors @ W.T).clamp_min_(torch.finfo(W.dtype).tiny).log_()
+            value = of_counts.sum(1) - (factors * self.exposure.rates(W)).sum(1)
+            values.append(value - (F / scale).square().sum(1) / 2 + z.square().sum(1) / 2)
+        return float((torch.stack(values).double().logsumexp(0) + level).sum())
+
 
 @torch.no_grad()
 def settle_jointly(
     model: PoissonFactorization, counts: Counts, rounds: int, learns_scale: bool
-) -> None:
+) -> bool:
     """Move the loadings, and the scale of the prior, to their optimum under joint posteriors.
+
+    The rounds go on while they raise the evidence. What it is highest for is kept; the means of
+    q(F) then belong to it, and its variances are those of the joint posterior.
 
     Parameters
     ----------
     model : PoissonFactorization
-        A Poisson model of which the prior is a GaussianPrior. Its q(F) moves along with the means.
+        A Poisson model of which the prior is a GaussianPrior.
     counts : Counts of shape (N, D)
     rounds : int
         Number of rounds at most.
     learns_scale : bool
+
+    Returns
+    -------
+    bool
+        Whether the evidence rose; otherwise the model is as it was.
     """
     prior = model.prior
     assert isinstance(prior, GaussianPrior)
     posteriors = JointPosteriors(model, counts.to(model.W.dtype).to_dense())
     nothing = float((NOTHING * model.W.data.max()).log())
     log_W = model.W.data.detach().log().clamp_min(nothing)
-    log_scale = prior.scale_pf.log()
-    beta, last = FIRST, None
-    for _ in range(rounds):
-        W = log_W.exp()
-        R = posteriors.update(W, float(log_scale.exp()))
+    log_scale = prior.scale_pf.log().to(log_W)
+    for _ in range(FIRST_ROUNDS):
+        posteriors.update(log_W.exp(), float(log_scale.exp()))
+    best, found, beta = -math.inf, None, FIRST
+    last: tuple[Tensor, ...] | None = None
+    for number in range(rounds + 1):
+        if number % EVERY == 0:
+            value = posteriors.evidence(log_W.exp(), log_scale.exp())
+            logger.debug("joint: %d rounds, evidence %.6g", number, value)
+            if not value > best + WORTH:
+                break
+            best = value
+            found = (log_W, log_scale, posteriors.m, posteriors.S) if number else None
+        start = log_W
+        R = posteriors.update(log_W.exp(), float(log_scale.exp()))
         totals = model.exposure.totals(posteriors.factors)
         level = posteriors.m.mean(0)
         posteriors.m = posteriors.m - level
-        now = ((R / totals).log() + level).clamp_min(nothing)
-        of_scale = log_scale
+        log_W = ((R / totals).log() + level).clamp_min(nothing)
         if learns_scale:
             squares = posteriors.m.square() + posteriors.S.diagonal(dim1=1, dim2=2)
-            of_scale = squares.mean().double().log() / 2
-        step = now - log_W
-        if (R * step.square()).sum() < TOL**2 * R.sum():
-            break
-        log_W, log_scale, before = now, of_scale, last
-        last = now, of_scale, posteriors.m
+            log_scale = squares.mean().log() / 2
+        before, last = last, (log_W, log_scale, posteriors.m)
         if before is None:
             continue
-        ahead = now - before[0]
-        if (R * step * ahead).sum() > 0:
+        if (R * (log_W - start) * (log_W - before[0])).sum() > 0:
             beta = min(MOST, beta * GROWTH)
-            log_W = now + beta * ahead
-            log_scale = of_scale + beta * (of_scale - before[1])
-            posteriors.m = last[2] + beta * (last[2] - before[2])
+            log_W, log_scale, posteriors.m = (
+                now + beta * (now - then) for now, then in zip(last, before, strict=True)
+            )
         else:
             beta /= SHRINKAGE
-    if bool(now.isfinite().all()):
-        model.W.assign(torch.where(now > nothing, now, -torch.inf).exp())
-        prior.scale_pf.copy_(of_scale.exp())
-        prior.assign(posteriors.m.T, posteriors.S.diagonal(dim1=1, dim2=2).T.sqrt())
-
-
-def keep_higher(
-    model: PoissonFactorization,
-    counts: Counts,
-    objective: FactorizationELBO,
-    steps: Steps,
-    judge: Judge,
-    change: Callable[[], None],
-) -> None:
-    """Change a model and let q settle by `steps`; go back where that leaves the ELBO lower."""
-    batches, generator = Batches(counts), torch.Generator()
-    before = evaluate_elbo(model, batches, objective, generator)
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    change()
-    given = model, batches, objective, steps, generator
-    train(*given, max_iter=Q_STEPS, convergence=judge, monotone=True, warn=False)
-    after = evaluate_elbo(model, batches, objective, generator)
-    better = after >= before
-    logger.info("joint: ELBO %.6g, before %.6g%s", after, before, "" if better else ", kept")
-    if not better:
-        model.load_state_dict(kept)
+    if found is None:
+        return False
+    log_W, log_scale, m, S = found
+    model.W.assign(torch.where(log_W > nothing, log_W, -torch.inf).exp())
+    prior.scale_pf.copy_(log_scale.exp())
+    prior.assign(m.T, S.diagonal(dim1=1, dim2=2).T.sqrt())
+    return True
