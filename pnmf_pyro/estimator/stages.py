@@ -377,8 +377,10 @@ class SettleJointly:
     def plan(self, draft: Draft) -> Sequence[Run]:
         """Return the run that moves loadings and the scale of the prior, and then q."""
         settings, model, counts = draft.settings, draft.model, draft.counts
+        if not self._applies(settings, model):
+            return []
         training = training_of(settings, model, settings.mode, settings.tol, loadings=None)
-        if not (training.monotone and self._applies(settings, model)):
+        if not training.monotone:
             return []
         for_q = [one for one in training.steps if isinstance(one[0], SiteSteps)]
         learns_scale, take_over = len(for_q) < len(training.steps), draft.take_over()

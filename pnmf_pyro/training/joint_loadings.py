@@ -120,7 +120,7 @@ class JointPosteriors:
         """
         L, generator = self.m.shape[1], torch.Generator().manual_seed(0)
         root = WIDER * torch.linalg.cholesky(self.S)
-        level = root.diagonal(dim1=1, dim2=2).log().sum(1) - L * scale.log()
+        level = root.diagonal(dim1=1, dim2=2).log().sum(1) - L * scale.log() - math.log(DRAWS)
         values = []
         for _ in range(DRAWS):
             z = torch.randn(self.m.shape, generator=generator, dtype=torch.float64).to(self.m)
