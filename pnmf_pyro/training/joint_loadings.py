@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -159,20 +161,40 @@ def settle_jointly(
     assert isinstance(prior, GaussianPrior)
     posteriors = JointPosteriors(model, counts.to(model.W.dtype).to_dense())
     nothing = float((NOTHING * model.W.data.max()).log())
-    log_W = model.W.data.detach().log().clamp_min(nothing)
-    log_scale = prior.scale_pf.log().to(log_W)
-    for _ in range(FIRST_ROUNDS):
-        posteriors.update(log_W.exp(), float(log_scale.exp()))
-    best, found, beta = -math.inf, None, FIRST
-    last: tuple[Tensor, ...] | None = None
-    for number in range(rounds + 1):
-        if number % EVERY == 0:
+    best, found = -math.inf, None
+    points = _points(model, posteriors, nothing, learns_scale)
+    try:
+        for number, (log_W, log_scale) in zip(range(rounds + 1), points, strict=False):
+            if number % EVERY:
+                continue
             value = posteriors.evidence(log_W.exp(), log_scale.exp())
             logger.debug("joint: %d rounds, evidence %.6g", number, value)
             if not value > best + WORTH:
                 break
             best = value
             found = (log_W, log_scale, posteriors.m, posteriors.S) if number else None
+    except torch.linalg.LinAlgError:  # numbers too extreme for it
+        logger.info("joint: a covariance could not be factorised")
+    if found is None:
+        return False
+    log_W, log_scale, m, S = found
+    model.W.assign(torch.where(log_W > nothing, log_W, -torch.inf).exp())
+    prior.scale_pf.copy_(log_scale.exp())
+    prior.assign(m.T, S.diagonal(dim1=1, dim2=2).T.sqrt())
+    return True
+
+
+def _points(
+    model: PoissonFactorization, posteriors: JointPosteriors, nothing: float, learns_scale: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through the rounds: log W and the log scale before each of them, extrapolated."""
+    log_W = model.W.data.detach().log().clamp_min(nothing)
+    log_scale = cast(Tensor, model.prior.scale_pf).log().to(log_W)
+    for _ in range(FIRST_ROUNDS):
+        posteriors.update(log_W.exp(), float(log_scale.exp()))
+    beta, last = FIRST, None
+    while True:
+        yield log_W, log_scale
         start = log_W
         R = posteriors.update(log_W.exp(), float(log_scale.exp()))
         totals = model.exposure.totals(posteriors.factors)
@@ -192,10 +214,3 @@ def settle_jointly(
             )
         else:
             beta /= SHRINKAGE
-    if found is None:
-        return False
-    log_W, log_scale, m, S = found
-    model.W.assign(torch.where(log_W > nothing, log_W, -torch.inf).exp())
-    prior.scale_pf.copy_(log_scale.exp())
-    prior.assign(m.T, S.diagonal(dim1=1, dim2=2).T.sqrt())
-    return True
