@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.counts import Counts
+from pnmf_pyro.data.parallel import ALONE
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.gaussian import GaussianPrior
 from pnmf_pyro.priors.joint import PSEUDOCOUNT
@@ -60,6 +61,17 @@ FIRST_ROUNDS, EVERY, WORTH = 5, 20, 1.0
 
 # Draws for the evidence, and their spread relative to that of the posterior, which is too narrow.
 DRAWS, WIDER = 20, 1.2
+
+
+# N D L^2 up to which a table is small: a few seconds.
+SMALL = 10_000_000
+
+
+def has_joint_rounds(model: PoissonFactorization) -> bool:
+    """Whether a model is one of Poisson counts without space, effects or ranks, and small."""
+    plain = type(model.prior) is GaussianPrior and model.observation is None
+    alone = model.ranks is ALONE and not model.exposure.learned and model.W.requires_grad
+    return plain and alone and model.N * model.D * model.L**2 <= SMALL
 
 
 class JointPosteriors:
