@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,16 +68,27 @@ def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return linear_sum_assignment(-np.nan_to_num(np.corrcoef(a.T, b.T)[:L, L:], nan=-1))[1]
 
 
-def whole(overlap: float, mean: float, seed: int) -> list[float]:
-    """Coverage of F in a whole fit: 1,000 samples, 200 features, five components."""
+def whole(overlap: float, mean: float, seed: int, scaled: bool = False) -> list[float]:
+    """Coverage of F in a whole fit: 1,000 samples, 200 features, five components.
+
+    With `scaled` the scale of each component is removed as well as its level: the slope of F on its
+    means.
+    """
     rng = np.random.default_rng([12, seed])
     W = loadings(200, 5, overlap, mean, rng)
     F, X = drawn(W, 1000, rng)
     model = pnmf_pyro.fit(X, n_components=5)
     mu, sd = log_factors(model), factor_uncertainty(model)
     order = matched(F, mu)
-    error = F - mu[:, order]
-    return covered((error - error.mean(0)) / sd[:, order])
+    mu, sd = mu[:, order], sd[:, order]
+    if scaled:
+        slope = ((mu - mu.mean(0)) * F).mean(0) / mu.var(0)
+        mu, sd = slope * mu, slope * sd
+    error = F - mu
+    return covered((error - error.mean(0)) / sd)
+
+
+scaled_whole = partial(whole, scaled=True)
 
 
 def spread(overlap: float, mean: float, n_tables: int) -> dict[str, float]:
@@ -140,7 +152,7 @@ def coverage(options: argparse.Namespace) -> None:
     seeds = range(options.repeats)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for part, run in (("known", known), ("fit", whole)):
+        for part, run in (("known", known), ("fit", whole), ("scaled", scaled_whole)):
             for mean in MEANS:
                 for overlap in OVERLAPS:
                     found = np.array([run(overlap, mean, seed) for seed in seeds])

@@ -15,8 +15,9 @@ import pnmf_pyro
 from benchmarks import ours, tables
 from pnmf_pyro.data.checks import library_size_factors
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator.drafts import Stage
 from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE
-from pnmf_pyro.estimator.stages import Settle, SettleLoadings, Stage, WarmUp
+from pnmf_pyro.estimator.stages import Settle, SettleLoadings, WarmUp
 from pnmf_pyro.transforms import get_factors
 
 # Numbers of neighbours over which the factors of a model without space are averaged.

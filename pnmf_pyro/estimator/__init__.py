@@ -10,6 +10,7 @@ from pnmf_pyro.estimator.stages import (
     LearnHyperparameters,
     RestoreSpread,
     Settle,
+    SettleJointly,
     SettleLoadings,
     WarmUp,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "LearnHyperparameters",
     "RestoreSpread",
     "Settle",
+    "SettleJointly",
     "SettleLoadings",
     "WarmUp",
 ]

@@ -19,16 +19,15 @@ from pnmf_pyro.data.random_state import check_random_state, torch_generator
 from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.course import FitCourse, History, OnStep, Starts, train_runs
+from pnmf_pyro.estimator.drafts import Draft, Stage
 from pnmf_pyro.estimator.inputs import Data
 from pnmf_pyro.estimator.parameters import Settings, closed_form, learned
 from pnmf_pyro.estimator.prior import make_prior
 from pnmf_pyro.estimator.runs import Run, Training
 from pnmf_pyro.estimator.stages import (
     Correlate,
-    Draft,
     LearnHyperparameters,
     Settle,
-    Stage,
     WarmUp,
 )
 from pnmf_pyro.estimator.verdict import warn_of_doubts

@@ -15,6 +15,7 @@ from pnmf_pyro.estimator.stages import (
     LearnHyperparameters,
     RestoreSpread,
     Settle,
+    SettleJointly,
     SettleLoadings,
     WarmUp,
 )
@@ -36,7 +37,7 @@ RECIPE: dict[str, Any] = {
     "max_iter": 4000,
     "tol": 1e-3,
     "random_state": 0,
-    "stages": (WarmUp(), Settle()),
+    "stages": (WarmUp(), Settle(), SettleJointly()),
 }
 
 # In space: first without it, then hyperparameters and the kernel by prediction, then the fields.

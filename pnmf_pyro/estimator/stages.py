@@ -7,14 +7,15 @@ train: each may take as many as an equal share of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.checks import (
     MODES,
     check_choice,
@@ -23,17 +24,19 @@ from pnmf_pyro.data.checks import (
     check_positive,
     check_whole,
 )
-from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.estimator.coarse import hand_down, levels_of, of_bins
-from pnmf_pyro.estimator.parameters import Settings
+from pnmf_pyro.estimator.drafts import Draft, Stage
 from pnmf_pyro.estimator.runs import Run, training_of
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import LCGP, GaussianPrior
+from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
+from pnmf_pyro.training.joint_loadings import has_joint_rounds, settle_jointly
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
+from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.site_regression import start_from
 
 # Smallest scale that a warm-up learns, that of the log-factors to start from.
@@ -46,41 +49,8 @@ WARM_UP_TOL = 0.4
 # each to its own counts alone.
 SAMPLE_STEPS = 3
 
-
-@dataclass
-class Draft:
-    """A fit as far as it is planned.
-
-    `trained` is the model that the stages before have trained: a warm-up in space trains another
-    one than that of the fit. `warm` says whether one was a warm-up, and `kl_weight` which weight
-    the divergence had.
-    """
-
-    settings: Settings
-    counts: Counts
-    model: PoissonFactorization
-    random: np.random.RandomState
-    learned: list[str]
-    trained: PoissonFactorization | None = None
-    warm: bool = False
-    kl_weight: float = 1.0
-
-    def take_over(self) -> Callable[[], None]:
-        """Go on with the model of the fit; return what gives it the q(F) that was trained before.
-
-        That is nothing where the stages before have trained the model itself.
-        """
-        source, self.trained = self.trained, self.model
-        if source is None or source is self.model:
-            return lambda: None
-        return lambda: start_from(self.model.prior, source, self.counts)
-
-
-class Stage(Protocol):
-    """One stage of a fit."""
-
-    def plan(self, draft: Draft) -> Sequence[Run]:
-        """Return what the stage does in turn, given the stages before it."""
+# Steps at most in which q settles given loadings that have settled jointly.
+Q_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -343,7 +313,55 @@ class SettleLoadings:
         return [Run("loadings", training, draft.take_over())]
 
 
-STAGES = (Settle, WarmUp, LearnHyperparameters, RestoreSpread, Correlate, SettleLoadings)
+@dataclass(frozen=True)
+class SettleJointly:
+    """Settle loadings under the joint posterior of the components of a sample, then q given them.
+
+    The bound of a factorised q leads to loadings that are too distinct where components share
+    features, see :mod:`~pnmf_pyro.training.joint_loadings`. It is for small tables of Poisson
+    counts without space, and steps in closed form without noise; for others it does nothing.
+
+    Parameters
+    ----------
+    rounds : int
+        At most; they go on while the evidence rises.
+    """
+
+    rounds: int = 300
+
+    def __post_init__(self) -> None:
+        check_count("rounds", self.rounds)
+
+    def plan(self, draft: Draft) -> Sequence[Run]:
+        """Return what moves loadings and the scale of the prior, and then q."""
+        settings, model, counts = draft.settings, draft.model, draft.counts
+        if not has_joint_rounds(model):
+            return []
+        training = training_of(settings, model, settings.mode, settings.tol, loadings=None)
+        if not training.monotone or settings.loadings_mode != "multiplicative":
+            return []
+        for_q = [one for one in training.steps if isinstance(one[0], SiteSteps)]
+        learns_scale, take_over = len(for_q) < len(training.steps), draft.take_over()
+        judge = training.convergence
+
+        def settle() -> None:
+            take_over()
+            if settle_jointly(model, counts, self.rounds, learns_scale):
+                given = model, Batches(counts), training.objective, for_q, torch.Generator()
+                train(*given, max_iter=Q_STEPS, convergence=judge, monotone=True, warn=False)
+
+        return [Run("joint", prepare=settle)]
+
+
+STAGES = (
+    Settle,
+    SettleJointly,
+    WarmUp,
+    LearnHyperparameters,
+    RestoreSpread,
+    Correlate,
+    SettleLoadings,
+)
 
 
 def plain_stage(stage: Any) -> dict[str, Any]:

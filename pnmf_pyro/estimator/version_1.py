@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from pnmf_pyro.estimator.archive import Arrays
+from pnmf_pyro.estimator.drafts import Stage
 from pnmf_pyro.estimator.stages import (
     Correlate,
     LearnHyperparameters,
     RestoreSpread,
     Settle,
     SettleLoadings,
-    Stage,
     WarmUp,
     plain_stage,
 )

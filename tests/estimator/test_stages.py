@@ -20,6 +20,7 @@ from pnmf_pyro.estimator.stages import (
     LearnHyperparameters,
     RestoreSpread,
     Settle,
+    SettleJointly,
     SettleLoadings,
     WarmUp,
 )
@@ -336,6 +337,8 @@ EVERY = [
     RestoreSpread(),
     Correlate(4),
     SettleLoadings(True),
+    SettleJointly(),
+    SettleJointly(20),
 ]
 
 
@@ -386,7 +389,7 @@ def test_the_log_of_a_fit_names_its_stages(counts, caplog):
     with caplog.at_level(logging.INFO, logger="pnmf_pyro"):
         pnmf_pyro.fit(counts, n_components=2, max_iter=4)
     warm_up, settle = "WarmUp(kl_weight=1.0, levels=None)", "Settle(mode=None, kl_weight=1.0)"
-    assert f"stages=({warm_up}, {settle})" in caplog.text
+    assert f"stages=({warm_up}, {settle}, SettleJointly(rounds=300))" in caplog.text
 
 
 # --- what cannot be
