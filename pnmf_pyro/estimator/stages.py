@@ -346,7 +346,8 @@ class SettleJointly:
 
         def settle() -> None:
             take_over()
-            if settle_jointly(model, counts, self.rounds, learns_scale):
+            seed = draft.random.randint(2**31)
+            if settle_jointly(model, counts, self.rounds, learns_scale, seed):
                 given = model, Batches(counts), training.objective, for_q, torch.Generator()
                 train(*given, max_iter=Q_STEPS, convergence=judge, monotone=True, warn=False)
 

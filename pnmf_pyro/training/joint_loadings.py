@@ -126,13 +126,13 @@ class JointPosteriors:
         self.m = self.m + step.clamp(-LONGEST, LONGEST)
         return weighted.sum(0).T
 
-    def evidence(self, W: Tensor, scale: Tensor) -> float:
+    def evidence(self, W: Tensor, scale: Tensor, seed: int) -> float:
         """Estimate the log likelihood of W and the scale of the prior, constants left out.
 
-        By importance sampling, with the same draws at each call (Burda, Grosse and Salakhutdinov
-        2016). It has an expectation no higher than what it estimates.
+        By importance sampling (Burda, Grosse and Salakhutdinov 2016), with the same draws for the
+        same seed. It has an expectation no higher than what it estimates.
         """
-        L, generator = self.m.shape[1], torch.Generator().manual_seed(0)
+        L, generator = self.m.shape[1], torch.Generator().manual_seed(seed)
         root = WIDER * torch.linalg.cholesky(self.S)
         level = root.diagonal(dim1=1, dim2=2).log().sum(1) - L * scale.log() - math.log(DRAWS)
         values = []
@@ -148,7 +148,7 @@ class JointPosteriors:
 
 @torch.no_grad()
 def settle_jointly(
-    model: PoissonFactorization, counts: Counts, rounds: int, learns_scale: bool
+    model: PoissonFactorization, counts: Counts, rounds: int, learns_scale: bool, seed: int
 ) -> bool:
     """Move the loadings, and the scale of the prior, to their optimum under joint posteriors.
 
@@ -163,6 +163,8 @@ def settle_jointly(
     rounds : int
         Number of rounds at most.
     learns_scale : bool
+    seed : int
+        Of the draws that estimate the evidence.
 
     Returns
     -------
@@ -179,7 +181,7 @@ def settle_jointly(
         for number, (log_W, log_scale) in zip(range(rounds + 1), points, strict=False):
             if number % EVERY:
                 continue
-            value = posteriors.evidence(log_W.exp(), log_scale.exp())
+            value = posteriors.evidence(log_W.exp(), log_scale.exp(), seed)
             logger.debug("joint: %d rounds, evidence %.6g", number, value)
             if not value > best + WORTH:
                 break

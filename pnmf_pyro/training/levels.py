@@ -27,14 +27,14 @@ from pnmf_pyro.data.counts import Counts, as_counts
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.ordering import max_min_order, tree_query
 
-# Counts that a bin of the finest level has at least, how many times as large the bins of the next
-# coarser level are, how many levels there are, and bins that the finest level and any other have
-# for each component.
+# Counts that a bin of the finest level has where there are enough places, how many times as large
+# the bins of the next coarser level are, how many levels there are at most, and bins that the finest
+# level and any other have for each component.
 ENOUGH = 400
 GROWTH = 4
 LEVELS = 2
-FINEST_BINS = 40
-BINS = 10
+FINEST_BINS = 20
+BINS = 5
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,13 @@ def coarse_levels(counts: Counts, places: Places, size_factors: Tensor, L: int) 
 
 def bin_sizes(counts: Counts, L: int) -> list[int]:
     """Return how many samples the bins of each level have on average, the coarsest first."""
-    N, size = counts.shape[0], GROWTH
-    mean_total = float(counts.row_totals.mean())
-    while size * mean_total < ENOUGH and size < N:
-        size *= GROWTH
-    if N // size < FINEST_BINS * L:
+    N, mean_total = counts.shape[0], float(counts.row_totals.mean())
+    sizes = [GROWTH**k for k in range(1, 20) if N // GROWTH**k >= FINEST_BINS * L]
+    if not sizes:
         return []
-    sizes = [size * GROWTH**k for k in range(LEVELS)]
-    return [size for size in reversed(sizes) if N // size >= BINS * L]
+    finest = next((size for size in sizes if size * mean_total >= ENOUGH), sizes[-1])
+    coarser = [finest * GROWTH**k for k in range(1, LEVELS)]
+    return [*(size for size in reversed(coarser) if N // size >= BINS * L), finest]
 
 
 def numbers_of_bins(sizes: Sequence[int], groups: Tensor | None, N: int) -> list[int]:

@@ -63,7 +63,12 @@ def test_samples_with_many_counts_have_bins_of_four_places():
 
 def test_too_few_bins_are_no_level():
     _, counts, places, s = poor(N=500)
-    assert coarse_levels(counts, places, s, L=5) == []
+    assert coarse_levels(counts, places, s, L=10) == []
+
+
+def test_bins_have_fewer_counts_where_places_are_few():
+    _, counts, places, s = poor(N=1000, D=4, mean=1.0)
+    assert [len(level.centres) for level in coarse_levels(counts, places, s, L=3)] == [16, 63]
 
 
 def test_repeated_places_share_a_bin():
