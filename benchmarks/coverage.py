@@ -1,7 +1,7 @@
 """How often intervals hold the truth that made the counts, and how good standard errors are.
 
-Data are drawn from the model. `known` has the loadings known, `fit` learns them and matches
-components, each of which is shifted by its mean level: what factors gain, loadings lose. `loadings`
+Data are drawn from the model. `known` has the loadings known, `fit` learns them (jointly at
+the end) and matches components, each of which is shifted by its mean level: what factors gain, loadings lose. `loadings`
 compares standard errors of W with the spread of W over tables of one truth, and `markers` counts
 false discoveries among features that are alike in all components.
 """
@@ -21,6 +21,7 @@ import pnmf_pyro
 from benchmarks import ours, tables
 from benchmarks.measure import median, report, timed
 from pnmf_pyro.data.counts import as_counts
+from pnmf_pyro.estimator import Settle, SettleJointly, WarmUp
 from pnmf_pyro.models.joint import find_uncertainty
 from pnmf_pyro.transforms import (
     factor_uncertainty,
@@ -77,7 +78,8 @@ def whole(overlap: float, mean: float, seed: int, scaled: bool = False) -> list[
     rng = np.random.default_rng([12, seed])
     W = loadings(200, 5, overlap, mean, rng)
     F, X = drawn(W, 1000, rng)
-    model = pnmf_pyro.fit(X, n_components=5)
+    stages = [WarmUp(), Settle(), SettleJointly()]
+    model = pnmf_pyro.fit(X, n_components=5, stages=stages)
     mu, sd = log_factors(model), factor_uncertainty(model)
     order = matched(F, mu)
     mu, sd = mu[:, order], sd[:, order]

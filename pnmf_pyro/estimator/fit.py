@@ -204,7 +204,7 @@ def plan(
     >>> X = np.random.default_rng(0).poisson(5, size=(60, 20))
     >>> plan = pnmf_pyro.plan(X, n_components=2)
     >>> plan.prior, plan.n_stored, [stage.name for stage in plan.stages]
-    ('GaussianPrior', 1200, ['start', 'warm-up', 'settle', 'joint', 'ELBO'])
+    ('GaussianPrior', 1200, ['start', 'warm-up', 'settle', 'ELBO'])
     """
     X = _of_table(X, table, spatial_key, parameters)
     effects = from_obs(X, batches, covariates)

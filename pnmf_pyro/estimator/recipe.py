@@ -15,7 +15,6 @@ from pnmf_pyro.estimator.stages import (
     LearnHyperparameters,
     RestoreSpread,
     Settle,
-    SettleJointly,
     SettleLoadings,
     WarmUp,
 )
@@ -37,7 +36,7 @@ RECIPE: dict[str, Any] = {
     "max_iter": 4000,
     "tol": 1e-3,
     "random_state": 0,
-    "stages": (WarmUp(), Settle(), SettleJointly()),
+    "stages": (WarmUp(), Settle()),
 }
 
 # In space: first without it, then hyperparameters and the kernel by prediction, then the fields.

@@ -34,7 +34,7 @@ from pnmf_pyro.priors.natural import SiteSteps
 from pnmf_pyro.training.arrangement import arrange
 from pnmf_pyro.training.convergence import Convergence
 from pnmf_pyro.training.hyperparameters import CRITERIA, HyperparameterSearch
-from pnmf_pyro.training.joint_loadings import has_joint_rounds, settle_jointly
+from pnmf_pyro.training.joint_loadings import SMALL, has_joint_rounds, settle_jointly
 from pnmf_pyro.training.loadings import ClosedFormLoadings, ShrunkLoadings
 from pnmf_pyro.training.loop import train
 from pnmf_pyro.training.site_regression import start_from
@@ -318,8 +318,8 @@ class SettleJointly:
     """Settle loadings under the joint posterior of the components of a sample, then q given them.
 
     The bound of a factorised q leads to loadings that are too distinct where components share
-    features, see :mod:`~pnmf_pyro.training.joint_loadings`. It is for small tables of Poisson
-    counts without space, and steps in closed form without noise; for others it does nothing.
+    features, see :mod:`~pnmf_pyro.training.joint_loadings`. It is for Poisson counts without space
+    and effects, for steps in closed form without noise, and for N D L^2 up to 10,000,000.
 
     Parameters
     ----------
@@ -335,11 +335,14 @@ class SettleJointly:
     def plan(self, draft: Draft) -> Sequence[Run]:
         """Return what moves loadings and the scale of the prior, and then q."""
         settings, model, counts = draft.settings, draft.model, draft.counts
-        if not has_joint_rounds(model):
-            return []
         training = training_of(settings, model, settings.mode, settings.tol, loadings=None)
-        if not training.monotone or settings.loadings_mode != "multiplicative":
-            return []
+        closed = training.monotone and settings.loadings_mode == "multiplicative"
+        if not (closed and has_joint_rounds(model)):
+            raise ValueError(
+                "stages: SettleJointly() is for Poisson counts in memory, without space, batches, "
+                "covariates and other processes, for steps in closed form without noise, and for "
+                f"N D L^2 up to {SMALL:,}, here {model.N * model.D * model.L**2:,}. Leave it out."
+            )
         for_q = [one for one in training.steps if isinstance(one[0], SiteSteps)]
         learns_scale, take_over = len(for_q) < len(training.steps), draft.take_over()
         judge = training.convergence

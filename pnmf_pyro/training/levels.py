@@ -28,8 +28,8 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.ordering import max_min_order, tree_query
 
 # Counts that a bin of the finest level has where there are enough places, how many times as large
-# the bins of the next coarser level are, how many levels there are at most, and bins that the finest
-# level and any other have for each component.
+# the bins of the next coarser level are, how many levels there are at most, and bins that the
+# finest level and any other have for each component.
 ENOUGH = 400
 GROWTH = 4
 LEVELS = 2
