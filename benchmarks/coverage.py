@@ -1,9 +1,9 @@
 """How often intervals hold the truth that made the counts, and how good standard errors are.
 
-Data are drawn from the model. `known` has the loadings known, `fit` learns them (jointly at
-the end) and matches components, each of which is shifted by its mean level: what factors gain, loadings lose. `loadings`
-compares standard errors of W with the spread of W over tables of one truth, and `markers` counts
-false discoveries among features that are alike in all components.
+Data are drawn from the model. `known` has the loadings known, `fit` learns them (jointly at the
+end) and matches components, each of which is shifted by its mean level: what factors gain, loadings
+lose. `loadings` compares standard errors of W with the spread of W over tables of one truth, and
+`markers` counts false discoveries among features that are alike in all components.
 """
 
 from __future__ import annotations

@@ -42,6 +42,16 @@ EXEMPT = {
 # Pages about real data, which are skipped where these are absent.
 ECOLOGY = "ecology.md"
 
+# Pages that take ten seconds or more.
+LONG = {
+    "choosing_k.md",
+    "checkpoints.md",
+    "command_line.md",
+    "interpretation.md",
+    "large_tables.md",
+    "pyro.md",
+}
+
 # Packages that one page shows beside ours; .ci/run has them in its last stage. Their own warnings
 # are not ours to mend.
 OTHERS = {"scanpy", "spatialdata", "squidpy"}
@@ -130,7 +140,13 @@ def write_mites(file: Path) -> None:
     Path("places.csv").write_text("\n".join(["site,x,y", *text]))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name in LONG))
+        for page in PAGES
+    ],
+)
 def test_the_page_runs(page, small_data, data_file):
     matplotlib.use("Agg")
     if page.name == ECOLOGY:

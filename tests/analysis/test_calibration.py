@@ -50,6 +50,7 @@ def gamma(ranks, n_draws):
     return 2 * min(tails)
 
 
+@pytest.mark.slow
 def test_p_values_are_those_of_the_statistic_by_its_definition():
     rng = np.random.default_rng(3)
     ranks = rng.integers(0, 10, (25, 2))

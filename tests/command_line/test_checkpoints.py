@@ -35,6 +35,7 @@ def results(file):
         return {name: found[name].tobytes() for name in found.files}
 
 
+@pytest.mark.slow
 def test_a_command_that_is_stopped_goes_on(folder, capsys):
     """By SIGTERM in the midst of its steps."""
     fit = (*FIT, "--set", "max_iter=3000", "--out", "out.npz")

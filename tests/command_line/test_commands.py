@@ -150,6 +150,7 @@ def one_line(captured, message):
     assert all(note.startswith("pnmf-pyro: took ") for note in notes)
 
 
+@pytest.mark.slow
 def test_select_says_what_python_says(folder, tmp_path, capsys):
     report = tmp_path / "select.html"
     arguments = ("--range", "2:4", "--thinnings", 2, "--seed", 1, "--out", report)

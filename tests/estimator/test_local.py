@@ -166,6 +166,7 @@ def test_standard_training_comes_near_natural_steps(data, model, mode):
     assert softplus.elbo_ != fit.elbo_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training_mode", ["natural", "standard"])
 def test_minibatches_come_near_the_whole(data, model, training_mode):
     settings = {**LOCAL, "batch_size": 20, "tol": 0, "max_iter": 600}

@@ -87,6 +87,7 @@ def test_one_enormous_count():
     assert get_factors(model)[3] @ model.components_[:, 4] == pytest.approx(1e12, rel=1e-6)
 
 
+@pytest.mark.slow
 @unconverged
 def test_another_seed_gives_the_same_recommended_fit():
     X = load_digits().data[:, 1:32]
