@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pnmf_pyro import PNMF
 from pnmf_pyro.command_line.outputs import write_results
 from pnmf_pyro.command_line.pages import Page, Text
 from pnmf_pyro.command_line.tables import read_counts
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 
 # How a file of each kind is written, and read; what is read must be whole.
 Kind = tuple[Callable[[Path], Any], Callable[[Path], Any]]
@@ -35,7 +37,8 @@ def kinds(folder: Path, N: int, D: int, L: int) -> dict[str, Kind]:
 
     def results(path: Path, source: Path = counts) -> None:
         options = {"counts": str(source), "out": str(path), "save_model": None}
-        write_results(argparse.Namespace(transpose=False, **options), model, table)
+        options |= {"transpose": False, **asdict(AnnDataKeys())}
+        write_results(argparse.Namespace(**options), model, table)
 
     def into(path: Path) -> None:
         if not path.exists():
