@@ -20,7 +20,7 @@ made for a block of samples at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,13 @@ class Exposure(nn.Module):
     hidden_starts: Tensor | None
     hidden_columns: Tensor | None
     errors: Tensor | None
+    given_buffers: ClassVar[tuple[str, ...]] = (
+        "size_factors",
+        "design",
+        "codes",
+        "hidden_starts",
+        "hidden_columns",
+    )
 
     def __init__(
         self,

@@ -294,6 +294,16 @@ class PoissonFactorization(ReferenceModel, nn.Module):
         """
         return [*self.parameters(), *self._statements["params"].values()]
 
+    def state_of_training(self) -> list[Tensor]:
+        """Return all that steps can change: parameters, and buffers that no module calls given."""
+        moved = [
+            buffer
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in getattr(module, "given_buffers", ())
+        ]
+        return [tensor.detach() for tensor in (*self.trained_parameters(), *moved)]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all trained parameters."""
         super().zero_grad(set_to_none)

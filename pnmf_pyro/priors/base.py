@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, cast
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 import pyro
 import torch
@@ -99,6 +99,8 @@ class Prior(nn.Module):
     joint_draws : Tensor of shape (L, M + 1, R) or None
         Deviations of all components together from their mean, in what a field is held in, and of
         their levels, where they were found; see :meth:`coupled`.
+    given_buffers : tuple of str
+        Names of the buffers that no step of training changes, so that none needs a copy of them.
     """
 
     L: int
@@ -112,6 +114,12 @@ class Prior(nn.Module):
     attended: bool = False
     joint_covariance: Tensor | None
     joint_draws: Tensor | None
+    given_buffers: ClassVar[tuple[str, ...]] = (
+        "place_coordinates",
+        "place_groups",
+        "joint_covariance",
+        "joint_draws",
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -137,6 +137,7 @@ class LCGP(Prior):
     mean: Tensor
     low_rank: Tensor
     steps_apart = 3
+    given_buffers = (*Prior.given_buffers, "low_rank")
 
     def __init__(
         self,

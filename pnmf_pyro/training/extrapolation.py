@@ -41,7 +41,7 @@ FIRST, MOST, GROWTH, SHRINKAGE = 0.5, 0.9, 1.05, 1.5
 
 
 class Accepted(Resumable):
-    """A copy of the parameters and buffers at the last point that was accepted.
+    """A copy of what steps can change, at the last point that was accepted.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Accepted(Resumable):
     at_rest = False
 
     def __init__(self, model: PoissonFactorization):
-        self.tensors = [t.detach() for t in (*model.trained_parameters(), *model.buffers())]
+        self.tensors = model.state_of_training()
         self.saved: list[Tensor] | None = None
         self.values: list[float] = []
         self.moved = True
@@ -150,7 +150,7 @@ class Extrapolation(Accepted):
         if before is None:
             return
         self.added = [
-            tuple(self.beta * (x - last) for x, last in zip(now, then, strict=True))
+            tuple(last.neg_().add_(x).mul_(self.beta) for x, last in zip(now, then, strict=True))
             for now, then in zip(self.last, before, strict=True)
         ]
         self._move(self.added)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import gammaln
+from sklearn.exceptions import ConvergenceWarning
 
+import pnmf_pyro
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
@@ -227,3 +229,47 @@ def test_training_ends_where_no_step_leads_higher():
     assert len(result.history) < 20
     elbo = evaluate_elbo(model, Batches(counts), objective, torch_generator(0))
     assert elbo == pytest.approx(settled[-1])
+
+
+FITS = {
+    "low_rank": ("coords", {"local": True, "K": 8}),
+    "place_coordinates": ("coords", {"num_inducing": 12}),
+    "codes": ("batches", {}),
+    "hidden_columns": ("mask", {}),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_no_step_changes_a_buffer_that_is_called_given(name, monkeypatch):
+    """So that none needs a copy: their values stay for as long as steps are taken."""
+    starts, start, accept = {}, extrapolation.Accepted.__init__, extrapolation.Accepted.accept
+
+    def given(model):
+        copied = {tensor.data_ptr() for tensor in model.state_of_training()}
+        buffers = model.named_buffers()
+        return {n: b for n, b in buffers if b.numel() and b.data_ptr() not in copied}
+
+    def starting(point, model, *args):
+        start(point, model, *args)
+        starts[point] = model, {n: b.clone() for n, b in given(model).items()}
+
+    def accepting(point, loss):
+        model, before = starts[point]
+        now = given(model)
+        assert now.keys() == before.keys()
+        assert all(torch.equal(now[n], before[n]) for n in now)
+        return accept(point, loss)
+
+    monkeypatch.setattr(extrapolation.Accepted, "__init__", starting)
+    monkeypatch.setattr(extrapolation.Accepted, "accept", accepting)
+    random, X = np.random.default_rng(0), simulated()
+    data = {
+        "coords": random.uniform(size=(N, 2)),
+        "batches": np.arange(N) % 2,
+        "mask": random.uniform(size=X.shape) > 0.1,
+    }
+    what, settings = FITS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pnmf_pyro.fit(X, n_components=2, random_state=0, **{what: data[what]}, **settings)
+    assert name in {n.rsplit(".", 1)[-1] for _, kept in starts.values() for n in kept}
