@@ -191,8 +191,8 @@ class VecchiaFactor:
 
     def ordered_precision(self, x: Tensor) -> Tensor:
         """Return Q x for x of shape (N, L, R), places in the ordering."""
-        residual = self.triangle.multiply(x)
-        return self.triangle.multiply_transposed(residual / self._ordered_variances.to(x.dtype))
+        residual = self.triangle.multiply(x).div_(self._ordered_variances.to(x.dtype))
+        return self.triangle.multiply_transposed(residual)
 
     def neighbors(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers, (n, K), of the neighbours of n places, and weights (1 or L, n, K).

@@ -40,6 +40,10 @@ SMALLEST = 2.0**-10
 FIRST, MOST, GROWTH, SHRINKAGE = 0.5, 0.9, 1.05, 1.5
 
 
+# What is extrapolated of each kind of steps.
+Points = list[tuple[Tensor, ...]]
+
+
 class Accepted(Resumable):
     """A copy of what steps can change, at the last point that was accepted.
 
@@ -105,15 +109,15 @@ class Extrapolation(Accepted):
         Largest beta; 0 for steps that are not extrapolated.
     """
 
-    carried = (*Accepted.carried, "at_rest", "beta", "fraction", "last", "added")
+    carried = (*Accepted.carried, "at_rest", "beta", "fraction", "last", "further")
 
     def __init__(self, model: PoissonFactorization, steps: Sequence[Step], most: float = MOST):
         super().__init__(model)
         self.steps, self.most = steps, most
         self.beta = min(FIRST, most)
         self.fraction = 1.0
-        self.last: list[tuple[Tensor, ...]] | None = None
-        self.added: list[tuple[Tensor, ...]] | None = None
+        self.last: Points | None = None
+        self.further = False
 
     @torch.no_grad()
     def accept(self, loss: float) -> bool:
@@ -122,13 +126,14 @@ class Extrapolation(Accepted):
         self.moved = loss <= last + ROUNDING * abs(loss)
         if self.moved:
             self.fraction = min(1.0, self.fraction * 1.5)
-            if self.added is not None:
+            if self.further:
                 self.beta = min(self.most, self.beta * GROWTH)
             return super().accept(loss)
-        if self.added is not None:
+        if self.further:
+            assert self.last is not None
             self.beta /= SHRINKAGE
-            self._move([tuple(-change for change in part) for part in self.added])
-            self.added = None
+            self._move(1.0, self.last, [step.point() for step in self.steps])
+            self.further = False
         else:
             self.fraction /= 2
             self.at_rest = self.fraction < SMALLEST
@@ -139,7 +144,7 @@ class Extrapolation(Accepted):
     @torch.no_grad()
     def go_on(self) -> None:
         """Extrapolate the steps just taken; shorten them, where they were too long before."""
-        self.added = None
+        self.further = False
         if self.fraction < 1:
             self._shorten(self.fraction)
             self.last = None
@@ -147,22 +152,20 @@ class Extrapolation(Accepted):
         if not self.most:
             return
         before, self.last = self.last, [step.point() for step in self.steps]
-        if before is None:
-            return
-        self.added = [
-            tuple(last.neg_().add_(x).mul_(self.beta) for x, last in zip(now, then, strict=True))
-            for now, then in zip(self.last, before, strict=True)
-        ]
-        self._move(self.added)
+        self.further = before is not None
+        if before is not None:
+            self._move(self.beta, self.last, before)
 
     def finish(self) -> None:
         """Go back to the last point that was accepted, from one that nobody has judged."""
         self.restore()
 
-    def _move(self, changes: list[tuple[Tensor, ...]]) -> None:
-        for step, change in zip(self.steps, changes, strict=True):
-            if change:
-                step.move(*change)
+    def _move(self, size: float, to: Points, since: Points) -> None:
+        """Add the change between two points, times a size; the earlier one is lost."""
+        for step, x, last in zip(self.steps, to, since, strict=True):
+            if x:
+                changes = (b.neg_().add_(a).mul_(size) for a, b in zip(x, last, strict=True))
+                step.move(*changes)
 
     def _shorten(self, fraction: float) -> None:
         assert self.saved is not None
