@@ -199,6 +199,12 @@ def together() -> Ranks:
     return _together
 
 
+def by_components(make: Callable[[slice], Tensor], L: int) -> Tensor:
+    """Return a tensor of L components, (L, ...); each rank makes that of some of them."""
+    ranks = together()
+    return ranks.stacked(make(ranks.part(L)), 0)
+
+
 @contextmanager
 def working_together(ranks: Ranks) -> Iterator[None]:
     """Let ranks that hold the same share what takes long, in a block that all of them run."""

@@ -21,6 +21,7 @@ from pnmf_pyro.estimator.plan import make_model
 from pnmf_pyro.estimator.stages import (
     Correlate,
     LearnHyperparameters,
+    RestoreSpread,
     Settle,
     SettleLoadings,
     WarmUp,
@@ -45,9 +46,9 @@ ONE_OF: dict[str, tuple[object, ...]] = {
     "y_batch_size": (None,),
     **dict.fromkeys(("mask", "batches", "covariates", "callback"), (None,)),
 }
-IN_SPACE = {**ONE_OF, "local": (True,), "mode": ("lower-bound",), "non_spatial_components": (0,)}
+IN_SPACE = {**ONE_OF, "mode": ("lower-bound",), "non_spatial_components": (0,)}
 STAGES = (WarmUp, Settle, SettleLoadings)
-STAGES_IN_SPACE = (*STAGES, LearnHyperparameters, Correlate)
+STAGES_IN_SPACE = (*STAGES, LearnHyperparameters, RestoreSpread, Correlate)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def refuse(ranks: Ranks, values: Mapping[str, Any]) -> None:
         shown = "an array" if isinstance(values[odd[0]], np.ndarray) else repr(values[odd[0]])
         raise ValueError(
             f"{odd[0]}={shown[:60]} is not for a fit of {ranks.size} ranks, which is of Poisson "
-            "counts, in closed form and full passes, and in space of places with neighbours "
-            "(local=True, mode='lower-bound'). Leave it out, or start one process."
+            "counts, in closed form and full passes, and in space with mode='lower-bound'. "
+            "Leave it out, or start one process."
         )
     if not isinstance(values.get("random_state", 0), int | np.integer):
         raise ValueError(

@@ -12,10 +12,11 @@ from torch.distributions import register_kl
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import put, take
+from pnmf_pyro.data.parallel import by_components
 from pnmf_pyro.data.resumable import Resumable, State
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import solve
-from pnmf_pyro.priors.fields import WhitenedPrior, times, weighted_gram
+from pnmf_pyro.priors.fields import WhitenedPrior, each, times, weighted_gram
 from pnmf_pyro.priors.svgp_sites import (
     Moments,
     NormalOverInducing,
@@ -119,7 +120,10 @@ class SiteInducing(Resumable, InducingPosterior):
         def make() -> Tensor:
             if self._moved is not None and self._resumed_at == self.site_precision._version:
                 return self._moved
-            precision = weighted_gram(A, self.site_precision)
+            w = self.site_precision
+            precision = by_components(
+                lambda own: weighted_gram(each(A, len(w))[own], w[own]), len(w)
+            )
             precision.diagonal(dim1=-2, dim2=-1).add_(1)
             return precision
 

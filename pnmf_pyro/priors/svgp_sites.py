@@ -27,6 +27,7 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
+from pnmf_pyro.data.parallel import by_components
 from pnmf_pyro.gp.cholesky import inverse_diagonal, log_det, solve
 from pnmf_pyro.priors.fields import Repeated, WhitenedPrior, each, times
 
@@ -82,12 +83,19 @@ class SpreadOverSamples:
 
     def __init__(self, precision: Tensor, A: Tensor, gram: Tensor):
         self.A, self.gram = A, gram
-        w = precision.clamp_min(FAINTEST)
+        w, L = precision.clamp_min(FAINTEST), len(precision)
         self.root = w.sqrt()
-        B = self.root[..., :, None] * gram
-        B.mul_(self.root[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(1)
-        self.tril = torch.linalg.cholesky(B)
-        self.variance_at_samples = (1 - inverse_diagonal(self.tril)) / w
+        self.tril = by_components(self._cholesky, L)
+        self.variance_at_samples = by_components(
+            lambda own: (1 - inverse_diagonal(self.tril[own])) / w[own], L
+        )
+
+    def _cholesky(self, own: slice) -> Tensor:
+        """Cholesky factors of B, of some components."""
+        root, gram = self.root[own], each(self.gram, len(self.root))[own]
+        B = root[..., :, None] * gram
+        B.mul_(root[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(1)
+        return torch.linalg.cholesky(B)
 
     @cached_property
     def log_det(self) -> Tensor:
@@ -162,7 +170,8 @@ class SpreadOverInducing:
     """What the precision S^{-1} (L, M, M) alone says; A (L or 1, M, N) is of the samples."""
 
     def __init__(self, precision: Tensor, A: Tensor):
-        self.A, self.tril = A, torch.linalg.cholesky(precision)
+        self.A = A
+        self.tril = by_components(lambda own: torch.linalg.cholesky(precision[own]), len(precision))
 
     @cached_property
     def trace(self) -> Tensor:
@@ -177,11 +186,14 @@ class SpreadOverInducing:
     @cached_property
     def variance_at_samples(self) -> Tensor:
         """Variances of A^T u at the samples, of shape (L, N)."""
-        return self.variance(self.A)
+        return by_components(lambda own: self._variance(self.A, own), len(self.tril))
 
     def variance(self, A: Tensor) -> Tensor:
         """Return variances of A^T u, of shape (L, n)."""
-        pairs = zip(self.tril, each(A, len(self.tril)), strict=True)
+        return self._variance(A, slice(None))
+
+    def _variance(self, A: Tensor, own: slice) -> Tensor:
+        pairs = zip(self.tril[own], each(A, len(self.tril))[own], strict=True)
         roots = (torch.linalg.solve_triangular(tril, a, upper=False) for tril, a in pairs)
         return torch.stack([root.square_().sum(0) for root in roots])
 

@@ -52,7 +52,7 @@ answer(
     components=failure(lambda: pnmf_pyro.fit(X, n_components=2 + RANK)),
     data=failure(lambda: pnmf_pyro.fit(X + RANK, {FIT})),
     files=failure(lambda: pnmf_pyro.fit(X, {FIT}, checkpoint=str(RANK))),
-    space=failure(lambda: pnmf_pyro.fit(X, X[:, :2], n_components=2)),
+    space=failure(lambda: pnmf_pyro.fit(X, X[:, :2], n_components=2, mode="expanded")),
     rows=failure(lambda: pnmf_pyro.fit(X[:1], n_components=1)),
 )
 """,
@@ -70,7 +70,7 @@ answer(
     assert "checkpoint is 0 on rank 0 and 1 on rank 1" in refused["files"]
     with pytest.raises(ValueError, match=r"another fit: processes was 2, and is 1\. Go on"):
         fit(counts(), checkpoint=kept)
-    assert refused["space"].startswith("ValueError: local=False is not for a fit of 2 ranks")
+    assert refused["space"].startswith("ValueError: mode='expanded' is not for a fit of 2 ranks")
     assert "1 samples for 2 ranks" in refused["rows"]
 
 
@@ -97,10 +97,18 @@ def test_draws_of_slices_do_not_depend_on_who_reads_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_fit_in_space_is_that_of_one_process(size, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "prior"),
+    [
+        (2, "local=True, K=8"),
+        (3, "local=True, K=8"),
+        (2, "num_inducing=20"),  # and as many as there are places
+        (3, "mode='lower-bound'"),
+    ],
+)
+def test_a_fit_in_space_is_that_of_one_process(size, prior, tmp_path):
     """Also one that was stopped; lengthscales of components of their own, shared out or not."""
-    settings = "n_components=3, local=True, K=8, max_iter=90"
+    settings = f"n_components=3, {prior}, max_iter=90"
     ranks = answers(
         size,
         f"""
@@ -113,7 +121,7 @@ answer(**found(pnmf_pyro.fit(X, places, {settings})))
 stop_at(30, lambda: pnmf_pyro.fit(X, places, {settings}, **kept))
 answer(**found(pnmf_pyro.fit(X, places, {settings}, **kept)))
 answer(
-    mode=failure(lambda: pnmf_pyro.fit(X, places, {settings}, mode="expanded")),
+    mode=failure(lambda: pnmf_pyro.fit(X, places, **(dict({settings}) | dict(mode="expanded")))),
     beside=failure(lambda: pnmf_pyro.fit(X, places, {settings}, non_spatial_components=1)),
     few=failure(lambda: pnmf_pyro.fit(X, places, **(dict({settings}) | dict(n_components=1)))),
     places=failure(lambda: pnmf_pyro.fit(X, places + RANK, {settings})),
