@@ -296,9 +296,10 @@ class LCGP(Prior):
         at_once = draws_at_once(self.L * self.N)
         V = curvature.new_empty(self.L, self.N, rank, dtype=self.dtype)
         for start in range(0, rank, at_once):
-            part = V[..., start : start + at_once]
-            columns = posterior.smooth_part(curvature, part.shape[-1], self.seed + start)
-            part.copy_(columns * (part.shape[-1] / rank) ** 0.5)
+            n = min(at_once, rank - start)
+            columns = V[..., start : start + n]
+            columns.copy_(posterior.smooth_part(curvature, n, self.seed + start))
+            columns.mul_((n / rank) ** 0.5)
         self.low_rank = V
 
     def _held_in_sites(self) -> _SitePosterior:
