@@ -93,7 +93,7 @@ def test_fit_h5ad(files, tmp_path):
 
 def test_fit_npz_and_set_parameters(files, tmp_path):
     out = tmp_path / "factors.npz"
-    extra = ["--set", "mode=expanded", "--set", "training_mode=standard", "--set", "tol=0.05"]
+    extra = ["--set", "mode=expanded", "--set", "tol=0.05"]
     assert fit(files["csv"], "--out", out, *extra, "--set", "init=None") == 0
     header, arrays = read_archive(out)
     assert header["settings"]["parameters"]["mode"] == "expanded"
