@@ -20,6 +20,9 @@ SIGNALS = {
     signal.SIGTERM: (signal.SIG_DFL, Exit.TERMINATED),
 }
 
+# Seconds after which a signal comes again that came while a module was imported.
+LATER = 0.05
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments`, those of the process if None; return the exit code.
@@ -52,6 +55,9 @@ def _stopping() -> Iterator[list[signal.Signals]]:
     came: list[signal.Signals] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if _is_importing(frame):  # libraries in C++ abort where their imports raise
+            threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
+            return
         came.append(signal.Signals(number))
         raise KeyboardInterrupt
 
@@ -65,6 +71,15 @@ def _stopping() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Say whether a module is being imported in a frame, or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Patient:

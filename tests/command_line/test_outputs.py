@@ -321,6 +321,29 @@ def test_a_signal_ends_in_one_line(number, code, when, folder):
     assert names(folder) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path):
+    """Libraries in C++ that are stopped while they are imported abort the process."""
+    (tmp_path / "half.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhole = True\n"
+    )
+    program = f"""
+import sys, time
+from pnmf_pyro.command_line import cli, commands
+sys.path.insert(0, {str(tmp_path)!r})
+def run(arguments):
+    import half
+    print(half.whole, flush=True)
+    time.sleep(60)
+commands.run = run
+sys.exit(cli.main())
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 143
+    assert process.stdout == "True\n"
+    assert process.stderr.startswith("pnmf-pyro: stopped by SIGTERM")
+
+
 def test_ctrl_c_within_python_is_the_same(folder, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
