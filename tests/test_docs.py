@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pnmf_pyro.command_line.cli import main
-from pnmf_pyro.command_line.options import Exit
+from pnmf_pyro.command_line.exits import Exit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

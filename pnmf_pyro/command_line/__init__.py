@@ -1,4 +1,4 @@
-"""The commands of pnmf-pyro, one in each file; `options` has what they share.
+"""The commands of pnmf-pyro, one in each file; `parsers` has their arguments, `options` reads them.
 
 It imports from every other room. Begin with :mod:`~pnmf_pyro.command_line.cli`.
 """

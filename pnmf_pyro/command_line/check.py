@@ -14,40 +14,14 @@ from pnmf_pyro.analysis.predictive_checks import (
 )
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
+from pnmf_pyro.command_line.exits import Exit
 from pnmf_pyro.command_line.files import read_model
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.report import check_report, check_words
 from pnmf_pyro.estimator.pnmf import PNMF
 
 
-def add(commands: shared.Commands) -> None:
-    """Add the command."""
-    parser = shared.add_command(
-        commands,
-        "check",
-        run,
-        help="compare the data with tables that a fit makes",
-        description="Posterior predictive check: draw tables of counts from a fitted model and "
-        "compare their totals, variances, zeros, maxima, correlations and, where there are "
-        "coordinates, Moran's I with those of the data. MODEL is what fit --save-model or "
-        "PNMF.save wrote; the factors in an .h5ad file are not enough, since they do not say how "
-        "samples vary together. COUNTS are those of the fit.",
-        examples=(
-            "pnmf-pyro fit section.h5ad --out factors.h5ad --save-model model.npz",
-            "pnmf-pyro check model.npz section.h5ad --out check.html",
-        ),
-        fine="no misfit is flagged, which is no proof of the model",
-        look=f"a misfit is flagged: at least one statistic has p < {FLAGGED}",
-    )
-    parser.add_argument("model", metavar="MODEL", help=".npz by fit --save-model or PNMF.save")
-    shared.add_counts(parser)
-    parser.add_argument("--out", "-o", help="write a report, .html")
-    parser.add_argument("--draws", type=int, default=200, help="number of tables (default: 200)")
-    shared.add_places(parser, "where samples are, for Moran's I; a spatial model knows its own")
-    shared.add_common(parser)
-
-
-def run(options: argparse.Namespace) -> shared.Exit:
+def run(options: argparse.Namespace) -> Exit:
     """Check, say what was found, and write it."""
     fewest = round(1 / FLAGGED)
     if options.draws < fewest:
@@ -74,7 +48,7 @@ def run(options: argparse.Namespace) -> shared.Exit:
     shared.say(options, "\n\n".join(map(str, check_words(check))))
     if options.out:
         shared.write_page(options, check_report(check), options.out)
-    return shared.Exit.LOOK if check.flagged else shared.Exit.FINE
+    return Exit.LOOK if check.flagged else Exit.FINE
 
 
 def _with_sample_names(check: PredictiveCheck, table: CountTable) -> PredictiveCheck:

@@ -12,7 +12,8 @@ from sklearn.decomposition import NMF
 
 from pnmf_pyro import plotting
 from pnmf_pyro.analysis.hold_out import thin_counts
-from pnmf_pyro.command_line.options import Commands, Exit, add_command, add_common, say
+from pnmf_pyro.command_line.exits import Exit
+from pnmf_pyro.command_line.options import say
 from pnmf_pyro.data.atomic import replacing
 from pnmf_pyro.estimator.fit import fit
 from pnmf_pyro.models.deviance import deviance
@@ -21,22 +22,6 @@ from pnmf_pyro.transforms import get_factors
 TRAIN_FRACTION = 0.5
 # Lowest expected test count that a prediction may claim; factorisations can predict exact zeros.
 LOWEST_PREDICTION = 1e-3
-
-
-def add(commands: Commands) -> None:
-    """Add the command."""
-    parser = add_command(
-        commands,
-        "demo",
-        run,
-        help="fit scikit-learn's digits and compare with other models",
-        description="Fit the 1,797 x 64 pixel counts of scikit-learn's digits, print the ELBO and "
-        "the deviance of held-out counts beside that of other models, and draw the components.",
-        examples=("pnmf-pyro demo --out demo",),
-    )
-    parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--out", default=".", help="folder for the picture (default: here)")
-    add_common(parser)
 
 
 def run(options: argparse.Namespace) -> Exit:

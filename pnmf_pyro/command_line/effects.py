@@ -14,23 +14,6 @@ from pnmf_pyro.command_line.text_form import is_missing, number_of, read_cells
 from pnmf_pyro.data.checks import some_of
 
 
-def add_effects(parser: argparse.ArgumentParser) -> None:
-    """Add the options that :func:`effects` reads."""
-    parser.add_argument(
-        "--batches",
-        metavar="COLUMN",
-        help="what scales each feature by a factor of its own, such as the run of a sample: a "
-        "column of obs of an .h5ad file, or a .csv or .tsv file with a row for each sample, whose "
-        "last column it is",
-    )
-    parser.add_argument(
-        "--covariates",
-        metavar="COLUMN,...",
-        help="numbers or words whose effects on the rate of each feature are learned: columns of "
-        "obs, or a file",
-    )
-
-
 def effects(options: argparse.Namespace, table: CountTable) -> dict[str, Any]:
     """Return batches and covariates of the samples, by the names that `fit` takes."""
     batches = _columns("--batches", options.batches, table)

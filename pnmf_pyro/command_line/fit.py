@@ -13,7 +13,8 @@ import torch
 
 from pnmf_pyro.command_line import options as shared
 from pnmf_pyro.command_line.count_table import CountTable
-from pnmf_pyro.command_line.effects import add_effects, effects
+from pnmf_pyro.command_line.effects import effects
+from pnmf_pyro.command_line.exits import Exit
 from pnmf_pyro.command_line.outputs import check_results_path, write_results
 from pnmf_pyro.command_line.pages import check_report_path
 from pnmf_pyro.command_line.processes import joined
@@ -23,85 +24,21 @@ from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.exposure import Exposure
 from pnmf_pyro.data.parallel import Ranks
-from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
+from pnmf_pyro.estimator.checkpoints import checkpoint_of
 from pnmf_pyro.estimator.fit import fit, plan
 from pnmf_pyro.estimator.pnmf import PNMF
 from pnmf_pyro.models.deviance import deviance
 from pnmf_pyro.transforms import get_factors, get_loadings
 
 
-def add(commands: shared.Commands) -> None:
-    """Add the command."""
-    parser = shared.add_command(
-        commands,
-        "fit",
-        run,
-        help="factorise a table of counts",
-        description="Factorise a table of counts, samples by features, and write the factors, "
-        "their uncertainty, the loadings, the settings and the ELBO history. Where an .h5ad file "
-        "has coordinates the factors are smooth in space.",
-        examples=(
-            "pnmf-pyro fit section.h5ad --components 8 --out factors.h5ad",
-            "pnmf-pyro fit sections.h5ad --batch-key section --size-factors total "
-            "--out factors.h5ad",
-            "pnmf-pyro fit table.csv --out factors.npz --save-model model.npz --report fit.html",
-            "pnmf-pyro fit section.h5ad --checkpoint run.ckpt --out factors.h5ad",
-            "pnmf-pyro fit section.h5ad --plan",
-        ),
-        fine="the fit has settled, and results are written",
-        look="results are written, but the fit had not settled or is no use, or not all that was "
-        "asked for is written: a warning says what",
-    )
-    parser.add_argument("--components", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument(
-        "--out",
-        "-o",
-        help="where to write results: .h5ad, .npz, .csv, or FOLDER/ for CSV files; an .h5ad file "
-        "of COUNTS gets them as well",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="fit and write nothing: say what the fit would do, how long it would take and in "
-        "which memory",
-    )
-    parser.add_argument(
-        "--save-model",
-        metavar="MODEL",
-        help="write the fitted model as well, .npz, for check, plot and PNMF.load",
-    )
-    parser.add_argument("--report", help="write the report that plot draws as well, .html")
-    shared.add_maps(parser)
-    _add_checkpoint(parser)
-    add_effects(parser)
-    shared.add_settings(parser)
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add what keeps a fit that is stopped."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="keep the fit in FILE; if it is stopped, even killed, the same command goes on from "
-        "there, to the same results",
-    )
-    parser.add_argument(
-        "--every",
-        metavar="SECONDS",
-        type=float,
-        default=EVERY,
-        help=f"from one writing of FILE to the next (default: {EVERY:g})",
-    )
-
-
-def run(options: argparse.Namespace) -> shared.Exit:
+def run(options: argparse.Namespace) -> Exit:
     """Fit, write and say how it went; of the processes of torchrun the first writes and speaks."""
     with joined() as ranks:
         options.quiet = options.quiet or not ranks.leads
         return _run(options, ranks)
 
 
-def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
+def _run(options: argparse.Namespace, ranks: Ranks) -> Exit:
     if options.plan:
         return _plan(options)
     _check_checkpoint(options)
@@ -123,7 +60,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
     model, settled = shared.heard(lambda: fit(table.X, coords, groups, **chosen))
     seconds = time.perf_counter() - started
     if not ranks.leads:
-        return shared.Exit.FINE
+        return Exit.FINE
     if table.feature_names:
         model.feature_names_in_ = np.asarray(table.feature_names, dtype=object)
     written, complete = _keep(options, model, table)
@@ -140,7 +77,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
         f"(1 - deviance / deviance of a model with feature means only){beside}\n"
         f"wrote {', '.join(written)}",
     )
-    return shared.Exit.FINE if settled and complete else shared.Exit.LOOK
+    return Exit.FINE if settled and complete else Exit.LOOK
 
 
 def _check_checkpoint(options: argparse.Namespace) -> None:
@@ -150,14 +87,14 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
         sys.stderr.write(f"pnmf-pyro: {options.checkpoint} is there: the fit goes on from it\n")
 
 
-def _plan(options: argparse.Namespace) -> shared.Exit:
+def _plan(options: argparse.Namespace) -> Exit:
     """Say what the fit would do."""
     table = shared.read_table(options)
     coords, groups = shared.places(options, table)
     chosen = {"n_components": options.components, **shared.settings(options, table)}
     chosen |= effects(options, table)
     shared.say(options, str(plan(table.X, coords, groups, **chosen)))
-    return shared.Exit.FINE
+    return Exit.FINE
 
 
 def _keep(options: argparse.Namespace, model: PNMF, table: CountTable) -> tuple[list[str], bool]:

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from pnmf_pyro.command_line import options as shared
+from pnmf_pyro.command_line.exits import Exit
 from pnmf_pyro.data.checks import check_output_path
 from pnmf_pyro.data.parallel import Ranks
 from pnmf_pyro.data.stores import is_store
@@ -35,7 +36,7 @@ def stays_in_store(options: argparse.Namespace) -> bool:
         return False
 
 
-def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
+def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> Exit:
     """Fit by slices, and write the results into the store."""
     given = [name for name in IN_MEMORY if getattr(options, name, None)]
     if given:
@@ -63,7 +64,7 @@ def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
     }
     model, settled = shared.heard(lambda: fit(options.counts, **chosen))
     if not ranks.leads:
-        return shared.Exit.FINE
+        return Exit.FINE
     written = [str(options.counts)]
     if options.save_model:
         model.save(options.save_model)
@@ -74,4 +75,4 @@ def fit_in_store(options: argparse.Namespace, ranks: Ranks) -> shared.Exit:
         f"ELBO {model.elbo_:.6g} ± {model.elbo_se_:.2g} nats after {model.n_iter_} iterations\n"
         f"wrote {', '.join(written)}",
     )
-    return shared.Exit.FINE if settled else shared.Exit.LOOK
+    return Exit.FINE if settled else Exit.LOOK
