@@ -31,6 +31,10 @@ FARTHEST = 1e100
 # how many places say how far apart they are.
 OTHER_UNIT, TELLING = 50, 10
 
+# Share of the places with a neighbour of another part, above which parts lie over one another. Of
+# two sections drawn over each other it is a half, of tiles of one section what lies at their rims.
+OVER_ONE_ANOTHER = 0.25
+
 
 NO_GROUP = "groups must not be missing (None, NaN or NA). Give each sample a group."
 
@@ -316,6 +320,23 @@ def warn_units(places: Places, names: Sequence[Hashable]) -> None:
             f"{known[wide]:.3g} in group {wide!r}: are their coordinates in different units? Bring "
             "all groups to one unit, or one lengthscale cannot suit them."
         )
+
+
+def lie_over_one_another(coordinates: np.ndarray, parts: np.ndarray) -> bool:
+    """Say whether parts (N,), codes from 0 on, are mixed in space as sections on one map are.
+
+    Parts of fewer than ten places and negative codes are of no part, as half may be at most.
+    """
+    where = check_coordinates(coordinates, len(parts)).numpy()
+    sizes = np.bincount(parts[parts >= 0], minlength=1)
+    kept = np.flatnonzero((parts >= 0) & (sizes[parts] >= TELLING))
+    if np.count_nonzero(sizes >= TELLING) < 2 or len(kept) < len(parts) / 2:
+        return False
+    nearest = cKDTree(where[kept]).query(where[kept], k=2)[1]
+    next_to = np.where(nearest[:, 0] == np.arange(len(kept)), nearest[:, 1], nearest[:, 0])
+    mine, other = parts[kept], parts[kept][next_to]
+    shares = np.bincount(mine, weights=mine != other) / np.maximum(np.bincount(mine), 1)
+    return bool(shares[sizes[: len(shares)] >= TELLING].mean() > OVER_ONE_ANOTHER)
 
 
 def typical_lengthscale(places: Places) -> float:

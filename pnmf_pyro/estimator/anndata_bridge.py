@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from pnmf_pyro import __version__
 from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.places import lie_over_one_another
 from pnmf_pyro.data.tables import counts_of, is_anndata
 from pnmf_pyro.estimator.results import (
     EFFECTS,
@@ -39,6 +40,13 @@ COLUMNS = {
     "obs": ("size_factors", "importance_of_space"),
     "var": ("dispersion", "importance_of_space"),
 }
+
+# Names of columns of obs that say which section a sample is of, if places bear it out.
+SECTION = re.compile(
+    r"(^|[_. ])(library|sample|section|slice|slide|puck|batch|replicate|donor|patient|animal)"
+    r"s?([_. ]?(id|key|name|label|no|number))?$",
+    re.IGNORECASE,
+)
 
 # Where a table of SpatialData says which elements its rows are of.
 ANNOTATION = "spatialdata_attrs"
@@ -125,8 +133,9 @@ class AnnDataKeys:
         """Return coordinates and groups, see :meth:`take_apart`."""
         if not is_anndata(X) or coordinates is not None:
             return coordinates, groups
-        coordinates, found = self.places(X, spatial)
-        return coordinates, found if groups is None else groups
+        if groups is not None:
+            return (None if spatial is False else self._coordinates(X, bool(spatial))), groups
+        return self.places(X, spatial)
 
     def places(self, adata: AnnData, spatial: bool | None = None) -> tuple[MaybeArray, MaybeArray]:
         """Return the coordinates and groups of an AnnData object, see :meth:`read`."""
@@ -172,12 +181,11 @@ class AnnDataKeys:
 
     def _groups(self, adata: AnnData, coordinates: np.ndarray | None) -> np.ndarray | None:
         if self.batch_key is None:
-            key, sections = _sections(adata)
-            if coordinates is not None and len(sections) > 1:
+            if coordinates is not None and (sections := _sections(adata, coordinates)):
                 warn(
-                    f"adata holds {len(sections)} sections, by uns[{key!r}], and no batch_key "
-                    "tells them apart: places of different sections count as neighbours. Pass "
-                    "batch_key=."
+                    f"adata holds {sections}, and no batch_key tells them apart: places of "
+                    "different sections count as neighbours. If they are of one tissue, silence "
+                    'this by warnings.filterwarnings("ignore", "adata holds").'
                 )
             return None
         names = [self.batch_key] if isinstance(self.batch_key, str) else [*self.batch_key]
@@ -213,12 +221,20 @@ def annotated_regions(table: AnnData) -> list[str]:
     return [] if region is None else np.atleast_1d(region).tolist()
 
 
-def _sections(adata: AnnData) -> tuple[str, list[str]]:
-    """Return the names of the sections of an AnnData object, and the key of uns that has them."""
+def _sections(adata: AnnData, coordinates: np.ndarray) -> str:
+    """Say which sections there are if there are several, and what to pass; "" if there is one."""
+    for name, column in adata.obs.items():
+        if SECTION.search(str(name)):
+            codes = column.astype("category").cat.codes.to_numpy()
+            if lie_over_one_another(coordinates, codes):
+                what = f"{column.nunique()} sections over one another, by obs[{name!r}]"
+                return f"{what} (pass batch_key={name!r})"
+    uns = adata.uns.get("spatial")
+    key, found = "spatial", list(uns) if isinstance(uns, dict) else []
     if regions := annotated_regions(adata):
-        return ANNOTATION, regions
-    sections = adata.uns.get("spatial")
-    return "spatial", list(sections) if isinstance(sections, dict) else []
+        key, found = ANNOTATION, regions
+    several = f"{len(found)} sections, by uns[{key!r}] (pass the column of obs that names them as "
+    return f"{several}batch_key=)" if len(found) > 1 else ""
 
 
 def found_places(names: Sequence[str]) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """AnnData objects: what is read from them, what is written, and what other packages do with it."""
 
 import logging
+import re
 
 import anndata
 import numpy as np
@@ -11,6 +12,7 @@ from pyro.contrib.gp.kernels import RBF, Matern32
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
+from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.results import ModelResults, results_of
 from pnmf_pyro.estimator.stages import Settle, WarmUp
 from pnmf_pyro.gp.multi_group import MultiGroupKernel
@@ -268,6 +270,22 @@ def test_warnings_of_what_may_be_a_mistake():
     with pytest.warns(UserWarning, match="2 sections") as caught:
         pnmf_pyro.fit(adata, **QUICK)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("column", ["section", "library_id", "Tissue_Section", "Sample ID"])
+def test_sections_over_one_another_are_told_with_what_to_pass(column):
+    adata = section()
+    adata.obs = pd.DataFrame({"type": ["a", "b"] * 30, column: ["s1", "s2"] * 30}, adata.obs_names)
+    said = (
+        f"adata holds 2 sections over one another, by obs['{column}'] (pass batch_key='{column}')"
+    )
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        AnnDataKeys().places(adata)
+    AnnDataKeys(batch_key=column).places(adata)
+    AnnDataKeys(spatial_key=None).places(adata)
+    AnnDataKeys().where(adata, None, adata.obs[column])
+    adata.obsm["spatial"][1::2, 0] += 2 * np.ptp(adata.obsm["spatial"][:, 0])  # side by side
+    AnnDataKeys().places(adata)
 
 
 def test_a_view_of_real_sections(data_file):
