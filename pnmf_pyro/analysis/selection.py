@@ -21,8 +21,10 @@ from pnmf_pyro.data.design import Covariates, Labels, from_obs
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.masks import Mask, hide
 from pnmf_pyro.data.random_state import RandomState, check_random_state
+from pnmf_pyro.data.tables import check_order
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.fit import fit
+from pnmf_pyro.estimator.inputs import Scales
 from pnmf_pyro.training.loop import progress_bar
 from pnmf_pyro.transforms import get_factors, get_loadings
 
@@ -206,6 +208,8 @@ def select_n_components(
     """
     from joblib import Parallel, delayed
 
+    sides = Scales(size_factors, mask, batches, covariates)._asdict()
+    check_order(X, coordinates=coordinates, groups=groups, **sides)
     beside = dict(zip(("batches", "covariates"), from_obs(X, batches, covariates), strict=True))
     keys = AnnDataKeys(**{key: parameters.pop(key) for key in READ & parameters.keys()})
     X, coordinates, groups = keys.take_apart(X, coordinates, groups, parameters.get("spatial"))

@@ -64,6 +64,25 @@ def refuse_masked(name: str, values: object) -> None:
         )
 
 
+def check_order(X: Any, **beside: Any) -> None:
+    """Raise a ValueError for a table beside X that names the same samples in another order.
+
+    Tables are taken row by row. Those of a mask are compared in their features as well.
+    """
+    for name, table in beside.items():
+        for axis, of_anndata in (("index", "obs_names"), ("columns", "var_names")):
+            known: Any = getattr(X, of_anndata if is_anndata(X) else axis, None)
+            found: Any = getattr(table, axis, None)
+            if not (hasattr(known, "equals") and hasattr(found, "equals")):
+                continue  # names of a table of pandas alone
+            if not known.equals(found) and set(known) == set(found):
+                raise ValueError(
+                    f"{name} names what X has in another order: its {axis} begins with "
+                    f"{found[0]!r} and that of X with {known[0]!r}. Bring both to one order by "
+                    "name, such as table.reindex(X.index), or pass arrays to go by position."
+                )
+
+
 def plain_table(X: Any) -> Any:
     """Return a table as it is computed with: the counts of an AnnData object, lists as an array.
 

@@ -39,7 +39,7 @@ from pnmf_pyro.data.places import (
 )
 from pnmf_pyro.data.sparse_structure import checked_csr
 from pnmf_pyro.data.stored import StoredCounts
-from pnmf_pyro.data.tables import is_anndata, number_stored, plain_table
+from pnmf_pyro.data.tables import check_order, is_anndata, number_stored, plain_table
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
 from pnmf_pyro.estimator.parameters import FittedEstimator, Settings, learned
 from pnmf_pyro.estimator.size import Size, check_memory
@@ -180,6 +180,7 @@ def read_data(
     """
     if isinstance(X, StoredCounts):
         return _of_store(settings, X, scales.size_factors)
+    check_order(X, coordinates=coordinates, groups=groups, **scales._asdict())
     names = feature_names(X)
     size_factors, mask, batches, covariates = scales
     batches, covariates = from_obs(X, batches, covariates)

@@ -10,6 +10,7 @@ from pnmf_pyro.data.batches import Batch
 from pnmf_pyro.data.checks import check_array
 from pnmf_pyro.data.counts import Counts, CountsLike, MaybeArray
 from pnmf_pyro.data.design import NO_DESIGN, Covariates, Labels
+from pnmf_pyro.data.tables import check_order
 from pnmf_pyro.estimator.inputs import (
     Scales,
     check_new,
@@ -33,6 +34,7 @@ def new_factors(
 ) -> np.ndarray:
     """Find factors exp F of new samples, see :meth:`PNMF.transform`."""
     spatial = model.model_.prior.places is not None
+    check_order(X, coordinates=coordinates, groups=groups, **scales._asdict())
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
     if not spatial:
         refuse_places(coordinates, groups)
@@ -117,6 +119,7 @@ def mean_log_likelihood(
         )
     prior, likelihood = model.model_.prior, model.model_.observation
     spatial = prior.places is not None
+    check_order(X, coordinates=coordinates, groups=groups, **scales._asdict())
     coordinates, groups = keys_of(model).where(X, coordinates, groups, spatial)
     counts, exposure = check_new(model, X, scales)
     loadings = _loadings(model, counts)

@@ -10,6 +10,7 @@ import torch
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
+from pnmf_pyro.data.tables import check_order
 from pnmf_pyro.transforms import factor_samples, get_factors, transform_F, transform_W
 
 anndata = pytest.importorskip("anndata")
@@ -45,6 +46,36 @@ def forms(table):
         "sparse": sp.csr_matrix(table.astype("f4")),
         "AnnData": anndata.AnnData(table.astype("f4")),
     }
+
+
+FRAME = pd.DataFrame(X, [f"s{i}" for i in range(N)], [f"gene{j}" for j in range(D)])
+PLACES_OF = pd.DataFrame(PLACES, FRAME.index)
+RUNS = pd.Series(SECTIONS, FRAME.index)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        *[("coordinates", PLACES_OF), ("groups", RUNS), ("size_factors", FRAME["gene0"])],
+        *[("mask", FRAME > 0), ("batches", RUNS), ("covariates", PLACES_OF)],
+    ],
+)
+def test_tables_beside_X_have_its_order(flat, name, table):
+    """They are taken row by row; so the same names in another order are refused by every door."""
+    turned = [table[::-1]] if name != "mask" else [table[::-1], table.iloc[:, ::-1]]
+    adata = anndata.AnnData(FRAME.astype("f4"))
+    for other in turned:
+        for data in (FRAME, adata):
+            with pytest.raises(ValueError, match=f"{name} names what X has in another order"):
+                PNMF(2, spatial=True, multigroup=True).fit(data, **{name: other})
+        with pytest.raises(ValueError, match=name):
+            pnmf_pyro.select_n_components(FRAME, [2, 3], **{name: other})
+        for method in () if name == "mask" else (flat.score, flat.transform):
+            with pytest.raises(ValueError, match=name):
+                method(FRAME, **{name: other})
+    check_order(FRAME, **{name: table})
+    check_order(FRAME, **{name: table[::-1].to_numpy()})
+    check_order(FRAME, **{name: table[::-1].reset_index(drop=True)})
 
 
 TAKERS = {

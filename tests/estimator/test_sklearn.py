@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import pnmf_pyro
 from pnmf_pyro import PNMF
 from tests.support.settings import quick
 
@@ -51,12 +52,19 @@ def test_clone_and_pickle(X):
 
 
 def test_set_output_and_feature_names(X):
-    frame = pd.DataFrame(X, columns=[f"gene{j}" for j in range(X.shape[1])])
+    samples = [f"s{i}" for i in range(len(X))]
+    frame = pd.DataFrame(X, samples, [f"gene{j}" for j in range(X.shape[1])])
     model = quick().set_output(transform="pandas")
     out = model.fit_transform(frame)
+    assert list(out.index) == list(model.transform(frame).index) == samples
     assert list(out.columns) == ["pnmf0", "pnmf1", "pnmf2"]
     assert list(model.get_feature_names_out()) == list(out.columns)
     assert list(model.feature_names_in_) == list(frame.columns)
+    assert set(pnmf_pyro.top_features(model, 2)["feature"]) < set(frame.columns)
+    assert list(pnmf_pyro.feature_scores(model).index) == list(frame.columns)
+    check = pnmf_pyro.posterior_predictive_check(model, frame, n_draws=3, random_state=0)
+    named = {one.statistic.of: list(one.labels) for one in check.results[:2]}
+    assert named == {"feature": list(frame.columns), "sample": samples}
     with pytest.raises(ValueError, match="feature names"):
         model.transform(frame.rename(columns={"gene0": "other"}))
 
