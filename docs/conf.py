@@ -1,6 +1,8 @@
 """Sphinx configuration: python -m sphinx -W --keep-going -b html docs docs/_build."""
 
+import base64
 import configparser
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +15,20 @@ _setup.read(Path(__file__).parent.parent / "setup.cfg")
 # The notebooks with their outputs are pages too; Sphinx reads only what is in its own folder.
 _tutorials = Path(__file__).parent / "tutorials"
 _tutorials.mkdir(exist_ok=True)
-for _notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
+_gallery = []
+for _notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
     shutil.copy(_notebook, _tutorials)
+    _cells = json.loads(_notebook.read_text(encoding="utf-8"))["cells"]
+    _title, _lead = "".join(_cells[0]["source"]).split("\n\n")[:2]
+    _data = [output.get("data", {}) for cell in _cells for output in cell.get("outputs", ())]
+    _pictures = [base64.b64decode(one["image/png"]) for one in _data if "image/png" in one]
+    _name = f"tutorials/{_notebook.stem}"
+    if _pictures:  # the richest of them stands for the notebook
+        (_tutorials / f"{_notebook.stem}.png").write_bytes(max(_pictures, key=len))
+    _image = f"![]({_name}.png)" * bool(_pictures)
+    _said = " ".join(re.split(r"(?<=\.)\s+", " ".join(_lead.split()))[:2])
+    _gallery.append(f"- {_image}\n\n  **[{_title.lstrip('# ')}]({_name})**\n\n  {_said}\n")
+(_tutorials / "gallery.txt").write_text("\n".join(_gallery), encoding="utf-8")
 
 project = "pnmf_pyro"
 author = _setup["metadata"]["author"]
