@@ -132,10 +132,16 @@ def discoveries(mean: float, log_ratio: float, seed: int) -> dict[str, float]:
     table = pnmf_pyro.differential_features(model)
     called = ((table["lfsr"] < 0.05) & (table["mean"] > 0)).to_numpy().reshape(L, -1)[order]
     marks = np.kron(np.eye(L, L + 6), np.ones(n)) > 0
+    each = pnmf_pyro.differential_features(model, against="each")
+    each = each[each["lfsr"] < 0.05]
+    marked, j = marks[np.argsort(order)], each["feature"].astype(int)
+    alike = ~marked[each["component"], j] & ~marked[each["against"], j]
     return {
         "called": int(called.sum()),
         "false": float((called & ~marks).sum() / max(1, called.sum())),
         "power": float((called & marks).sum() / marks.sum()),
+        "pairs": len(each) // 2,
+        "false_pairs": float(alike.sum() / max(1, len(each))),
     }
 
 
@@ -163,7 +169,7 @@ def coverage(options: argparse.Namespace) -> None:
             report(
                 benchmark="coverage", part="loadings", overlap=overlap, **spread(overlap, 1, 200)
             )
-        for mean, log_ratio in ((1.0, 2.0), (5.0, 2.0), (5.0, 1.0)):
+        for mean, log_ratio in ((0.2, 2.0), (1.0, 2.0), (5.0, 2.0), (5.0, 1.0)):
             each = [discoveries(mean, log_ratio, seed) for seed in seeds]
             means = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
             report(benchmark="coverage", part="markers", mean=mean, log_ratio=log_ratio, **means)

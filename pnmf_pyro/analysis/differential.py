@@ -5,6 +5,11 @@ The profile of a component is the share of its expected counts that each feature
 which no level of a component enters. Half a count is added to each loading, so that there is a
 logarithm where a component has none of a feature.
 
+The error of a logarithm has two sides. A component without a count of a feature may have nearly
+none of it, or a count more: the way up is short. So which sign a log-ratio has is told by its error
+towards zero. Upwards for the lower logarithm, that is the mean of the way up and the usual error,
+since a fit may also have given the counts of a feature to another component. `se` is the usual one.
+
 Log-ratios are shrunk by what they are like over all features (adaptive shrinkage, Stephens 2017):
 an estimate b with standard error s is normal about the truth, which is a mixture of zero and of
 normals of mean zero, whose weights maximise the likelihood. The local false sign rate (lfsr) is the
@@ -14,7 +19,7 @@ with lfsr below 0.05, fewer than one in twenty signs are wrong.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy.special import ndtr
@@ -28,6 +33,8 @@ from pnmf_pyro.transforms import errors_of_loadings
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+IntLike: TypeAlias = "int | np.signedinteger"
 
 # Counts that each loading is raised by.
 PSEUDOCOUNT = 0.5
@@ -97,9 +104,8 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
     posterior = Shrunk(*(np.full(shape, np.nan) for _ in Shrunk._fields))
     for l, m in zip(*np.tril_indices(L, -1), strict=True):
         b = logs[:, l] - logs[:, m]
-        variance = covariances[:, l, l] + covariances[:, m, m] - 2 * covariances[:, l, m]
-        s = np.sqrt(np.maximum(variance, np.finfo(float).tiny))
-        found = shrunk(b, s)
+        s = error_of_ratio(covariances, l, m)
+        found = shrunk(b, error_of_ratio(covariances, l, m, np.sign(b)))
         estimate[l, m], estimate[m, l], se[l, m], se[m, l] = b, -b, s, s
         for values, one in zip(posterior, found, strict=True):
             values[l, m] = one
@@ -109,6 +115,22 @@ def differential_features(fit: Fitted, against: str = "closest") -> DataFrame | 
     empty = contributions(fit).sum(0) < PSEUDOCOUNT * D
     others = _others(posterior.not_above - 2.0 * empty[:, None], against)
     return _table(results_of(fit).feature_names, others, estimate, se, posterior)
+
+
+def error_of_ratio(
+    covariances: np.ndarray, l: IntLike, m: IntLike, sign: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Standard error of log p_l - log p_m, (D,): the usual one, or that towards zero from a sign.
+
+    Towards zero the lower logarithm goes up: by log(1 + e / x) for an error e of a share x, where
+    e / x is the usual error. Their mean is taken.
+    """
+    relative = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2))
+    up = (1 + np.log1p(relative) / relative) / 2
+    a, c = np.where(sign < 0, up[:, l], 1.0), np.where(sign > 0, up[:, m], 1.0)
+    of_both = 2 * a * c * covariances[:, l, m]
+    variance = a**2 * covariances[:, l, l] + c**2 * covariances[:, m, m] - of_both
+    return np.sqrt(np.maximum(variance, np.finfo(float).tiny))
 
 
 def _others(not_above: np.ndarray, against: str) -> np.ndarray:
