@@ -55,10 +55,15 @@ def test_axes_of_ones_own():
         plot_predictive_check(results(3, 4, 5), axes)
 
 
-def test_selection():
+def selected() -> ComponentSelection:
     random = np.random.default_rng(0)
     deviance = np.array([3.0, 1.0, 1.2])[:, None] + 0.01 * random.normal(size=(3, 4))
-    selection = ComponentSelection([2, 4, 6], deviance, random.uniform(0.6, 1, size=(3, 6)))
+    return ComponentSelection([2, 4, 6], deviance, random.uniform(0.6, 1, size=(3, 6)))
+
+
+def test_selection():
+    selection = selected()
+    deviance = selection.deviance
     left, right = plot_selection(selection)
     line = left.containers[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), deviance.mean(1))

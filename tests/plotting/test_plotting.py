@@ -15,6 +15,7 @@ import pytest
 from pnmf_pyro import PNMF, plotting
 from pnmf_pyro.estimator.stages import Settle, SettleLoadings, WarmUp
 from pnmf_pyro.plotting.tissue import disc_width, round_length, side_by_side
+from tests.plotting import test_calibration_plots, test_check_plots
 from tests.support.data import tissue
 from tests.support.models import forms_of
 from tests.support.settings import NATURAL, STEPS
@@ -97,6 +98,17 @@ PICTURES = {
         3,
         lambda axes: plotting.plot_component_images(np.arange(60).reshape(5, 12), (3, 4), axes),
     ),
+    "check": (
+        2,
+        2,
+        lambda axes: plotting.plot_predictive_check(test_check_plots.results(40, 1, 300, 5), axes),
+    ),
+    "selection": (1, 2, lambda axes: plotting.plot_selection(test_check_plots.selected(), axes)),
+    "calibration": (
+        1,
+        3,
+        lambda axes: plotting.plot_calibration(test_calibration_plots.made_up(2.0), axes),
+    ),
 }
 
 
@@ -131,6 +143,14 @@ def test_pictures(name, tmp_path):
         ("uncertainty", lambda axes: plotting.plot_factors(results(), [0, 2], axes=axes)),
         ("loadings", lambda axes: plotting.plot_loadings(results(), 6, ax=axes[0, 0])),
         ("correlation", lambda axes: plotting.plot_factor_correlation(results(L=11), axes[0, 0])),
+        (
+            "check",
+            lambda axes: plotting.plot_predictive_check(test_check_plots.results(9, 2), axes),
+        ),
+        (
+            "calibration",
+            lambda axes: plotting.plot_calibration(test_calibration_plots.made_up(2.0, 20), axes),
+        ),
     ],
 )
 def test_pictures_that_differ_are_seen(name, plot, tmp_path):
