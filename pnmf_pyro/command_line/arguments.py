@@ -56,8 +56,8 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "counts",
         metavar="COUNTS",
-        help=".h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt, the last four "
-        "also with .gz; a folder of 10x or .zarr, of AnnData or SpatialData",
+        help=".h5ad, .h5 (10x), .loom, .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt, the "
+        "last four also with .gz; a folder of 10x or .zarr, of AnnData or SpatialData",
     )
     add_table(parser)
     parser.add_argument("--layer", help="layer of an AnnData file to take in place of X")

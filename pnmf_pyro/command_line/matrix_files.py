@@ -250,6 +250,25 @@ def read_10x_h5(path: Path) -> CountTable:
         return _named(X, [[name] for name in _words(group, "barcodes")], _genes(group), path.name)
 
 
+def read_loom(path: Path) -> CountTable:
+    """Read the matrix of a .loom file, features by samples, and names where they usually are."""
+    with open_hdf5(path) as file:
+        if "matrix" not in file:
+            raise ValueError(f"it has no matrix; it holds {', '.join([*file][:5])}")
+        X = sp.csr_matrix(_part(file, "matrix").T)
+
+        def found(kind: str, *usual: str) -> list[str]:
+            names = (f"{kind}/{name}" for name in usual)
+            return next((_words(file, name) for name in names if name in file), [])
+
+        cells = found("col_attrs", "CellID", "obs_names", "cell_names", "barcode")
+        symbols = found("row_attrs", "Gene", "var_names", "gene_names", "Accession")
+        if not (cells and symbols):
+            return CountTable(X, notes=["took no names: the file has none"], is_10x=True)
+        genes = zip(found("row_attrs", "Accession") or symbols, symbols, strict=True)
+        return _named(X, [[cell] for cell in cells], [*genes], path.name)
+
+
 def _part(group: Group, name: str) -> np.ndarray:
     found = group[name]
     if not hasattr(found, "shape"):

@@ -22,6 +22,7 @@ from pnmf_pyro.command_line.matrix_files import (
     open_hdf5,
     read_10x_folder,
     read_10x_h5,
+    read_loom,
     read_mtx,
     read_npy,
     read_npz,
@@ -48,6 +49,7 @@ READERS: dict[str, Callable[[Path], CountTable]] = {
     ".npy": read_npy,
     ".mtx": read_mtx,
     ".h5": read_10x_h5,
+    ".loom": read_loom,
     "a folder": read_10x_folder,
 }
 TEXT = (".csv", ".tsv", ".txt")
@@ -68,8 +70,8 @@ def read_counts(
     Parameters
     ----------
     path : str or Path
-        An .h5ad, .h5 (10x), .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt file, of which the
-        last four may be compressed (.gz); a .zarr folder of AnnData, or a folder of 10x.
+        An .h5ad, .h5 (10x), .loom, .npz (scipy sparse), .npy, .mtx, .csv, .tsv or .txt file, the
+        last four also compressed (.gz); a .zarr folder of AnnData, or a folder of 10x.
     layer : str, optional
         Layer of an AnnData file to take in place of X.
     transpose : bool

@@ -108,6 +108,31 @@ def test_h5_of_10x(version, tmp_path):
         read_counts(tmp_path / "run.h5")
 
 
+@pytest.mark.parametrize(
+    ("cell", "genes", "names"),
+    [
+        ("CellID", {"Gene": SYMBOLS, "Accession": IDS}, NAMES),
+        ("obs_names", {"var_names": IDS}, IDS),
+        ("other", {"Gene": SYMBOLS}, None),
+    ],
+)
+def test_loom(cell, genes, names, tmp_path):
+    """Genes by cells, with attributes of rows and columns."""
+    with h5py.File(tmp_path / "run.loom", "w") as file:
+        file["matrix"] = X.T.astype("f4")
+        file[f"col_attrs/{cell}"] = np.array(CELLS, dtype=h5py.string_dtype())
+        for name, words in genes.items():
+            file[f"row_attrs/{name}"] = np.array(words, dtype=h5py.string_dtype())
+    table = read_counts(tmp_path / "run.loom")
+    np.testing.assert_array_equal(table.X.toarray(), X)
+    assert table.feature_names == names
+    assert table.sample_names == (names and CELLS)
+    with h5py.File(tmp_path / "run.loom", "a") as file:
+        del file["matrix"]
+    with pytest.raises(ValueError, match=r"run\.loom cannot be read: it has no matrix"):
+        read_counts(tmp_path / "run.loom")
+
+
 def test_names_beside_a_matrix_say_which_way_round_it_is(tmp_path):
     write(tmp_path / "cells_x_genes.mtx", mtx(X))
     write(tmp_path / "cells_x_genes.barcodes.txt", "\n".join(CELLS))
