@@ -28,6 +28,7 @@ for _notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipy
     _image = f"![]({_name}.png)" * bool(_pictures)
     _said = " ".join(re.split(r"(?<=\.)\s+", " ".join(_lead.split()))[:2])
     _gallery.append(f"- {_image}\n\n  **[{_title.lstrip('# ')}]({_name})**\n\n  {_said}\n")
+_gallery = ["```{container} gallery", *_gallery, "```"]
 (_tutorials / "gallery.txt").write_text("\n".join(_gallery), encoding="utf-8")
 
 project = "pnmf_pyro"

@@ -30,7 +30,7 @@ FENCE = re.compile(
     r"^(?:<!-- ci: (?P<mark>\S+) -->\n)?```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
 PYTHON = {"python", "{code-cell}"}
-NOT_CODE = {"text", "{toctree}"}
+NOT_CODE = {"text", "{toctree}", "{include}"}
 
 # Pages that are not run here, and why. Nor are blocks marked <!-- ci: NAME -->, which .ci/run runs
 # as a user would type them.
