@@ -6,6 +6,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 from pnmf_pyro.command_line.exits import COMMON_CODES, Exit
@@ -181,8 +182,13 @@ def _assignment(text: str) -> tuple[str, Any]:
     from pnmf_pyro.estimator.pnmf import PNMF  # takes seconds
 
     name, equals, value = text.partition("=")
-    if not equals or name not in PNMF().get_params():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a parameter of PNMF")
+    known = PNMF().get_params()
+    if not equals or name not in known:
+        close = get_close_matches(name, known, 1)
+        hint = f"; is it {close[0]}?" if close and close[0] != name else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=VALUE with a parameter of PNMF{hint}"
+        )
     if value == "None":
         return name, None
     try:

@@ -137,12 +137,15 @@ def test_errors_are_one_line(arguments, message, files, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("text", ["tol", "colour=3"])
-def test_set_needs_a_parameter(text, files, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("tol", "of PNMF\n"), ("colour=3", "of PNMF\n"), ("mdoe=expanded", "of PNMF; is it mode?\n")],
+)
+def test_set_needs_a_parameter(text, said, files, capsys):
     with pytest.raises(SystemExit) as stop:
         fit(files["csv"], "--out", "a.npz", "--set", text)
     assert stop.value.code == 2
-    assert "NAME=VALUE" in capsys.readouterr().err
+    assert f"{text!r} is not NAME=VALUE with a parameter {said}" in capsys.readouterr().err
 
 
 def test_the_version_and_the_package_as_a_program():
