@@ -83,10 +83,10 @@ axes = plotting.plot_volcano(model, 3)
 
 # %% [markdown]
 # Each dot is a word. To the right of 0 are those that are more frequent in this topic than in any
-# other, and the higher the surer. The topic of trees has most of them. The first topic has three: its
-# words are in other documents as well. A word that two topics share marks neither, so more topics
-# leave fewer sure words. With eight of them 15 words are sure. `against="each"` compares topics two
-# by two.
+# other, and the higher the surer. The topic of trees has most of them. The first topic has three:
+# its words are in other documents as well. A word that two topics share marks neither, so more
+# topics leave fewer sure words. With eight of them 15 words are sure. `against="each"` compares
+# topics two by two.
 #
 # ## Topics and labels
 #
