@@ -11,6 +11,7 @@ import anndata
 import torch
 
 import pnmf_pyro
+from benchmarks import tables
 from benchmarks.measure import peak_memory_mib, report
 from pnmf_pyro.data.checks import check_counts
 from pnmf_pyro.data.counts import Counts
@@ -21,9 +22,14 @@ from pnmf_pyro.data.stores import opened, stored_counts
 def stored(options: argparse.Namespace) -> None:
     """Print the seconds of passes over `--data` (.h5ad or .zarr), and of a fit of `--steps` steps.
 
-    With `--judge held-out` counts are read into memory, and there is no fit.
+    With `--judge held-out` counts are read into memory, and there is no fit. A file that is not
+    there is only written, of `--N` x `--D` simulated counts.
     """
     path, found = Path(options.data), dict[str, Any]()
+    if not path.exists():
+        X = tables.simulated(options.N, options.D, options.density, options.L)
+        getattr(anndata.AnnData(X), f"write_{path.suffix[1:]}")(path)
+        return
     if options.judge == "held-out":
         read = getattr(anndata, f"read_{path.suffix[1:]}")
         found["pass_seconds"] = _pass(check_counts(read(path).X), options.L)

@@ -348,7 +348,7 @@ class PoissonFactorization(ReferenceModel, nn.Module):
 
     def _expected_factors(self, batch: Batch) -> Tensor:
         q = self.prior.marginal(batch.samples)
-        return (q.loc + q.variance / 2).exp()
+        return q.variance.div_(2).add_(q.loc).exp_()
 
     def in_closed_form(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
         """Return the likelihood where it has a closed form, else the Poisson of the same mean.
