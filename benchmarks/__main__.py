@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
     parser.add_argument("--sizes", default="5000,10000,20000", help="numbers of places")
-    parser.add_argument("--init", default=None, help="where fits of tissues start")
+    parser.add_argument("--init", default=None, help="where fits start")
     parser.add_argument(
         "--devices",
         default="cpu,cuda" if torch.cuda.is_available() else "cpu",

@@ -41,10 +41,8 @@ def stored(options: argparse.Namespace) -> None:
         found["first_pass_seconds"] = time.perf_counter() - start
         found["pass_seconds"] = _pass(counts, options.L)
         shape, n_stored = counts.shape, counts.values.numel()
-    start = time.perf_counter()
-    model = pnmf_pyro.fit(
-        path, n_components=options.L, max_iter=options.steps, spatial_key=None, init="random"
-    )
+    start, chosen = time.perf_counter(), {"init": options.init} if options.init else {}
+    model = pnmf_pyro.fit(path, n_components=options.L, max_iter=options.steps, **chosen)
     found |= {"fit_seconds": time.perf_counter() - start, "steps": model.n_iter_}
     found |= {"elbo": model.elbo_, "peak_mib": peak_memory_mib()}
     report(benchmark="stored", where=path.suffix, shape=shape, n_stored=n_stored, **found)
