@@ -212,6 +212,7 @@ def test_the_command_reads_a_large_file_by_slices(tmp_path, monkeypatch, capsys)
     assert "X_pnmf" in anndata.read_h5ad(path).obsm
 
 
+@pytest.mark.slow
 def test_batches_come_as_high_as_full_steps_in_fewer_passes():
     """Within 0.3% of the ELBO; an early end, or loadings of single batches, lose far more."""
     r = np.random.default_rng(0)
