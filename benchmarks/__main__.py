@@ -58,7 +58,7 @@ BENCHMARKS |= {one.__name__: one for one in (hidden.hidden, hidden.hidden_recove
 BENCHMARKS["coverage"] = coverage.coverage
 BENCHMARKS["device"] = device
 BENCHMARKS["labels"] = labels
-BENCHMARKS["stored"] = stored.stored
+BENCHMARKS |= {one.__name__: one for one in (stored.stored, stored.batches)}
 BENCHMARKS |= {one.__name__: one for one in (ranks.ranks, ranks.rank)}
 BENCHMARKS |= {one.__name__: one for one in (ranks.ranks_in_space, ranks.rank_in_space)}
 BENCHMARKS |= {one.__name__: one for one in (local.lcgp, local.local_fit)}
@@ -370,10 +370,11 @@ def main() -> None:
     parser.add_argument("--kernel", help="of spatial fits, or several to choose from")
     parser.add_argument("--kl-weight", type=float, help="on the divergence of spatial fits")
     parser.add_argument("--prior", choices=PRIORS, default="chosen", help="of spatial fits")
+    parser.add_argument("--batch-size", type=int, default=1000, help="samples (batches)")
     parser.add_argument("--M", type=int, default=500, help="inducing points")
     parser.add_argument("--K", type=int, default=50, help="neighbours of a place")
     parser.add_argument("--sizes", default="5000,10000,20000", help="numbers of places")
-    parser.add_argument("--init", default=None, help="where fits of tissues start")
+    parser.add_argument("--init", default=None, help="where fits start")
     parser.add_argument(
         "--devices",
         default="cpu,cuda" if torch.cuda.is_available() else "cpu",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,6 +153,7 @@ def select_n_components(
     train_fraction: float | None = None,
     n_jobs: int | None = None,
     random_state: RandomState = None,
+    checkpoint: str | os.PathLike | None = None,
     verbose: bool | int = False,
     **parameters: Any,
 ) -> ComponentSelection:
@@ -186,6 +189,9 @@ def select_n_components(
         Number of processes that fit at the same time; -1 for all cores, 1 unless given.
     random_state : int, RandomState, Generator or None
         Seed of the splits and the fits; None for different ones at each call.
+    checkpoint : str or os.PathLike, optional
+        Folder in which each fit is kept in a file of its own. The same call goes on from there, to
+        the same numbers as if never stopped. It needs a whole number as `random_state`.
     verbose : bool or int
         Whether a progress bar is shown.
     **parameters
@@ -220,13 +226,21 @@ def select_n_components(
     if check_count("n_seeds", n_seeds) < 2:
         raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
     fraction = _checked_fraction(hold_out, train_fraction)
+    if checkpoint is not None and not isinstance(random_state, int | np.integer):
+        raise ValueError(
+            "checkpoint needs a seed, by which the files of the fits are known: set random_state "
+            f"to a whole number. It is {random_state!r}."
+        )
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
     given = {"coords": coordinates, "groups": groups} | beside | FAST | parameters
     s = None if sizes is None else sizes.numpy()
     seen = None if hidden is None else hidden.numpy().toarray() == 0
     split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, fraction)
-    tasks = [delayed(_trial)(split, s, given, number, seed) for number in numbers for seed in seeds]
+    pairs = [(number, seed) for number in numbers for seed in seeds]
+    kept = [{} if checkpoint is None else _kept(checkpoint, *pair) for pair in pairs]
+    each = zip(pairs, kept, strict=True)
+    tasks = [delayed(_trial)(split, s, given | file, *pair) for pair, file in each]
     found = []
     with progress_bar(len(tasks), int(verbose), "fits") as progress:
         for result in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
@@ -249,6 +263,12 @@ def _checked_fraction(hold_out: str, train_fraction: float | None) -> float:
     if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ValueError(f"train_fraction must be between 0 and 1; got {train_fraction!r}.")
     return float(fraction)
+
+
+def _kept(folder: str | os.PathLike, number: int, seed: int) -> dict[str, Any]:
+    """Return the parameter of a fit that names its checkpoint."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return {"checkpoint": Path(folder) / f"{number}_components_seed_{seed}.ckpt"}
 
 
 @isolated

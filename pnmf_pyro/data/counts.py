@@ -110,11 +110,12 @@ class Counts(ABC):
     @cached_property
     def _blocks(self) -> list[tuple[slice, Counts]]:
         slices = [slice(a, b) for a, b in zip(self.cuts[:-1], self.cuts[1:], strict=True)]
-        return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else [(slice(None), self)]
+        return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else []
 
     def blocks(self) -> Iterator[tuple[slice, Counts]]:
         """Iterate over (rows, counts of these rows), which together are X; made once and kept."""
-        return iter(self._blocks)
+        # Not kept where it is one: what refers to itself stays in memory for long.
+        return iter(self._blocks or [(slice(None), self)])
 
     @cached_property
     def row_totals(self) -> Tensor:

@@ -34,7 +34,7 @@ TRIAL_STEPS = 20
 # Categories of warnings, by their names.
 CATEGORIES = {kind.__name__: kind for kind in (UserWarning, ConvergenceWarning)}
 
-Starts = Sequence[tuple[Tensor, Tensor]]
+Starts = list[tuple[Tensor, Tensor]]
 
 
 class History(list):
@@ -201,6 +201,7 @@ def train_runs(
                 if course.number == 0:
                     given = settings, seen, course.generator, share, progress
                     told += _best_start(run.training, starts, *given)
+                    starts.clear()
                 most = course.first + share - len(told)
                 course.budget = min(most, run.most_steps or share)
             report = partial(_report, told, on_step, run.training.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ from pnmf_pyro.training.schedules import (
     Plateau,
     Schedule,
 )
+
+# How often loadings are renewed in a pass by batches, at first, and passes after which less often.
+RENEWALS, PASSES = 10.0, 5.0
 
 
 @dataclass
@@ -86,7 +90,9 @@ def training_of(
     monotone = natural and not noisy and not batched and exact
     apart = monotone and warm and moves_factors
     every = max(part.steps_apart for part in model.prior.parts) if apart else 1
-    for_q, for_W = _sizes(settings, noisy)
+    n_batches = math.ceil(model.N / (settings.batch_size or model.N))
+    in_pass = n_batches * math.ceil(model.D / (settings.y_batch_size or model.D))
+    for_q, for_W = _sizes(settings, noisy, n_batches, in_pass)
     steps: list[tuple[Step, Schedule]] = []
     if natural and moves_factors:
         for part in model.prior.parts:
@@ -105,17 +111,25 @@ def training_of(
     if by_gradient:
         optimizer = OPTIMIZERS[settings.optimizer](by_gradient, lr=settings.learning_rate)
         steps.insert(0, (GradientSteps(optimizer), _schedule(settings)))
-    judge = Settled(tol, max(5, every)) if monotone else Convergence(tol)
+    in_window = max(Convergence.window, in_pass)  # whole passes, which see all samples
+    judge = Settled(tol, max(5, every)) if monotone else Convergence(tol, window=in_window)
     objective = FactorizationELBO(mode, settings.E, natural, kl_weight)
     return Training(model, objective, steps, judge, monotone)
 
 
-def _sizes(settings: Settings, noisy: bool) -> tuple[Schedule, Schedule]:
-    """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy."""
+def _sizes(
+    settings: Settings, noisy: bool, n_batches: int, in_pass: int
+) -> tuple[Schedule, Schedule]:
+    """How the sizes of steps in closed form change, of q and of W: 1 unless they are noisy.
+
+    A pass takes `n_batches` of samples for each batch of features, in all `in_pass` steps.
+    """
     steady = not noisy and settings.y_batch_size is None
     for_q = Constant() if steady else Decreasing()
-    # Each batch sees W anew: average over many of them.
-    return for_q, for_q if settings.batch_size is None else Decreasing(delay=100.0)
+    if settings.batch_size is None:
+        return for_q, for_q
+    # Each batch sees W anew: average over a share of a pass.
+    return for_q, Decreasing(PASSES * in_pass, start=min(1.0, RENEWALS / n_batches))
 
 
 def _trained_by_gradient(

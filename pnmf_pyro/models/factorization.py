@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
+from dataclasses import replace
+from itertools import count, pairwise
 from typing import Any, cast
 
 import pyro
@@ -26,6 +27,7 @@ from pnmf_pyro.data.counts import Counts, MatrixLike, as_counts
 from pnmf_pyro.data.exposure import Exposure, as_exposure
 from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.random_state import RandomState, torch_generator
+from pnmf_pyro.data.stored import StoredCounts
 from pnmf_pyro.models.points import DrawnForAllRanks
 from pnmf_pyro.models.poisson import PoissonFactors
 from pnmf_pyro.models.reference import ReferenceModel
@@ -47,6 +49,15 @@ def has_closed_form(likelihood: object) -> bool:
     One that has says so by its `closed_form`, and returns a :class:`PoissonFactors`.
     """
     return likelihood is None or bool(getattr(likelihood, "closed_form", False))
+
+
+def _slices(batch: Batch) -> Iterator[Batch]:
+    """Iterate over the samples of a batch, by slices where its counts are in a store."""
+    if not isinstance(batch.counts, StoredCounts):
+        yield batch
+        return
+    for start, stop in pairwise(batch.counts.cuts):
+        yield replace(batch, samples=torch.arange(start, stop))
 
 
 def _registered(program: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -329,26 +340,34 @@ class PoissonFactorization(ReferenceModel, nn.Module):
             sum_i s_i E exp F_il.
         """
         with torch.no_grad():
-            factors = self._expected_factors(batch)
-            X = cast(PoissonFactors, self.likelihood(factors, batch))
-            totals = X.totals(cast(Counts, batch.counts), factors)
-            totals = self.N / factors.shape[1] * totals
-            totals, levels = self.ranks.totals(totals, self._levels(factors, batch))
+            found = []
+            for part in _slices(batch):
+                factors = self._expected_factors(part)
+                X = cast(PoissonFactors, self.likelihood(factors, part))
+                totals = X.totals(cast(Counts, part.counts), factors)
+                found.append((totals, self._levels(factors, part)))
+            each = (self._estimate(batch, parts) for parts in zip(*found, strict=True))
+            totals, levels = self.ranks.totals(*each)
             return totals, levels
 
     def levels(self, batch: Batch = ALL) -> Tensor:
         """Return sum_i s_i E exp F_il over all samples, as the batch estimates it, shape (L,)."""
         with torch.no_grad():
-            return self.ranks.total(self._levels(self._expected_factors(batch), batch))
+            parts = [self._levels(self._expected_factors(p), p) for p in _slices(batch)]
+            return self.ranks.total(self._estimate(batch, parts))
+
+    def _estimate(self, batch: Batch, parts: Sequence[Tensor]) -> Tensor:
+        """Estimate a sum over all samples, given those over parts of a batch."""
+        n = self.N if batch.samples is None else len(batch.samples)
+        return self.N / n * torch.stack([*parts]).sum(0, dtype=torch.float64).to(self.W.dtype)
 
     def _levels(self, factors: Tensor, batch: Batch) -> Tensor:
         scaled = self.exposure.of(batch.samples, None).scaled(factors)
-        total = scaled.sum(1, dtype=torch.float64).to(factors.dtype)
-        return self.N / factors.shape[1] * total
+        return scaled.sum(1, dtype=torch.float64).to(factors.dtype)
 
     def _expected_factors(self, batch: Batch) -> Tensor:
         q = self.prior.marginal(batch.samples)
-        return (q.loc + q.variance / 2).exp()
+        return q.variance.div_(2).add_(q.loc).exp_()
 
     def in_closed_form(self, F: Tensor, batch: Batch = ALL) -> PoissonFactors:
         """Return the likelihood where it has a closed form, else the Poisson of the same mean.

@@ -88,6 +88,8 @@ class Prior(nn.Module):
         Whether the mean of q moves at little cost while its covariance stands still.
     divergence_by_samples : bool
         Whether the divergence of q from the prior is a sum over samples, which a batch scales.
+    independent : bool
+        Whether samples are independent, under the prior and under q.
     watched : Normal or None
         q(F) of the last batch that the guide saw, with its gradients, for
         :class:`~pnmf_pyro.priors.natural.SiteSteps`.
@@ -110,6 +112,7 @@ class Prior(nn.Module):
     steps_apart: int = 1
     cheap_mean: bool = False
     divergence_by_samples: bool = True
+    independent: bool = False
     watched: Normal | None = None
     attended: bool = False
     joint_covariance: Tensor | None
@@ -284,8 +287,8 @@ class Prior(nn.Module):
         if not self.natural:
             raise ValueError(NO_SITES)
 
-    def sites(self) -> Sites:
-        """Return the sites of all samples, each array of shape (L, N)."""
+    def sites(self, index: Tensor | None = None) -> Sites:
+        """Return the sites of the samples `index` (all if None), each array of shape (L, n)."""
         raise ValueError(NO_SITES)
 
     def posterior_from_sites(
@@ -306,7 +309,8 @@ class Prior(nn.Module):
         index : Tensor of int64, shape (n,), optional
             The samples; all unless given.
         mean : Tensor of shape (L, N), optional
-            Mean of that posterior, where it is known already.
+            Mean of that posterior, where it is known already; of the samples alone where they are
+            `independent`.
         """
         raise ValueError(NO_SITES)
 

@@ -120,6 +120,7 @@ class GaussianPrior(Prior):
     """
 
     LARGEST_RISE = 1.0
+    independent = True
 
     scale_pf: Tensor
 
@@ -204,11 +205,12 @@ class GaussianPrior(Prior):
         """Whether q is held in natural parameters."""
         return self.use_natural_gradients
 
-    def sites(self) -> Sites:
-        """Return the sites of all samples: what theta says beyond the prior; each (L, N)."""
+    def sites(self, index: Tensor | None = None) -> Sites:
+        """Return the sites of samples: what theta says beyond the prior; each (L, n)."""
         self.check_sites()
-        precision = -2 * self.theta2 - self.scale_pf.square().reciprocal()
-        return Sites(precision.to(self.theta1), self.theta1, self.mean)
+        theta1, theta2 = take(self.theta1, index), take(self.theta2, index)
+        precision = -2 * theta2 - self.scale_pf.square().reciprocal()
+        return Sites(precision.to(theta1), theta1, -0.5 * theta1 / theta2)
 
     def apart_from_own(self, precision: Tensor) -> Tensor:
         """Return the precision of the prior: no other sample says anything of F_il."""
@@ -227,7 +229,7 @@ class GaussianPrior(Prior):
         if precision is not None:
             precision = precision + self.scale_pf.square().reciprocal().to(precision)
             put(self.theta2, -precision / 2, index)
-        put(self.theta1, shift if mean is None else -2 * self.theta2 * mean, index)
+        put(self.theta1, shift if mean is None else -2 * take(self.theta2, index) * mean, index)
 
     @torch.no_grad()
     def towards_sites(

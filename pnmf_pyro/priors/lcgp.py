@@ -259,10 +259,10 @@ class LCGP(Prior):
             return held, held.new_zeros(held.shape[:2])
         return self.neighborhoods.carry(places, held)
 
-    def sites(self) -> Sites:
-        """Return the sites of all samples, each array of shape (L, N)."""
+    def sites(self, index: Tensor | None = None) -> Sites:
+        """Return the sites of the samples `index` (all if None), each array of shape (L, n)."""
         q = self._held_in_sites()
-        return Sites(q.curvature, q.pull, q.loc)
+        return Sites(*(take(one, index) for one in (q.curvature, q.pull, q.loc)))
 
     @torch.no_grad()
     def posterior_from_sites(

@@ -18,10 +18,13 @@ A prior takes part with three methods, see :class:`~pnmf_pyro.priors.base.Prior`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.counts import BLOCK_ENTRIES
 from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.priors.base import Prior
 
@@ -99,41 +102,56 @@ class SiteSteps(Step):
         self.turn += 1
         if not whole and not self.prior.cheap_mean:
             return
-        prior, index = self.prior, self.batch.samples
-        h, b, mean = (take(values, index) for values in prior.sites())
-        slope, curvature = (told.to(b) for told in self._told())
-        weight = self.kl_weight
+        prior, weight = self.prior, self.kl_weight
         if prior.divergence_by_samples:
             weight = weight * self.batch.prior_scale
-        target = curvature.div_(weight) if whole else h
-        shift = slope.div_(weight).addcmul_(target, mean)
-        if self.lr < 1:
-            target, shift = h.lerp(target, self.lr), b.lerp(shift, self.lr)
-        prior.towards_sites(target if whole else None, shift, index)
+        for part, index in self._pieces(self.batch.samples):
+            h, b, mean = prior.sites(index)
+            slope, curvature = (told.to(b) for told in self._told(part))
+            target = curvature.div_(weight) if whole else h
+            shift = slope.div_(weight).addcmul_(target, mean)
+            if self.lr < 1:
+                target, shift = h.lerp(target, self.lr), b.lerp(shift, self.lr)
+            prior.towards_sites(target if whole else None, shift, index)
+        prior.watched = None
 
     @torch.no_grad()
     def point(self) -> tuple[Tensor, ...]:
         """Return the mean m of q, and the pull r = b - h m of its sites, each (L, N)."""
         h, b, mean = self.prior.sites()
-        return mean.clone(), b - h * mean
+        return mean.clone(), b.addcmul(h, mean, value=-1)
 
     @torch.no_grad()
     def move(self, *changes: Tensor) -> None:
         """Add changes to m and r, with the covariance at rest."""
-        of_mean, of_pull = changes
-        h, b, mean = self.prior.sites()
-        shift = (b + of_pull).addcmul_(h, of_mean)
-        self.prior.posterior_from_sites(None, shift, mean=mean + of_mean)
+        for part, index in self._pieces(None):
+            h, b, mean = self.prior.sites(index)
+            of_mean, of_pull = (change[:, part] for change in changes)
+            shift = (b + of_pull).addcmul_(h, of_mean)
+            self.prior.posterior_from_sites(None, shift, index, mean + of_mean)
 
     def close(self) -> None:
         """Let the guide go on without gradients."""
         self.prior.attended, self.prior.watched = False, None
 
-    def _told(self) -> tuple[Tensor, Tensor]:
-        """Return slope g and curvature h at the samples of the batch, each (L, n)."""
+    def _pieces(self, index: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        """Iterate over samples, by their place among those of the index and by their numbers.
+
+        In pieces where those of the prior are independent, so that little memory is needed.
+        """
+        n, size = self.prior.N if index is None else len(index), BLOCK_ENTRIES // self.prior.L
+        if not self.prior.independent or n <= size:
+            yield slice(None), index
+            return
+        numbers = torch.arange(n) if index is None else index
+        for start in range(0, n, size):
+            yield (part := slice(start, start + size)), numbers[part]
+
+    def _told(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return slope g and curvature h at samples of the batch, each (L, n)."""
         q = self.prior.watched
         if q is None or q.loc.grad is None or q.scale.grad is None:
             raise RuntimeError("SiteSteps.step needs the gradients of a loss at the guide's q(F)")
         share = q.loc.shape[1] / self.prior.N  # the loss is that of all samples, by the batch's
-        curvature = (q.scale.grad / q.scale.detach()).clamp_min_(0)
-        return q.loc.grad.mul(-share), curvature.mul_(share)
+        curvature = (q.scale.grad[:, part] / q.scale.detach()[:, part]).clamp_min_(0)
+        return q.loc.grad[:, part].mul(-share), curvature.mul_(share)

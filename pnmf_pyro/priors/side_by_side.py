@@ -172,9 +172,9 @@ class SideBySide(Prior):
             "SiteSteps(part) for each part of prior.parts."
         )
 
-    def sites(self) -> Sites:
-        """Return the sites of all samples, each array of shape (L, N)."""
-        each = zip(*(part.sites() for part in self.parts), strict=True)
+    def sites(self, index: Tensor | None = None) -> Sites:
+        """Return the sites of the samples `index` (all if None), each array of shape (L, n)."""
+        each = zip(*(part.sites(index) for part in self.parts), strict=True)
         return Sites(*(torch.cat([one.double() for one in kind]) for kind in each))
 
     @torch.no_grad()

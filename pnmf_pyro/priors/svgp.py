@@ -234,12 +234,13 @@ class SVGP(Prior):
         carried = [a.T @ one for a, one in zip(each(A, self.L), held.to(A), strict=True)]
         return torch.stack(carried), rest.expand(self.L, -1)
 
-    def sites(self) -> Sites:
-        """Return the sites of all samples, each array of shape (L, N)."""
+    def sites(self, index: Tensor | None = None) -> Sites:
+        """Return the sites of the samples `index` (all if None), each array of shape (L, n)."""
         q, level = self._held_in_sites(), self.mean[:, None]
         mean, _ = self._posterior().at_samples()
         w = q.site_precision
-        return Sites(w, q.site_shift + w * level, level + mean)
+        found = (w, q.site_shift + w * level, level + mean)
+        return Sites(*(take(one, index) for one in found))
 
     @torch.no_grad()
     def posterior_from_sites(

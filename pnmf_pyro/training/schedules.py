@@ -137,7 +137,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Decreasing:
-    """The learning rate falls from `start` as (offset + step / delay) ** -forgetting.
+    """The learning rate falls as start * (1 + step / delay) ** -forgetting.
 
     For noisy closed-form steps. With `forgetting` in (0.5, 1] they satisfy the conditions of
     Robbins and Monro (1951), as in stochastic variational inference (Hoffman et al. 2013).
@@ -153,8 +153,7 @@ class Decreasing:
 
     def attach(self, step: Step, max_iter: int) -> AfterStep:
         """Return a function that sets the size of the next step."""
-        offset = self.start ** (-1 / self.forgetting)
-        return _ByNumber(step, lambda n: (offset + n / self.delay) ** -self.forgetting)
+        return _ByNumber(step, lambda n: self.start * (1 + n / self.delay) ** -self.forgetting)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def _of_own_rows(model: PoissonFactorization, objective: FactorizationELBO, batc
         return objective.loss_and_grads(model.model, model.guide, batch)
     assert batch.counts is not None
     N, total = batch.counts.shape[0], 0.0
-    seen: list[tuple[Tensor, ...]] = []
+    seen: list[Tensor] = []
+    stop = 0
     for part in parts(batch):
         assert part.counts is not None
         share = part.counts.shape[0] / N
@@ -125,7 +126,11 @@ def _of_own_rows(model: PoissonFactorization, objective: FactorizationELBO, batc
         loss.backward()
         q = model.prior.watched
         if q is not None and q.loc.grad is not None and q.scale.grad is not None:
-            seen.append((q.loc.detach(), q.scale.detach(), q.loc.grad, q.scale.grad))
+            told = (q.loc.detach(), q.scale.detach(), q.loc.grad, q.scale.grad)
+            seen = seen or [one.new_empty(len(one), N) for one in told]
+            start, stop = stop, stop + part.counts.shape[0]
+            for whole, one in zip(seen, told, strict=True):
+                whole[:, start:stop] = one
     if seen:
-        _let_watch(model, *(torch.cat(part, -1) for part in zip(*seen, strict=True)))
+        _let_watch(model, *(whole[:, :stop] for whole in seen))
     return total

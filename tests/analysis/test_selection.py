@@ -15,6 +15,7 @@ from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.analysis.selection import ComponentSelection
 from pnmf_pyro.estimator.stages import Settle
 from pnmf_pyro.transforms import get_factors, get_loadings
+from tests.support.checkpoints import writes
 from tests.support.data import simulate
 from tests.support.settings import NATURAL
 
@@ -263,3 +264,24 @@ def test_effects_of_batches_are_predicted():
     assert known.mean_deviance[0] < alone.mean_deviance[0]
     named = select_n_components(pd.DataFrame(X), [2], batches=list("ab") * 60, **settings)
     np.testing.assert_allclose(named.deviance, known.deviance, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The fit did not converge", "ignore:The fit ended far")
+def test_a_selection_that_is_stopped_goes_on_to_the_same_numbers(counts, tmp_path, monkeypatch):
+    steps = {"max_iter": 5, "tol": 0, "init": "nndsvda", "stages": [Settle()]}
+
+    def select(**more):
+        return select_n_components(
+            counts, [1, 2], **{"n_seeds": 2, "random_state": 0, **steps, **more}
+        )
+
+    kept = {"checkpoint": tmp_path / "fits", "every": 0}
+    expected = select()
+    assert writes(lambda: select(**kept), monkeypatch, 4) == 4
+    assert len([*(tmp_path / "fits").iterdir()]) == 1
+    found = select(**kept)
+    assert len([*(tmp_path / "fits").iterdir()]) == 4
+    np.testing.assert_array_equal(found.deviance, expected.deviance)
+    np.testing.assert_array_equal(found.stability, expected.stability)
+    with pytest.raises(ValueError, match="checkpoint needs a seed"):
+        select(**{**kept, "random_state": None})

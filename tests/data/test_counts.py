@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -287,3 +290,15 @@ def test_take():
     assert take(values, None) is values
     assert take(values, index).tolist() == [[2, 0], [5, 3]]
     assert take(values, torch.tensor([1]), dim=0).tolist() == [[3, 4, 5]]
+
+
+def test_blocks_that_are_done_with_are_forgotten_at_once():
+    """Not when cycles are looked for, since slices of a store are many and large."""
+    gc.disable()
+    try:
+        counts = as_counts(sp.csr_matrix(np.eye(3)))
+        (_, block), seen = next(counts.blocks()), weakref.ref(counts)
+        del counts, block, _
+        assert seen() is None
+    finally:
+        gc.enable()
