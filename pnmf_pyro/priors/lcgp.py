@@ -240,8 +240,8 @@ class LCGP(Prior):
         at_once = draws_at_once(h.numel())
         for start in range(0, APART_DRAWS, at_once):
             n = min(at_once, APART_DRAWS - start)
-            given_others = posterior.sample(h, n, self.seed + start, less=1.0)
-            variance += given_others.square().sum(-1) / APART_DRAWS
+            of_others = posterior.sample(h, n, self.seed + start, less=1.0).square_().sum(-1)
+            variance += of_others / APART_DRAWS
         return torch.maximum(1 / variance - h, 1 / prior)
 
     @torch.no_grad()
