@@ -42,6 +42,7 @@ WORK = {
 }
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_bits_of_one(users_parameter):
     alone = {name: work() for name, work in WORK.items()}
     before = shared_state()

@@ -147,6 +147,7 @@ def test_inference_again_is_that_of_transform_F():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("natural", [True, False])
 def test_a_prior_of_either_training_is_inferred_alike(natural):
     model = model_of("SVGP")

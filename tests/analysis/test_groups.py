@@ -57,6 +57,7 @@ def test_every_place_as_if_of_a_type_is_the_posterior_of_its_field():
                 np.testing.assert_allclose(found[:, l], np.exp(mean + np.diag(cov) / 2), rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_of_many_places_levels_are_means_over_some(fitted, monkeypatch):
     whole = group_levels(fitted).levels
     monkeypatch.setattr("pnmf_pyro.analysis.groups.PLACES", 100)

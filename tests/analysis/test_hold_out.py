@@ -144,6 +144,7 @@ def test_numbers_that_are_not_whole_have_entries_too(X):
     assert np.isfinite(found.deviance).all()
 
 
+@pytest.mark.slow
 def test_entries_do_not_share_their_noise():
     """Counts that vary more than Poisson ones: thinning goes on falling, entries stop."""
     X, F, W = simulate(0, 100, 30, 3)

@@ -184,6 +184,7 @@ def flags(seeds: range, misfit: bool) -> dict[tuple[str, str], int]:
     return found
 
 
+@pytest.mark.slow
 def test_planted_misfit_is_found_and_poisson_data_pass():
     assert flags(range(2), misfit=True)["variance_to_mean", "feature"] == 2
     assert max(flags(range(2), misfit=False).values()) == 0

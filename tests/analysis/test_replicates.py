@@ -135,6 +135,7 @@ def test_blocks_share_one_draw_of_the_latents(small, monkeypatch, sparse):
     assert chosen["shift"] is latents.values["shift"]
 
 
+@pytest.mark.slow
 def test_a_likelihood_of_ones_own(small):
     class NegativeBinomial(PoissonFactorization):
         def model(self, batch=Batch()):  # noqa: B008 - a batch cannot be changed

@@ -103,6 +103,7 @@ def twin_deviance(X, number, seed, fraction, s=None) -> float:
     return mean_poisson_deviance(test[:, seen].ravel(), mean.ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no counts at all:UserWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("sized", [False, True])

@@ -154,6 +154,7 @@ def test_the_version_and_the_package_as_a_program():
     assert done.stdout == f"pnmf-pyro {pnmf_pyro.__version__}\n"
 
 
+@pytest.mark.slow
 def test_demo_reports_and_draws(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--components", "4"]) == 0
     report = capsys.readouterr().out

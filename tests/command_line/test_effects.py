@@ -64,6 +64,7 @@ def test_files_give_the_same_whatever_their_order(folder, tmp_path):
         assert "dispersion" not in arrays
 
 
+@pytest.mark.slow
 def test_a_later_fit_without_batches_leaves_no_effects_behind(folder, tmp_path):
     path = tmp_path / "counts.h5ad"
     path.write_bytes((folder / "counts.h5ad").read_bytes())
@@ -76,6 +77,7 @@ def test_a_later_fit_without_batches_leaves_no_effects_behind(folder, tmp_path):
 SOME = ("batch_effects", "batch_effects_se", "covariate_effects", "covariate_effects_se")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["results/", "results.csv"])
 def test_tables_of_effects_and_dispersion(out, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -100,6 +102,7 @@ def test_tables_of_effects_and_dispersion(out, folder, tmp_path, monkeypatch, ca
     assert "dispersion" not in said
 
 
+@pytest.mark.slow
 def test_a_table_of_the_users_own_beside_results_stays(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()

@@ -355,6 +355,7 @@ def test_ctrl_c_within_python_is_the_same(folder, monkeypatch, capsys):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_reader_that_has_gone_costs_no_results(closed, folder):

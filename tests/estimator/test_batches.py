@@ -107,6 +107,7 @@ def test_errors_are_as_large_as_the_effects_are_off(data):
         assert 0.5 < np.sqrt(np.mean(z**2)) < 1.5
 
 
+@pytest.mark.slow
 def test_labels_and_units_do_not_matter(data):
     one = fitted(data)
     other = fitted(data, batches=pd.Series(data["labels"]).map({"a": 3, "b": 1, "c": 2}).to_numpy())

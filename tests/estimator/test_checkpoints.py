@@ -39,6 +39,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_a_stopped_fit_goes_on_to_the_same_bits(name, path, monkeypatch):
     """Stopped after the first step, in the midst, and when it had ended."""

@@ -50,6 +50,7 @@ def test_what_either_column_shares_is_learned(fitted):
     assert (kernel.group_diff_param_2 > 2 * kernel.group_diff_param).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [PAIRS, {**LOCAL, "multigroup": True, "max_iter": 15}])
 def test_forms_of_two_columns_are_one_fit(settings):
     X, x, labels = two_columns()

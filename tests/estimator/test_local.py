@@ -45,6 +45,7 @@ def test_rank_says_how_many_columns_and_none_means_independent(data, model):
     assert abs(correlations[1]) < 0.05
 
 
+@pytest.mark.slow
 def test_uncertainty_is_that_of_the_exact_process(data):
     """With V, q(F) is as wide as that of SVGP at all places; without, too narrow."""
     X, x, *_ = data
@@ -63,6 +64,7 @@ def test_uncertainty_is_that_of_the_exact_process(data):
 # --- through the estimator
 
 
+@pytest.mark.slow
 def test_all_neighbours_fit_as_all_inducing_points_do(data):
     X, x, *_ = data
     settings = {**LOCAL, "K": 59, "tol": 0, "max_iter": 300}

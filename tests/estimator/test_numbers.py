@@ -29,6 +29,7 @@ def structured(shape=(30, 200), top=None, seed=0):
     return random.poisson(rate * (3 if top is None else top / rate.max()))
 
 
+@pytest.mark.slow
 @unconverged
 @pytest.mark.parametrize("top", [5e4, 1e7])
 @pytest.mark.parametrize("parameters", [{}, {"size_factors": "total"}, {"batch_size": 20}])
@@ -147,6 +148,7 @@ def warnings_of(call):
     return [str(one.message) for one in heard if issubclass(one.category, ConvergenceWarning)]
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_far_below_its_optimum_says_so():
     X = structured((200, 40), top=200)
     assert any("far below" in one for one in warnings_of(lambda: PNMF(3, random_state=0).fit(X)))
@@ -197,6 +199,7 @@ def test_a_lengthscale_at_the_end_of_what_was_tried_is_said(shuffled, told):
     assert sum("lengthscale was learned as" in one for one in found) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [20])
 def test_lengthscales_are_learned_from_many_samples_at_a_place(each):
     random = np.random.default_rng(0)

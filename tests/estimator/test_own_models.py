@@ -134,6 +134,7 @@ def test_a_likelihood_of_ones_own_is_learned(batch_size):
         assert p_values[0] > 0.05 > 0.011 > p_values[1]
 
 
+@pytest.mark.slow
 def test_a_prior_of_ones_own_has_its_divergence(counts):
     model = made(counts, prior=HeavyTailed)
     result = fit_model(model, counts, max_iter=300)

@@ -205,6 +205,7 @@ def test_jitter_is_added_to_the_variance(data):
     assert bound[0] > bound[1] + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [8, 32])
 @pytest.mark.parametrize(
     "prior",
