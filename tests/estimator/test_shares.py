@@ -101,9 +101,8 @@ def test_draws_of_slices_do_not_depend_on_who_reads_them(tmp_path, monkeypatch):
     ("size", "prior"),
     [
         (2, "local=True, K=8"),
-        (3, "local=True, K=8"),
-        (2, "num_inducing=20"),  # and as many as there are places
-        (3, "mode='lower-bound'"),
+        (2, "num_inducing=20"),
+        (3, "mode='lower-bound'"),  # an inducing point at each place
     ],
 )
 def test_a_fit_in_space_is_that_of_one_process(size, prior, tmp_path):
