@@ -125,7 +125,8 @@ def error_of_ratio(
     Towards zero the lower logarithm goes up: by log(1 + e / x) for an error e of a share x, where
     e / x is the usual error. Their mean is taken.
     """
-    relative = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2))
+    variances = np.diagonal(covariances, axis1=1, axis2=2)
+    relative = np.sqrt(np.maximum(variances, np.finfo(float).tiny))
     up = (1 + np.log1p(relative) / relative) / 2
     a, c = np.where(sign < 0, up[:, l], 1.0), np.where(sign > 0, up[:, m], 1.0)
     of_both = 2 * a * c * covariances[:, l, m]

@@ -226,11 +226,6 @@ def select_n_components(
     if check_count("n_seeds", n_seeds) < 2:
         raise ValueError("n_seeds must be at least 2, for a standard error; got 1.")
     fraction = _checked_fraction(hold_out, train_fraction)
-    if checkpoint is not None and not isinstance(random_state, int | np.integer):
-        raise ValueError(
-            "checkpoint needs a seed, by which the files of the fits are known: set random_state "
-            f"to a whole number. It is {random_state!r}."
-        )
     random = check_random_state(random_state)
     seeds = [int(seed) for seed in random.randint(2**31 - 1, size=n_seeds)]
     given = {"coords": coordinates, "groups": groups} | beside | FAST | parameters
@@ -238,8 +233,7 @@ def select_n_components(
     seen = None if hidden is None else hidden.numpy().toarray() == 0
     split = partial(HOLD_OUT[hold_out].split, counts.numpy(), seen, fraction)
     pairs = [(number, seed) for number in numbers for seed in seeds]
-    kept = [{} if checkpoint is None else _kept(checkpoint, *pair) for pair in pairs]
-    each = zip(pairs, kept, strict=True)
+    each = zip(pairs, _files(checkpoint, random_state, pairs), strict=True)
     tasks = [delayed(_trial)(split, s, given | file, *pair) for pair, file in each]
     found = []
     with progress_bar(len(tasks), int(verbose), "fits") as progress:
@@ -265,10 +259,19 @@ def _checked_fraction(hold_out: str, train_fraction: float | None) -> float:
     return float(fraction)
 
 
-def _kept(folder: str | os.PathLike, number: int, seed: int) -> dict[str, Any]:
-    """Return the parameter of a fit that names its checkpoint."""
+def _files(
+    folder: str | os.PathLike | None, random_state: RandomState, pairs: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Return the parameter that names the checkpoint of each fit, by its number and its seed."""
+    if folder is None:
+        return [{} for _ in pairs]
+    if not isinstance(random_state, int | np.integer):
+        raise ValueError(
+            "checkpoint needs a seed, by which the files of the fits are known: set random_state "
+            f"to a whole number. It is {random_state!r}."
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return {"checkpoint": Path(folder) / f"{number}_components_seed_{seed}.ckpt"}
+    return [{"checkpoint": Path(folder) / f"{l}_components_seed_{seed}.ckpt"} for l, seed in pairs]
 
 
 @isolated

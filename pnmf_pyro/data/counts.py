@@ -110,11 +110,10 @@ class Counts(ABC):
     @cached_property
     def _blocks(self) -> list[tuple[slice, Counts]]:
         slices = [slice(a, b) for a, b in zip(self.cuts[:-1], self.cuts[1:], strict=True)]
-        return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else []
+        return [(s, self.rows(s)) for s in slices] if len(slices) > 1 else []  # X: a cycle
 
     def blocks(self) -> Iterator[tuple[slice, Counts]]:
-        """Iterate over (rows, counts of these rows), which together are X; made once and kept."""
-        # Not kept where it is one: what refers to itself stays in memory for long.
+        """Iterate over (rows, counts of these rows), which together are X; several are kept."""
         return iter(self._blocks or [(slice(None), self)])
 
     @cached_property
