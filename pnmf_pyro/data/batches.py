@@ -89,7 +89,8 @@ class Batches:
     batch_size, y_batch_size : int, optional
         Samples and features in a batch; all of them unless given.
     shuffle : bool
-        Whether each pass visits in a new random order, which `generator` draws.
+        Whether each pass visits in a new random order, which `generator` draws. Rows of a store
+        that lie beside one another stay together, a few such runs in each batch.
     scale_ll_D, scale_kl_NM : bool
         Whether the likelihood of a batch is scaled by D/d, and its KL by N/n, as estimates of all.
     generator : torch.Generator, optional
@@ -126,11 +127,17 @@ class Batches:
         prior_scale = 1.0 if self.scale_kl_NM else n / N
         return Batch(counts, samples, features, likelihood_scale, prior_scale)
 
-    def order(self, size: int, batch_size: int | None) -> Tensor:
-        """Return the order in which a pass visits that many samples or features."""
+    def order(self, size: int, batch_size: int | None, runs: int | None = None) -> Tensor:
+        """Return the order in which a pass visits that many samples or features.
+
+        With `runs`, those beside one another stay together, so that a batch has so many runs.
+        """
         if not self.shuffle or batch_size is None or batch_size >= size:
             return torch.arange(size)
-        return torch.randperm(size, generator=self.generator)
+        length = max(1, batch_size // (runs or batch_size))
+        starts = length * torch.randperm(-(-size // length), generator=self.generator)
+        order = (starts[:, None] + torch.arange(length)).flatten()
+        return order[order < size]
 
 
 class Stream(Resumable, Iterator[Batch]):
@@ -158,7 +165,7 @@ class Stream(Resumable, Iterator[Batch]):
             if not len(self.features):
                 self.features = batches.order(D, batches.y_batch_size)
             self.present, self.features = _cut(self.features, batches.y_batch_size, D)
-            self.samples = batches.order(N, batches.batch_size)
+            self.samples = batches.order(N, batches.batch_size, batches.counts.runs_of_batch)
         samples, self.samples = _cut(self.samples, batches.batch_size, N)
         return batches.batch(samples, self.present)
 

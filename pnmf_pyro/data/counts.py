@@ -47,6 +47,7 @@ class Counts(ABC):
     values: Tensor
     shape: tuple[int, int]
     ranks: Ranks = ALONE  # among which the rows of a table are shared out
+    runs_of_batch: int | None = None  # runs of rows in a shuffled batch, where runs are read
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,9 +132,8 @@ class Counts(ABC):
     @cached_property
     def log_factorials(self) -> Tensor:
         """Row sums of log X_ij!, that is sum_j lgamma(X_ij + 1), in float64, shape (n,)."""
-        return torch.cat(
-            [block.row_sums(torch.lgamma(block.values.double() + 1)) for _, block in self.blocks()]
-        )
+        logs = [b.row_sums(torch.lgamma(b.values.double() + 1)) for _, b in self.blocks()]
+        return torch.cat(logs)
 
     @classmethod
     def __torch_function__(

@@ -6,7 +6,7 @@ the totals of rows and columns; later passes find out whether a slice has change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
@@ -25,7 +25,10 @@ from pnmf_pyro.data.tables import hash_of, hash_of_table
 # Stored entries of a slice.
 SLICE_ENTRIES = 1 << 20
 
-Read = Callable[[int, int], Table]
+# Runs of rows in a shuffled batch. Fewer are read faster, and more are more alike.
+RUNS = 16
+
+Read = Callable[[Sequence[slice]], Table]
 
 
 @dataclass
@@ -41,11 +44,13 @@ class FirstPass:
 class StoredCounts(Counts):
     """Counts X of shape (N, D) in a store; of several ranks, each reads slices of its own alone.
 
+    Rows in any order are read run by run.
+
     Parameters
     ----------
     read : callable
-        Function from the numbers of the first row and of that after the last to these rows, an
-        array or a CSR matrix.
+        Function from runs of rows, slices with a start and a stop, to these rows one after
+        another, an array or a CSR matrix.
     shape : tuple of (int, int)
     n_stored : int
         Number of stored entries.
@@ -67,6 +72,8 @@ class StoredCounts(Counts):
         For entries that are no counts, see :func:`~pnmf_pyro.data.checks.check_matrix`, and for a
         store that cannot be read.
     """
+
+    runs_of_batch = RUNS
 
     def __init__(
         self,
@@ -116,15 +123,7 @@ class StoredCounts(Counts):
         return self._slices(self._unchanged)
 
     def rows(self, index: Tensor | slice) -> Counts:  # noqa: D102
-        if isinstance(index, slice):
-            return self._typed(self._read(index.start, index.stop))
-        first, last = int(index[0]), int(index[-1]) + 1
-        if last - first != len(index):
-            raise ValueError(
-                "Rows of a store are read in their order. Set shuffle=False for batches of a "
-                "store, or read it into memory."
-            )
-        return self._typed(self._read(first, last))
+        return self._typed(self._read([index] if isinstance(index, slice) else _runs(index)))
 
     def matmul(self, entries: Tensor, B: Tensor) -> Tensor:
         """Return X B, of shape (N, L); `entries` must be `values`, which stand for those of X."""
@@ -182,21 +181,22 @@ class StoredCounts(Counts):
                     ahead = thread.submit(read, *pairs[number + 1])
                 yield slice(start, stop), block
 
-    def _read(self, start: int, stop: int) -> Table:
-        start, stop = start + self.first, stop + self.first
+    def _read(self, runs: Sequence[slice]) -> Table:
+        runs = [slice(run.start + self.first, run.stop + self.first) for run in runs]
+        rows = f"rows {min(run.start for run in runs)} to {max(run.stop for run in runs) - 1}"
         try:
-            table = self.read(start, stop)
+            table = self.read(runs)
         except Exception as error:  # whatever the store's library raises
             raise ValueError(
-                f"{self.name} cannot be read at rows {start} to {stop - 1}: {error}. The file may "
-                "be cut off or damaged; write it anew."
+                f"{self.name} cannot be read at {rows}: {error}. The file may be cut off or "
+                "damaged; write it anew."
             ) from error
-        if table.shape != (stop - start, self.shape[1]):
-            raise ValueError(f"{self.name} is cut off: rows {start} to {stop - 1} are not there.")
+        if table.shape != (sum(run.stop - run.start for run in runs), self.shape[1]):
+            raise ValueError(f"{self.name} is cut off: {rows} are not there.")
         return sp.csr_matrix(table) if sp.issparse(table) else np.asarray(table)
 
     def _checked(self, start: int, stop: int) -> Counts:
-        table = self._read(start, stop)
+        table = self._read([slice(start, stop)])
         try:
             block = check_matrix(table)
             self._as_it_is[start] = _is_plain(table, block)
@@ -206,7 +206,7 @@ class StoredCounts(Counts):
             raise ValueError(f"{self.name}, {self._named(start, stop)}: {error}") from error
 
     def _unchanged(self, start: int, stop: int) -> Counts:
-        block = self._typed(self._read(start, stop), self._as_it_is[start])
+        block = self._typed(self._read([slice(start, stop)]), self._as_it_is[start])
         if _mark(block) != self._marks[start]:
             raise ValueError(
                 f"{self.name} changed while it was read: {self._named(start, stop)} are not what "
@@ -221,6 +221,26 @@ class StoredCounts(Counts):
         block = SparseCounts.from_scipy(table) if as_it_is else as_counts(table)
         block = block if block.dtype == self.dtype else block.to(self.dtype)
         return PassingCounts(**vars_of(block)) if isinstance(block, SparseCounts) else block
+
+
+def joined(read: Callable[[slice], Table], several: Read | None = None) -> Read:
+    """Return what reads runs of rows, from what reads one, and `several` at once if there is it."""
+
+    def of_runs(runs: Sequence[slice]) -> Table:
+        if len(runs) == 1:
+            return read(runs[0])
+        if several is not None:
+            return several(runs)
+        parts = [read(run) for run in runs]
+        return sp.vstack(parts, "csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+    return of_runs
+
+
+def _runs(index: Tensor) -> list[slice]:
+    """Return the runs of numbers that follow one another in an index."""
+    cuts = (torch.diff(index) != 1).nonzero()[:, 0] + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in index.tensor_split(cuts.cpu())]
 
 
 def _is_plain(table: Any, block: Counts) -> bool:

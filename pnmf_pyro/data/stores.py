@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import scipy.sparse as sp
 
 from pnmf_pyro.data.counts import Table
 from pnmf_pyro.data.parallel import ALONE, Ranks
-from pnmf_pyro.data.stored import StoredCounts
+from pnmf_pyro.data.stored import Read, StoredCounts, joined
 
 ENDINGS = (".h5ad", ".zarr")
 
@@ -94,7 +95,7 @@ def stored_counts(
         raise ValueError(f"{name} has no {where}; its layers are {layers}.")
     table = store[where]
     if hasattr(table, "shape"):
-        return StoredCounts(lambda a, b: table[a:b], table.shape, table.size, name, ranks)
+        return StoredCounts(joined(table.__getitem__), table.shape, table.size, name, ranks)
     sparse_dataset = getattr(needed("anndata.io"), "sparse_dataset", None)
     if sparse_dataset is None:
         raise ImportError("Stores need anndata of version 0.11 or later: pip install -U anndata")
@@ -109,10 +110,43 @@ def stored_counts(
             "CSR: adata.X = adata.X.tocsr(), then adata.write."
         )
 
-    def read(start: int, stop: int) -> Table:
+    def read(run: slice) -> Table:
         # By itself: to select rows of the dataset, anndata looks up versions of packages each time.
-        first, last = int(starts[start]), int(starts[stop])
+        within = starts[run.start : run.stop + 1]
+        first, last = int(within[0]), int(within[-1])
         parts = (table[name][first:last] for name in ("data", "indices"))
-        return sp.csr_matrix((*parts, starts[start : stop + 1] - first), (stop - start, shape[1]))
+        return sp.csr_matrix((*parts, within - first), (len(within) - 1, shape[1]))
 
-    return StoredCounts(read, shape, n_stored, name, ranks)
+    several = by_annbatch(dataset) if Path(name).is_dir() else None
+    return StoredCounts(joined(read, several), shape, n_stored, name, ranks)
+
+
+def by_annbatch(dataset: Any) -> Read | None:
+    """Return what reads runs of rows of sparse counts in .zarr at once; None without annbatch."""
+    try:
+        annbatch, abc = import_module("annbatch"), import_module("annbatch.abc")
+    except ImportError:
+        return None
+
+    class Runs(abc.Sampler):  # type: ignore[name-defined]
+        """One batch of the runs that are asked for."""
+
+        batch_size, shuffle = None, False
+
+        def validate(self, n_obs: int) -> None: ...
+
+        def n_batches(self, n_obs: int) -> int:
+            return 1
+
+        def _sample(self, n_obs: int) -> Iterator[dict[str, Any]]:
+            yield {"requests": self.rows, "splits": [np.arange(len(self.rows))]}
+
+    sampler = Runs()
+    loader = annbatch.Loader(batch_sampler=sampler, preload_to_gpu=False).add_dataset(dataset)
+
+    def read(runs: Sequence[slice]) -> Table:
+        sampler.rows = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+        (batch,) = loader
+        return batch["X"]
+
+    return read

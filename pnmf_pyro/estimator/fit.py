@@ -289,10 +289,8 @@ def _fit_stored(
     parameters: dict[str, Any],
     kept: dict[str, Any],
 ) -> PNMF:
-    """Fit counts that stay in a store, whose batches are read in their order."""
-    chosen = dict(parameters)
-    if chosen.get("batch_size") is not None:
-        chosen.setdefault("shuffle", False)
-    model = recommended(counts.ranks.whole(counts.shape), None, None, n_components, chosen)
+    """Fit counts that stay in a store."""
+    shape = counts.ranks.whole(counts.shape)
+    model = recommended(shape, None, None, n_components, parameters)
     model.fit(counts, size_factors=size_factors, **kept)
     return model

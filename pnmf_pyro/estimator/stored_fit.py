@@ -12,7 +12,7 @@ import numpy as np
 
 from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.parallel import Ranks, processes
-from pnmf_pyro.data.stored import StoredCounts
+from pnmf_pyro.data.stored import StoredCounts, joined
 from pnmf_pyro.data.stores import gather_metadata, needed, opened, stored_counts
 from pnmf_pyro.data.tables import hash_of
 from pnmf_pyro.estimator.anndata_bridge import AnnDataKeys
@@ -105,11 +105,11 @@ def large_table(
     if keys.spatial_key is not None and keys.spatial_key in adata.obsm:
         _say_no_space(name, keys.spatial_key)
 
-    def read(start: int, stop: int) -> Any:
-        rows = X[start:stop]
+    def read(run: slice) -> Any:
+        rows = X[run]
         return rows.compute() if hasattr(rows, "compute") else rows
 
-    return StoredCounts(read, X.shape, n_stored, name, ranks)
+    return StoredCounts(joined(read), X.shape, n_stored, name, ranks)
 
 
 def _refuse_what_needs_memory(

@@ -72,7 +72,7 @@ SHARES = (0.0, 0.5, 1.0)
 # What components differ in, and what a factor on all of them may change.
 LENGTHS = ("lengthscale", *OF_GROUPS)
 
-# Nats by which samples must be predicted better for components to differ.
+# Nats by which samples must be predicted better for components to differ, or another kernel.
 TOLD = 2.0
 
 
@@ -256,7 +256,8 @@ class HyperparameterSearch:
         """Search the same values for all components, with each kernel that there is to choose.
 
         Each on the whole grid: from where another kernel is best, a rough one without a nugget is
-        not found.
+        not found. The first is taken unless another predicts better for sure: a rough kernel of a
+        long lengthscale predicts much as a smooth one of a short lengthscale does.
         """
         values = {k: v[:1].clone() for k, v in self.kernel.hyperparameters.items()}
         for name in self.names:
@@ -265,7 +266,9 @@ class HyperparameterSearch:
         for number in range(len(self.kernel.names)):
             self.kernel.choose(number)
             found[number] = self._search(values, mean)
-        best = min(found, key=lambda number: found[number][0])
+        self.kernel.choose(0)
+        self.dispersion = self._dispersion(found[0][1], mean)
+        best = self._best([loss for loss, _ in found.values()])
         self.kernel.choose(best)
         n_sets = len(self.kernel.sigma)
         return {k: v.expand(n_sets).clone() for k, v in found[best][1].items()}, mean
@@ -307,10 +310,13 @@ class HyperparameterSearch:
             away = {name: share * (log - log.median()) for name, log in logs.items()}
             tried.append(self._within(values | {k: values[k] * away[k].exp() for k in away}))
         with torch.no_grad():
-            losses = np.array([float(self.loss(one, mean)) for one in tried])
-        gain = len(self.judged) / self.dispersion * (losses[0] - losses)
-        best = int(np.nanargmax(gain))
-        return tried[best] if gain[best] > TOLD else tried[0]
+            return tried[self._best([float(self.loss(one, mean)) for one in tried])]
+
+    def _best(self, losses: Sequence[float]) -> int:
+        """Return the number of the least loss, or 0 where that predicts as well."""
+        best = int(np.nanargmin(losses))
+        gain = len(self.judged) / self.dispersion * (losses[0] - losses[best])
+        return best if gain > TOLD else 0
 
     def _own(self, l: int, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Hyperparameters of component l by the evidence of its sites, from common values."""

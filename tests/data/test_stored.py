@@ -1,14 +1,18 @@
 """Counts in a store have the products of the same counts in memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
 from pnmf_pyro.data import stored
+from pnmf_pyro.data.batches import Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.log_rate import log_rate_with_gradients
-from pnmf_pyro.data.stored import StoredCounts, StoredMatrix
+from pnmf_pyro.data.stored import StoredCounts, StoredMatrix, joined
+from pnmf_pyro.data.stores import by_annbatch, opened
 from pnmf_pyro.initialization import initialize_factors
 
 X = np.random.default_rng(0).poisson(0.5, size=(83, 12)).astype(np.float32)
@@ -22,7 +26,7 @@ def _small_slices(monkeypatch):
 def in_store(table=X, sparse=True):
     table = sp.csr_matrix(table) if sparse else table
     n_stored = table.nnz if sparse else table.size
-    return StoredCounts(lambda a, b: table[a:b], table.shape, n_stored, "cells.h5ad")
+    return StoredCounts(joined(table.__getitem__), table.shape, n_stored, "cells.h5ad")
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -88,7 +92,7 @@ def test_a_store_that_changes_is_found():
 def test_a_store_that_cannot_be_read():
     counts = in_store()
 
-    def fail(start, stop):
+    def fail(runs):
         raise OSError("unexpected end of file")
 
     counts.read = fail
@@ -96,14 +100,40 @@ def test_a_store_that_cannot_be_read():
         list(counts.blocks())
 
 
-def test_rows_come_in_their_order():
-    counts = in_store()
-    torch.testing.assert_close(counts.rows(torch.arange(5, 9)).to_dense(), torch.from_numpy(X[5:9]))
-    with pytest.raises(ValueError, match="shuffle=False"):
-        counts.rows(torch.tensor([4, 2]))
+@pytest.mark.parametrize("sparse", [True, False])
+def test_rows_come_in_the_order_that_is_asked_for(sparse):
+    counts, asked = in_store(sparse=sparse), []
+    read, counts.read = counts.read, lambda runs: asked.append(runs) or read(runs)
+    for index in ([5, 6, 7, 8], [7, 8, 2, 3, 4, 0, 82]):
+        found = counts.rows(torch.tensor(index)).to_dense()
+        torch.testing.assert_close(found, torch.from_numpy(X[index]))
+    assert asked == [[slice(5, 9)], [slice(7, 9), slice(2, 5), slice(0, 1), slice(82, 83)]]
+
+
+def test_shuffled_batches_are_runs_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches(in_store(), 32, shuffle=True, generator=generator)
+    stream = iter(batches)
+    samples = torch.cat([next(stream).samples for _ in range(3)]).tolist()
+    assert sorted(samples) == list(range(83))
+    following = dict(itertools.pairwise(samples))
+    assert all(following[i] == i + 1 for i in range(0, 82, 2))
+    assert sum(following[i] == i + 1 for i in range(1, 81, 2) if i in following) < 5
 
 
 @pytest.mark.parametrize("ask", ["numpy", "to_dense"])
 def test_nothing_is_read_as_a_whole(ask):
     with pytest.raises(ValueError, match="Read it into memory"):
         getattr(in_store(), ask)()
+
+
+def test_annbatch_reads_the_same_rows(tmp_path):
+    pytest.importorskip("annbatch", reason="annbatch needs Python 3.12")
+    anndata = pytest.importorskip("anndata")
+    path = tmp_path / "cells.zarr"
+    anndata.AnnData(sp.csr_matrix(X)).write_zarr(path, chunks=(50,))
+    with opened(path) as store:
+        read = by_annbatch(anndata.io.sparse_dataset(store["X"]))
+        for _ in range(2):
+            found = read([slice(60, 63), slice(5, 9), slice(82, 83)])
+            np.testing.assert_array_equal(found.toarray(), X[[60, 61, 62, 5, 6, 7, 8, 82]])
