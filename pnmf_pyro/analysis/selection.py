@@ -241,13 +241,17 @@ def select_n_components(
             found.append(result)
             progress.update()
     by_number = [found[start : start + n_seeds] for start in range(0, len(found), n_seeds)]
+    return _compared(numbers, by_number, hold_out)
+
+
+def _compared(
+    numbers: list[int], by_number: list[list[tuple[float, np.ndarray]]], hold_out: str
+) -> ComponentSelection:
+    """Return what the deviances and loadings of the fits of each number of components say."""
     paired = [combinations([W for _, W in results], 2) for results in by_number]
-    return ComponentSelection(
-        numbers,
-        np.array([[deviance for deviance, _ in results] for results in by_number]),
-        np.array([[match_factors(a, b).similarity for a, b in pairs] for pairs in paired]),
-        hold_out,
-    )
+    deviances = np.array([[deviance for deviance, _ in results] for results in by_number])
+    alike = np.array([[match_factors(a, b).similarity for a, b in pairs] for pairs in paired])
+    return ComponentSelection(numbers, deviances, alike, hold_out)
 
 
 def _checked_fraction(hold_out: str, train_fraction: float | None) -> float:
