@@ -39,7 +39,8 @@ def is_anndata(thing: object) -> TypeIs[AnnData]:
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     """Return X or a layer of an AnnData object in memory, sparse where it is sparse."""
     if layer is not None and layer not in adata.layers:
-        raise ValueError(f"layer={layer!r} is not there; its layers are {list(adata.layers)}.")
+        names = [name for name in adata.layers if name is not None]  # which newer ones call X
+        raise ValueError(f"layer={layer!r} is not there; its layers are {names}.")
     X = adata.X if layer is None else adata.layers[layer]
     if X is None:
         raise ValueError(

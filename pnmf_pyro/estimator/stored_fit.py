@@ -184,7 +184,8 @@ def write_elements(path: str | os.PathLike, elements: dict[str, Any]) -> None:
                 if group not in store:
                     io.write_elem(store, group, {})
             for where, value in new.items():
-                io.write_elem(store, where, value)
+                group, _, name = where.rpartition("/")
+                io.write_elem(store[group] if group else store, name, value)
         except BaseException:
             for where in new:
                 if where in store:
