@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -275,12 +276,16 @@ def _is_writable(adata: AnnData) -> bool:
 
 def _image(adata: AnnData) -> bytes:
     """The bytes of an .h5ad file, made in memory: HDF5 does not survive a disk that is full."""
-    anndata = import_anndata()
-    write = (anndata.io if hasattr(anndata, "io") else anndata.experimental).write_elem
     with import_h5py().File("results", "w", driver="core", backing_store=False) as file:
-        write(file, "/", adata)
+        _elements().write_elem(file, "/", adata)
         file.flush()
         return file.id.get_file_image()
+
+
+def _elements() -> ModuleType:
+    """What reads and writes parts of files of anndata; before 0.11 it was experimental."""
+    anndata = import_anndata()
+    return anndata.io if hasattr(anndata, "io") else anndata.experimental
 
 
 def _write_into(path: Path, found: AnnData) -> None:
@@ -325,8 +330,9 @@ def _check_layout(path: str | Path, file: Any, new: Any = None) -> None:
             "--out another name, or write the file anew with anndata."
         )
     for axis in ("obs", "var") if new is not None else ():
-        held, names = (one[axis][one[axis].attrs["_index"]].asstr()[:] for one in (file, new))
-        if not np.array_equal(held, names):
+        frames = [one[axis] for one in (file, new)]
+        held, names = (_elements().read_elem(one[one.attrs["_index"]]) for one in frames)
+        if list(held) != list(names):
             raise ValueError(f"{path} has changed since it was read: its {axis}_names are others.")
 
 

@@ -216,7 +216,8 @@ def test_results_go_into_the_table_of_a_spatialdata_store(store, adata, monkeypa
     after = files_in(store)
     changed = {str(file) for file in before if before[file] != after[file]}
     assert all(
-        "/placed/obs/" in file or file.endswith((".zmetadata", ".zattrs")) for file in changed
+        "/placed/obs/" in file or file.endswith((".zmetadata", ".zattrs", "zarr.json"))
+        for file in changed
     )
     new = {
         file.relative_to(store / "tables" / "placed").parts[:2] for file in after.keys() - before
