@@ -22,6 +22,6 @@ if __name__ == "__main__":
         main(["fit", counts, *settings, "--out", "factors.h5ad"])
         main(["plot", "factors.h5ad", "--out", "report.html"])
         browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars"]
-        shot = ["--window-size=740,1110", f"--screenshot={picture}", "report.html"]
+        shot = ["--window-size=740,950", f"--screenshot={picture}", "report.html"]
         subprocess.run([*browser, *shot], check=True)
     Image.open(picture).convert("RGB").quantize(128, kmeans=1).save(picture, optimize=True)
