@@ -29,7 +29,9 @@ for _notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipy
     if _pictures:  # the richest of them stands for the notebook
         _picture = Image.open(io.BytesIO(max(_pictures, key=len)))
         _picture.thumbnail((480, 480))
-        _picture.quantize(method=Image.Quantize.FASTOCTREE).save(_tutorials / f"{_notebook.stem}.png", optimize=True)
+        _picture.quantize(method=Image.Quantize.FASTOCTREE).save(
+            _tutorials / f"{_notebook.stem}.png", optimize=True
+        )
     _image = f"![]({_name}.png)" * bool(_pictures)
     _said = " ".join(re.split(r"(?<=\.)\s+", " ".join(_lead.split()))[:2])
     _gallery.append(f"- {_image}\n\n  **[{_title.lstrip('# ')}]({_name})**\n\n  {_said}\n")
