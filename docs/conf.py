@@ -2,10 +2,13 @@
 
 import base64
 import configparser
+import io
 import json
 import re
 import shutil
 from pathlib import Path
+
+from PIL import Image
 
 import pnmf_pyro
 
@@ -24,7 +27,11 @@ for _notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipy
     _pictures = [base64.b64decode(one["image/png"]) for one in _data if "image/png" in one]
     _name = f"tutorials/{_notebook.stem}"
     if _pictures:  # the richest of them stands for the notebook
-        (_tutorials / f"{_notebook.stem}.png").write_bytes(max(_pictures, key=len))
+        _picture = Image.open(io.BytesIO(max(_pictures, key=len)))
+        _picture.thumbnail((480, 480))
+        _picture.quantize(method=Image.Quantize.FASTOCTREE).save(
+            _tutorials / f"{_notebook.stem}.png", optimize=True
+        )
     _image = f"![]({_name}.png)" * bool(_pictures)
     _said = " ".join(re.split(r"(?<=\.)\s+", " ".join(_lead.split()))[:2])
     _gallery.append(f"- {_image}\n\n  **[{_title.lstrip('# ')}]({_name})**\n\n  {_said}\n")
