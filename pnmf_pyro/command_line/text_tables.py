@@ -59,7 +59,7 @@ def read_text(path: Path, form: TextForm, missing: bool = False) -> CountTable:
                 keep_default_na=False,
                 na_values=[],
                 low_memory=False,
-                float_precision="round_trip",
+                **({"float_precision": "round_trip"} if pandas.__version__ < "3" else {}),
                 chunksize=max(FEWEST_ROWS, PIECE // look.width),
             ):
                 for j, column in enumerate(words):
