@@ -33,19 +33,22 @@ def default_type(kind: torch.dtype):
         torch.set_default_dtype(before)
 
 
+# Each from the outermost to the innermost: `block` hides what is around it, and a mask what is scaled.
 SURROUNDINGS = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "float64": lambda: default_type(torch.float64),
-    "bfloat16": lambda: default_type(torch.bfloat16),
-    "device meta": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "scale": lambda: poutine.scale(scale=3.0),
-    "mask": lambda: poutine.mask(mask=False),
-    "block": poutine.block,
-    "trace": poutine.trace,
-    "plate": lambda: pyro.plate("components", 7),
-    "seed": lambda: poutine.seed(rng_seed=5),
+    "no_grad": (torch.no_grad, lambda: default_type(torch.float64)),
+    "inference_mode": (torch.inference_mode, lambda: default_type(torch.bfloat16)),
+    "device meta": (lambda: torch.device("meta"),),
+    "autocast": (
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        poutine.block,
+        lambda: poutine.scale(scale=3.0),
+        lambda: pyro.plate("components", 7),
+    ),
+    "mask": (
+        lambda: poutine.mask(mask=False),
+        poutine.trace,
+        lambda: poutine.seed(rng_seed=5),
+    ),
 }
 
 
@@ -89,7 +92,8 @@ def alone() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_surroundings_change_no_bit(name, alone, users_parameter):
     with ExitStack() as around:
-        around.enter_context(SURROUNDINGS[name]())
+        for surrounding in SURROUNDINGS[name]:
+            around.enter_context(surrounding())
         before = shared_state() if name != "device meta" else None
         found = results()
         if before is not None:

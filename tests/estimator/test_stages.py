@@ -78,19 +78,21 @@ def assert_same(one: PNMF, other: PNMF) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_stages_a_fit_settles(data, kind):
-    settings = KINDS[kind]
+    settings = {**KINDS[kind], "max_iter": 20}
     stages = [Settle(), Correlate(), Settle()] if settings.get("local") else [Settle()]
-    assert_same(fit(data, settings), fit(data, settings, stages))
-    assert_same(fit(data, settings), fit(data, settings, tuple(stages), mode=settings["mode"]))
+    assert_same(fit(data, settings), fit(data, settings, tuple(stages)))
 
 
 @pytest.mark.parametrize(
-    "learning",
-    [{"train_lengthscale": True}, {"learn": ("sigma", "nugget")}, {"kernel": ("RBF", "Matern12")}],
+    ("kind", "learning"),
+    [
+        ("SVGP", {"train_lengthscale": True}),
+        ("SVGP, standard", {"learn": ("sigma", "nugget")}),
+        ("LCGP", {"kernel": ("RBF", "Matern12")}),
+    ],
 )
-@pytest.mark.parametrize("kind", ["SVGP", "SVGP, standard", "LCGP"])
 def test_what_is_learned_is_learned_where_the_field_has_settled(data, learning, kind):
-    settings = {**KINDS[kind], **learning}
+    settings = {**KINDS[kind], **learning, "max_iter": 20}
     stages = [Settle(mode="lower-bound"), LearnHyperparameters(), Settle()]
     if settings.get("local"):
         stages += [Correlate(30), Settle()]
@@ -122,7 +124,7 @@ def test_a_weight_below_one_follows_the_samples_more_closely(data, kind):
     """The divergence from the prior rises as its weight falls."""
     divergence = {}
     for weight in (0.3, 1.0, 3.0):
-        model = fit(data, KINDS[kind], [Settle(kl_weight=weight)], max_iter=80).model_
+        model = fit(data, KINDS[kind], [Settle(kl_weight=weight)], max_iter=25).model_
         q = model.prior.marginal()
         divergence[weight] = float(q.loc.detach().var(1).mean())
     assert divergence[0.3] > divergence[1.0] > divergence[3.0]
@@ -140,7 +142,7 @@ def test_a_warm_up_without_space_settles_the_lower_bound(data):
 def test_a_warm_up_in_space_is_a_fit_without(data, kind, monkeypatch):
     """Step by step, not extrapolated; its q(F) and loadings are where the next stage begins."""
     flat = {name: value for name, value in STEPS.items() if name not in ("spatial", "lengthscale")}
-    settings = {**KINDS[kind], "max_iter": 200, "tol": 1e-4}
+    settings = {**KINDS[kind], "max_iter": 60, "tol": 1e-4}
     warm = fit(data, settings, [WarmUp(), Settle()])
     name, first, last = warm.history_.stages[0]
     assert (name, first) == ("warm-up", 0)
@@ -148,7 +150,7 @@ def test_a_warm_up_in_space_is_a_fit_without(data, kind, monkeypatch):
         patch.setattr("pnmf_pyro.training.loop.MOST", 0.0)
         alone = fit(data, {**flat, "max_iter": last, "tol": 0.0})
     np.testing.assert_allclose(warm.history_[:last], alone.history_, rtol=1e-7)
-    cold = fit(data, settings, [Settle()])
+    cold = fit(data, settings, [Settle()], max_iter=2)
     assert warm.history_[last] > cold.history_[0] + 100
 
 
@@ -156,10 +158,10 @@ def test_a_warm_up_in_space_is_a_fit_without(data, kind, monkeypatch):
 def test_what_follows_a_warm_up_takes_its_factors_over(data, kind):
     """Each stage that reads q(F) of the field finds what the warm-up has found."""
     stages = [WarmUp(), Settle()]
-    settled = fit(data, KINDS[kind], stages, max_iter=200)
+    settled = fit(data, KINDS[kind], stages, max_iter=60)
     after = [SettleLoadings(), RestoreSpread(), *([Correlate()] if kind == "LCGP" else [])]
     for stage in after:
-        model = fit(data, KINDS[kind], [WarmUp(), stage], max_iter=200)
+        model = fit(data, KINDS[kind], [WarmUp(), stage], max_iter=60)
         correlation = np.corrcoef(log_factors(model).T, log_factors(settled).T)[:2, 2:]
         assert correlation.max(1).min() > 0.8, stage
 
@@ -206,7 +208,7 @@ def test_restored_spread_is_that_of_weight_one_around_the_same_means(data, kind)
 
 def test_restored_precisions_are_those_of_the_sites_with_their_weight(data):
     """Without space: 1 / sigma^2 is that of the prior and of a site, of which the weight counts."""
-    settings = {**FLAT, "max_iter": 400, "tol": 1e-9}
+    settings = {**FLAT, "max_iter": 150, "tol": 1e-9}
     tight, wide = (
         fit(data, settings, [Settle(kl_weight=0.25), *after]).model_.prior
         for after in ([], [RestoreSpread()])
@@ -229,8 +231,8 @@ def test_loadings_settle_around_a_q_at_rest(data, kind, shrink):
     settings = KINDS[kind]
     if shrink and settings["loadings_mode"] != "multiplicative":
         settings = {**settings, "loadings_mode": "multiplicative"}
-    plain = fit(data, settings, [Settle()], max_iter=40)
-    model = fit(data, settings, [Settle(), SettleLoadings(shrink)], max_iter=80)
+    plain = fit(data, settings, [Settle()], max_iter=15)
+    model = fit(data, settings, [Settle(), SettleLoadings(shrink)], max_iter=30)
     for function in (log_factors, factor_uncertainty):
         np.testing.assert_array_equal(function(model, **Q), function(plain, **Q))
     assert (model.components_ != plain.components_).any()
@@ -261,18 +263,17 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("max_iter", [1, 2, 5, 23, 60])
+@pytest.mark.parametrize(("max_iter", "tol"), [(1, 0), (5, 0), (23, 0), (40, 1e-3)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_max_iter_bounds_the_whole_fit(data, recipe, max_iter):
+def test_max_iter_bounds_the_whole_fit(data, recipe, max_iter, tol):
     settings, stages = RECIPES[recipe]
-    for tol in (0, 1e-3):
-        model = fit(data, settings, stages, max_iter=max_iter, tol=tol)
-        assert model.n_iter_ == len(model.history_) <= max_iter
-        assert model.n_iter_ == max_iter or tol > 0
-        assert np.isfinite(model.history_).all()
-        edges = [0, *(last for _, _, last in model.history_.stages)]
-        assert [first for _, first, _ in model.history_.stages] == edges[:-1]
-        assert edges[-1] == model.n_iter_
+    model = fit(data, settings, stages, max_iter=max_iter, tol=tol)
+    assert model.n_iter_ == len(model.history_) <= max_iter
+    assert model.n_iter_ == max_iter or tol > 0
+    assert np.isfinite(model.history_).all()
+    edges = [0, *(last for _, _, last in model.history_.stages)]
+    assert [first for _, first, _ in model.history_.stages] == edges[:-1]
+    assert edges[-1] == model.n_iter_
 
 
 def test_stages_that_train_share_what_is_left(data):
@@ -358,7 +359,7 @@ def test_a_stage_is_a_value(stage):
 
 
 def test_stages_survive_clones_parameters_and_pickles(data):
-    model = fit(data, {**LOCAL, "train_lengthscale": True, "max_iter": 24}, IN_SPACE)
+    model = fit(data, {**LOCAL, "train_lengthscale": True, "max_iter": 12}, IN_SPACE)
     assert model.get_params()["stages"] is IN_SPACE
     again = clone(model)
     assert again.stages == IN_SPACE
@@ -372,9 +373,9 @@ def test_stages_survive_clones_parameters_and_pickles(data):
     np.testing.assert_array_equal(get_factors(refit), get_factors(model))
 
 
-@pytest.mark.parametrize("stages", [None, IN_SPACE, tuple(IN_SPACE), [Settle()]])
+@pytest.mark.parametrize("stages", [None, tuple(IN_SPACE), [Settle()]])
 def test_stages_survive_a_file(data, stages, tmp_path):
-    model = fit(data, {**LOCAL, "train_lengthscale": True, "max_iter": 24}, stages)
+    model = fit(data, {**LOCAL, "train_lengthscale": True, "max_iter": 12}, stages)
     model.save(tmp_path / "model.npz")
     loaded = PNMF.load(tmp_path / "model.npz")
     assert loaded.stages == (None if stages is None else tuple(stages))

@@ -93,14 +93,16 @@ def test_all_counts_may_be_given_as_they_are(data, form):
         assert Trace_ELBO().loss(model.model, model.guide, given) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("prior", ["independent", "inducing points"])
-def test_svi_by_minibatches(data, prior):
+@pytest.mark.parametrize(
+    ("prior", "lr", "steps"), [("independent", 0.1, 300), ("inducing points", 0.05, 500)]
+)
+def test_svi_by_minibatches(data, prior, lr, steps):
     model, counts = make(data, prior), as_counts(data[0])
     batches = iter(Batches(counts, 20, shuffle=True, generator=torch_generator(0)))
     with drawing(0):
-        svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-        losses = [svi.step(next(batches)) for _ in range(600)]
-    reached = -fit_model(make(data, prior), data[0], max_iter=300).elbo
+        svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
+        losses = [svi.step(next(batches)) for _ in range(steps)]
+    reached = -fit_model(make(data, prior), data[0], max_iter=150).elbo
     assert np.mean(losses[-60:]) < 1.05 * reached
 
 
@@ -163,38 +165,38 @@ FITTED = [
 ]
 
 
-@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize(("prior", "natural", "rank"), FITTED)
-def test_objectives_of_pyro_are_the_same_bound(data, prior, natural, rank, objective):
+def test_objectives_of_pyro_are_the_same_bound(data, prior, natural, rank):
     """One-particle estimates, like ours of mode `simple`, have one mean: within 5 errors."""
     model = make(data, prior, natural, torch.float64, mode="simple")
     if natural:
         settled(model, data, rank)
     else:
-        fit_model(model, data[0].double(), max_iter=200)
+        fit_model(model, data[0].double(), max_iter=100)
     batch = Batch(as_counts(data[0].double()))
     with drawing(1):
-        ours, theirs = (
-            [one.loss(model.model, model.guide, batch) for _ in range(400)]
-            for one in (FactorizationELBO("simple", 1), objective())
+        ours, *others = (
+            [one.loss(model.model, model.guide, batch) for _ in range(280)]
+            for one in (FactorizationELBO("simple", 1), Trace_ELBO(), TraceMeanField_ELBO())
         )
-    error = np.sqrt((np.var(ours) + np.var(theirs)) / 400)
-    assert abs(np.mean(theirs) - np.mean(ours)) < SIGMAS * error
-    assert error < 2.0, "an error bar this wide would prove nothing"
+    for theirs in others:
+        error = np.sqrt((np.var(ours) + np.var(theirs)) / 280)
+        assert abs(np.mean(theirs) - np.mean(ours)) < SIGMAS * error
+        assert error < 2.0, "an error bar this wide would prove nothing"
 
 
 def test_the_bound_of_a_fitted_estimator(data):
     """Its model is in `simple` mode what Pyro's own objectives say of it."""
     X, places = data
-    fit = pnmf_pyro.fit(X.numpy(), places.coordinates.numpy(), n_components=L, random_state=0)
+    fit = pnmf_pyro.fit(X.numpy(), places.coordinates.numpy(), n_components=L, max_iter=60)
     batch, simple = Batch(as_counts(X)), FactorizationELBO("simple", 1000)
     elbo = evaluate_elbo(fit.model_, Batches(as_counts(X)), simple, torch_generator(0))
     with drawing(0):
         for objective in (Trace_ELBO, TraceMeanField_ELBO):
             losses = [
-                objective().loss(fit.model_.model, fit.model_.guide, batch) for _ in range(200)
+                objective().loss(fit.model_.model, fit.model_.guide, batch) for _ in range(100)
             ]
-            error = np.std(losses) / 200**0.5
+            error = np.std(losses) / 100**0.5
             assert abs(np.mean(losses) + elbo) < SIGMAS * error + 0.5
 
 
