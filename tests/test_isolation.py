@@ -33,7 +33,7 @@ def default_type(kind: torch.dtype):
         torch.set_default_dtype(before)
 
 
-# Each from the outermost to the innermost: `block` hides what is around it, and a mask what is scaled.
+# From the outermost to the innermost: `block` hides what is around it.
 SURROUNDINGS = {
     "no_grad": (torch.no_grad, lambda: default_type(torch.float64)),
     "inference_mode": (torch.inference_mode, lambda: default_type(torch.bfloat16)),

@@ -174,9 +174,15 @@ def test_inference_again_ends_at_the_optimum_with_the_same_rank(prior):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", ["independent", "SVGP", "LCGP", "side by side"])
-@pytest.mark.parametrize("mode", ["expanded", "simple", "lower-bound"])
-def test_posteriors_are_calibrated(prior, mode):
+@pytest.mark.parametrize(
+    ("mode", "prior"),
+    [
+        *[("expanded", prior) for prior in ("independent", "SVGP", "LCGP", "side by side")],
+        *[("simple", prior) for prior in ("independent", "SVGP")],
+        *[("lower-bound", prior) for prior in ("independent", "SVGP", "LCGP")],
+    ],
+)
+def test_posteriors_are_calibrated(mode, prior):
     """Flagged without a fault: p < 0.01, and coverage beyond three standard errors."""
     found = calibrate(model_of(prior, mode, N=15), 40, random_state=1)
     assert not found.flagged, found.verdict()

@@ -299,8 +299,10 @@ def start(*arguments, **streams):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("when", ["imports", "fit"])
+@pytest.mark.parametrize(
+    ("number", "code", "when"),
+    [(signal.SIGINT, 130, "imports"), (signal.SIGINT, 130, "fit"), (signal.SIGTERM, 143, "fit")],
+)
 def test_a_signal_ends_in_one_line(number, code, when, folder):
     before = names(folder)
     process = start("fit", "counts.csv", "--out", "out.npz", *LONG)

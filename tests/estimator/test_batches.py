@@ -119,7 +119,9 @@ def test_labels_and_units_do_not_matter(data, model):
     other = fitted(data, batches=pd.Series(data["labels"]).map({"a": 3, "b": 1, "c": 2}).to_numpy())
     np.testing.assert_allclose(model.batch_effects_, other.batch_effects_[:, [2, 0, 1]], atol=1e-3)
     scaled = fitted(data, covariates=1000 * data["z"] + 1e6)
-    np.testing.assert_allclose(model.covariate_effects_, 1000 * scaled.covariate_effects_, atol=1e-3)
+    np.testing.assert_allclose(
+        model.covariate_effects_, 1000 * scaled.covariate_effects_, atol=1e-3
+    )
 
 
 def test_a_frame_has_numbers_and_words(data):
