@@ -38,7 +38,7 @@ def results(file):
 @pytest.mark.slow
 def test_a_command_that_is_stopped_goes_on(folder, capsys):
     """By SIGTERM in the midst of its steps."""
-    fit = (*FIT, "--set", "max_iter=3000", "--out", "out.npz")
+    fit = (*FIT, "--set", "max_iter=1000", "--out", "out.npz")
     with subprocess.Popen([*COMMAND, *fit], stderr=subprocess.PIPE, text=True) as process:
         while not (folder / "run.ckpt").exists():
             time.sleep(0.02)
@@ -80,6 +80,6 @@ def test_what_cannot_be_a_checkpoint_ends_with_code_2(options, message, folder, 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_fits_that_are_killed_go_on_to_the_same_bits(name, tmp_path):
     """A few times; `python -m benchmarks stops` does it more often."""
-    for told in killed_fits(name, 3, 300, 40, 3, tmp_path):
+    for told in killed_fits(name, 2, 300, 40, 3, tmp_path):
         assert told["same"]
         assert not told["rests"]
