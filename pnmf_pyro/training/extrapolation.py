@@ -177,4 +177,5 @@ class Extrapolation(Accepted):
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        if not torch.equal(target, source):  # or what is made of it would be made again
+            target.copy_(source)

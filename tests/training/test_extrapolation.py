@@ -12,6 +12,7 @@ import pnmf_pyro
 from pnmf_pyro.data.batches import Batch, Batches
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.random_state import torch_generator
+from pnmf_pyro.gp import neighborhoods
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.models.elbo import FactorizationELBO
 from pnmf_pyro.priors import LCGP, SVGP, GaussianPrior
@@ -273,3 +274,19 @@ def test_no_step_changes_a_buffer_that_is_called_given(name, monkeypatch):
         warnings.simplefilter("ignore", ConvergenceWarning)
         pnmf_pyro.fit(X, n_components=2, random_state=0, **{what: data[what]}, **settings)
     assert name in {n.rsplit(".", 1)[-1] for _, kept in starts.values() for n in kept}
+
+
+def test_what_the_kernel_alone_decides_is_made_once(monkeypatch):
+    """Going back to a saved point writes nothing that has not moved."""
+    made, weights = [], neighborhoods.conditional_weights
+
+    def counted(targets, *given):
+        made.append(len(targets))
+        return weights(targets, *given)
+
+    monkeypatch.setattr(neighborhoods, "conditional_weights", counted)
+    places = np.random.default_rng(0).uniform(size=(N, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pnmf_pyro.fit(simulated(), places, n_components=2, local=True, K=5)
+    assert made == [N]
