@@ -11,6 +11,7 @@ from pyro import poutine
 import pnmf_pyro
 from pnmf_pyro import PNMF
 from pnmf_pyro.data.isolation import isolated
+from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import factor_samples, get_factors, transform_F, transform_W
 from tests.support.interrupts import shared_state
 
@@ -141,3 +142,15 @@ def test_an_isolated_function_is_a_fresh_process():
         assert inside() == (True, False, torch.float32, "cpu", 0)
         assert torch.is_inference_mode_enabled()
         assert torch.empty(0).device.type == "meta"
+
+
+def test_a_card_without_memory_is_said_with_what_to_do(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has 8 GiB.")
+
+    model = PNMF(2, mode="lower-bound").fit(X)
+    before = model.components_.copy()
+    monkeypatch.setattr(PoissonFactorization, "assign", full)
+    with pytest.raises(MemoryError, match=r"allocate 9 GiB\. Set device='cpu', fewer .*batch_size"):
+        model.fit(X)
+    np.testing.assert_array_equal(model.components_, before)

@@ -13,7 +13,7 @@ from pnmf_pyro.command_line.exits import Exit
 from pnmf_pyro.command_line.parsers import parser
 
 # What the user can do something about: what is given, where it is to be written, what is installed.
-THEIRS = (ValueError, FloatingPointError, OSError, ImportError)
+THEIRS = (ValueError, FloatingPointError, OSError, ImportError, MemoryError)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -36,8 +36,9 @@ _VALIDATIONS = (pyro.infer, pyro.distributions, poutine_util)
 def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Let a function run as in a fresh process, and leave the process as it was.
 
-    An interrupt (Ctrl-C) may come at any moment, also while the state is put back; then that is
-    done again before the interrupt is passed on.
+    Where a card has no memory left, a MemoryError says what to do. An interrupt (Ctrl-C) may come
+    at any moment, also while the state is put back; then that is done again before the interrupt is
+    passed on.
     """
 
     @wraps(function)
@@ -47,6 +48,12 @@ def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
             try:
                 with _fresh():
                     return function(*args, **kwargs)
+            except torch.cuda.OutOfMemoryError as error:
+                raise MemoryError(
+                    f"The card has too little memory. {str(error).split('. ')[0]}. Set "
+                    "device='cpu', fewer neighbours (K=16) or inducing points (num_inducing), or "
+                    "batch_size."
+                ) from error
             finally:
                 late: KeyboardInterrupt | None = None
                 while True:
