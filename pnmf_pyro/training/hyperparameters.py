@@ -316,7 +316,7 @@ class HyperparameterSearch:
         """Return the number of the least loss, or 0 where that predicts as well."""
         best = int(np.nanargmin(losses))
         gain = len(self.judged) / self.dispersion * (losses[0] - losses[best])
-        return best if gain > TOLD else 0
+        return 0 if gain <= TOLD else best
 
     def _own(self, l: int, values: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Hyperparameters of component l by the evidence of its sites, from common values."""
