@@ -224,7 +224,7 @@ class StoredCounts(Counts):
 
 
 def joined(read: Callable[[slice], Table], several: Read | None = None) -> Read:
-    """Return what reads runs of rows, from what reads one run, or from what reads several at once."""
+    """Return what reads runs of rows, from what reads one, or from what reads several at once."""
 
     def of_runs(runs: Sequence[slice]) -> Table:
         if len(runs) == 1:
