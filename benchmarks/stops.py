@@ -97,20 +97,25 @@ def killed_once(name: str, sizes: tuple[int, ...], path: Path, seconds: float) -
     return at_work
 
 
-def killed_ranks(times: int, N: int, D: int, L: int, folder: Path) -> list[dict[str, Any]]:
+def killed_ranks(
+    name: str, times: int, N: int, D: int, L: int, folder: Path
+) -> list[dict[str, Any]]:
     """Kill one of two processes of a fit, or both, at a random moment, so many times.
 
     As :func:`killed_fits`, in a process of its own; `told` is whether a process that was left has
     said that the other one is lost, and whether the checkpoint was there.
     """
-    call = [sys.executable, "-m", "benchmarks.stops", "ranks", *map(str, (times, N, D, L, folder))]
+    told = map(str, (times, N, D, L, folder))
+    call = [sys.executable, "-m", "benchmarks.stops", "ranks", name, *told]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     lines = subprocess.run(call, env=env, check=True, stdout=subprocess.PIPE).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 
-def _killed_ranks(times: int, N: int, D: int, L: int, folder: Path) -> Iterator[dict[str, Any]]:
-    random, path, sizes = np.random.default_rng(0), folder / "run.ckpt", (N, D, L)
+def _killed_ranks(
+    name: str, times: int, N: int, D: int, L: int, folder: Path
+) -> Iterator[dict[str, Any]]:
+    random, path, sizes = np.random.default_rng(0), folder / "run.ckpt", (name, N, D, L)
     expected = _of_two(_two(sizes, folder), folder)
     again = _two(sizes, folder, path)
     while not path.exists():
@@ -140,7 +145,7 @@ def _killed_ranks(times: int, N: int, D: int, L: int, folder: Path) -> Iterator[
         yield {"told": told, "writing": writing, "same": same, "rests": bool(parts(folder))}
 
 
-def _two(sizes: tuple[int, ...], folder: Path, path: Path | None = None) -> list[Any]:
+def _two(sizes: tuple[Any, ...], folder: Path, path: Path | None = None) -> list[Any]:
     """Start two processes of a fit, copies of this one."""
     meeting = folder / "meeting"
     meeting.unlink(missing_ok=True)
@@ -151,11 +156,11 @@ def _two(sizes: tuple[int, ...], folder: Path, path: Path | None = None) -> list
     return processes
 
 
-def _be_rank(rank: int, sizes: tuple[int, ...], folder: Path, path: Path | None) -> None:
+def _be_rank(rank: int, sizes: tuple[Any, ...], folder: Path, path: Path | None) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
-        model = fitted("non-spatial", *sizes, checkpoint=path, every=0)
+        model = fitted(*sizes, checkpoint=path, every=0)
     except ConnectionError:
         sys.exit(LOST)
     model.save(folder / f"model{rank}.npz")
@@ -183,9 +188,9 @@ def stops(options: argparse.Namespace) -> None:
             sizes = options.N, options.D, options.L
             lines = list(killed_fits(name, options.repeats, *sizes, Path(folder)))
         _report(name, lines)
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = options.N, options.D, options.L
-        _report("two processes", killed_ranks(options.repeats, *sizes, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            lines = killed_ranks(name, options.repeats, *sizes, Path(folder))
+        _report(f"{name}, two processes", lines)
 
 
 def _report(name: str, lines: list[dict[str, Any]]) -> None:
@@ -194,11 +199,12 @@ def _report(name: str, lines: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    kind, *told, where = sys.argv[1:]
+    several = sys.argv[1] == "ranks"
+    name, *told, where = sys.argv[1 + several :]
     numbers = [int(one) for one in told]
     warnings.simplefilter("ignore")
-    if kind == "ranks":
-        for line in _killed_ranks(*numbers, Path(where)):
+    if several:
+        for line in _killed_ranks(name, *numbers, Path(where)):
             print(json.dumps(line), flush=True)
     else:
-        fitted(kind, *numbers, checkpoint=where, every=EVERY)
+        fitted(name, *numbers, checkpoint=where, every=EVERY)

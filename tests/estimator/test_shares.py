@@ -176,7 +176,7 @@ answer(said=failure(lambda: pnmf_pyro.fit({str(path)!r}, {FIT}, **kept)))  # at 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_processes_that_are_killed_go_on_to_the_same_bits(tmp_path):
     """One of two, or both; what is left says so, and the last checkpoint stays."""
-    for line in killed_ranks(4, 53, 20, 2, tmp_path):
+    for line in killed_ranks("non-spatial", 4, 53, 20, 2, tmp_path):
         assert line["told"]
         assert line["same"]
         assert not line["rests"]
