@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             check_clashes(options)
             return import_module(f"pnmf_pyro.command_line.{options.module}").run(options)
     except THEIRS as error:
-        sys.stderr.write(f"pnmf-pyro: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"pnmf-pyro: {' '.join(str(error).split()) or type(error).__name__}\n")
         return Exit.UNUSABLE
     except Exception:
         # Python itself would end with 1, which here is an answer.

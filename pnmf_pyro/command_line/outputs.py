@@ -277,12 +277,12 @@ def _is_writable(adata: AnnData) -> bool:
 def _image(adata: AnnData) -> bytes:
     """The bytes of an .h5ad file, made in memory: HDF5 does not survive a disk that is full."""
     with import_h5py().File("results", "w", driver="core", backing_store=False) as file:
-        _elements().write_elem(file, "/", adata)
+        _anndata_io().write_elem(file, "/", adata)
         file.flush()
         return file.id.get_file_image()
 
 
-def _elements() -> ModuleType:
+def _anndata_io() -> ModuleType:
     """What reads and writes parts of files of anndata; before 0.11 it was experimental."""
     anndata = import_anndata()
     return anndata.io if hasattr(anndata, "io") else anndata.experimental
@@ -331,7 +331,7 @@ def _check_layout(path: str | Path, file: Any, new: Any = None) -> None:
         )
     for axis in ("obs", "var") if new is not None else ():
         frames = [one[axis] for one in (file, new)]
-        held, names = (_elements().read_elem(one[one.attrs["_index"]]) for one in frames)
+        held, names = (_anndata_io().read_elem(one[one.attrs["_index"]]) for one in frames)
         if list(held) != list(names):
             raise ValueError(f"{path} has changed since it was read: its {axis}_names are others.")
 

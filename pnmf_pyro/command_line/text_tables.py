@@ -44,6 +44,7 @@ def read_text(path: Path, form: TextForm, missing: bool = False) -> CountTable:
     """Read a table of text; cells without a number are NaN, if that is allowed by `missing`."""
     pandas = import_pandas()
     look = look_at(path, form)
+    old = int(pandas.__version__.split(".")[0]) < 3  # whose own way of reading is less exact
     words: list[list[str]] = [[] for _ in range(max(look.n_names, 1))]
     pieces: list[np.ndarray] = []
     with open_text(path) as file:
@@ -59,7 +60,7 @@ def read_text(path: Path, form: TextForm, missing: bool = False) -> CountTable:
                 keep_default_na=False,
                 na_values=[],
                 low_memory=False,
-                **({"float_precision": "round_trip"} if pandas.__version__ < "3" else {}),
+                **({"float_precision": "round_trip"} if old else {}),
                 chunksize=max(FEWEST_ROWS, PIECE // look.width),
             ):
                 for j, column in enumerate(words):

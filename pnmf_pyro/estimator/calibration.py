@@ -269,9 +269,9 @@ def _time_search(
     ticks = [clock()]
     search.profile(model, lengthscale * np.array([1.0, 1.1, 1.2, 1.3]))
     ticks.append(clock())
-    with torch.no_grad():  # after a search components differ, and have weights of their own
+    if "lengthscale" in search.names:  # components differ after it, and have weights of their own
         own = prior.kernel.lengthscale
-        own.mul_(torch.linspace(1.0, 1.1, len(own)).to(own))
+        own.data.mul_(torch.linspace(1.0, 1.1, len(own)).to(own))
     q = prior.marginal()
     prior.assign(q.loc.detach(), torch.ones_like(q.loc))
     once, each = clock() - ticks[1], (ticks[1] - ticks[0]) / 4

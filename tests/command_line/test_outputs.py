@@ -264,6 +264,15 @@ def test_a_model_that_cannot_be_saved_costs_no_results(folder, monkeypatch, caps
     assert names(folder)[-1] == "out.npz"
 
 
+def test_too_little_memory_is_said_in_one_line(folder, monkeypatch, capsys):
+    def full(*given, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(PNMF, "fit", full)
+    assert fit("counts.csv", "--out", "out.npz") == 2
+    one_line(capsys, "MemoryError")
+
+
 def test_results_that_cannot_be_written_leave_the_model(folder, monkeypatch, capsys):
     replace = os.replace
 

@@ -227,7 +227,7 @@ def test_batches_come_as_high_as_full_steps_in_fewer_passes():
 
 @pytest.mark.slow
 def test_batches_of_a_file_in_which_kinds_lie_together(tmp_path, monkeypatch):
-    """Within 0.5% of the ELBO of full steps, where batches in the order of the file lose 4%."""
+    """Within 0.5% of the ELBO of full steps, which batches in its order miss by 2%."""
     monkeypatch.setattr(stored, "SLICE_ENTRIES", 1 << 20)
     r = np.random.default_rng(0)
     F = r.normal(size=(600, 4))
