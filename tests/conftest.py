@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 
+import pnmf_pyro.data.blocks
 import pnmf_pyro.data.counts
 from pnmf_pyro import PNMF
 from tests.support import dense as ref
@@ -102,7 +103,7 @@ def natural(request) -> bool:
 def kernel(request, monkeypatch) -> str:
     """The ways through the kernel: whole, cut into blocks, and without torch's sampled product."""
     if request.param != "one block":
-        monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 10)
+        monkeypatch.setattr(pnmf_pyro.data.blocks, "BLOCK_ENTRIES", 10)
     if request.param == "portable":
         monkeypatch.setattr(pnmf_pyro.data.counts, "has_sampled_addmm", lambda device, dtype: False)
     return request.param

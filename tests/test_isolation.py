@@ -10,8 +10,9 @@ from pyro import poutine
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
+from pnmf_pyro.data import blocks
+from pnmf_pyro.data.counts import DenseCounts
 from pnmf_pyro.data.isolation import isolated
-from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import factor_samples, get_factors, transform_F, transform_W
 from tests.support.interrupts import shared_state
 
@@ -144,13 +145,33 @@ def test_an_isolated_function_is_a_fresh_process():
         assert torch.empty(0).device.type == "meta"
 
 
-def test_a_card_without_memory_is_said_with_what_to_do(monkeypatch):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has 8 GiB.")
+def short_of_memory(most: int):
+    """A product of more entries than `most` does not fit on the card."""
+    whole = DenseCounts.inner
 
+    def inner(self: DenseCounts, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        if self.values.numel() > most:
+            raise torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB. GPU 0 has 8 GiB.")
+        return whole(self, A, B)
+
+    return inner
+
+
+def test_blocks_become_smaller_where_the_memory_of_a_card_ends(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", X.size)
+    whole = PNMF(2, mode="lower-bound", random_state=0).fit(X)
+    monkeypatch.setattr(DenseCounts, "inner", short_of_memory(X.size // 8))
+    with pytest.warns(UserWarning, match=r"allocate 9 GiB\).* again in blocks 1/8 .*batch_size"):
+        model = PNMF(2, mode="lower-bound", random_state=0).fit(X)
+    np.testing.assert_allclose(model.components_, whole.components_, rtol=1e-4)
+    assert model.history_ == pytest.approx(whole.history_, rel=1e-6)
+    assert blocks.at_once(1) == X.size
+
+
+def test_a_card_without_memory_is_said_with_what_to_do(monkeypatch):
     model = PNMF(2, mode="lower-bound").fit(X)
     before = model.components_.copy()
-    monkeypatch.setattr(PoissonFactorization, "assign", full)
-    with pytest.raises(MemoryError, match=r"allocate 9 GiB\. Set device='cpu', fewer .*batch_size"):
+    monkeypatch.setattr(DenseCounts, "inner", short_of_memory(0))
+    with pytest.raises(MemoryError, match=r"allocate 9 GiB\)\. Fewer neighbours .*batch_size"):
         model.fit(X)
     np.testing.assert_array_equal(model.components_, before)

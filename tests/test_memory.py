@@ -11,7 +11,7 @@ import torch
 
 from pnmf_pyro import PNMF, posterior_predictive_check
 from pnmf_pyro import transforms as T
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.blocks import BLOCK_ENTRIES
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import GaussianPrior
 from pnmf_pyro.training.fitted import by_samples

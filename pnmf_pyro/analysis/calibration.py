@@ -29,9 +29,10 @@ from torch import Tensor
 
 from pnmf_pyro.analysis.matching import match_factors
 from pnmf_pyro.analysis.ranks import gamma, uniform_gammas
-from pnmf_pyro.analysis.replicates import BLOCK_ENTRIES, draw_counts, draw_latents
+from pnmf_pyro.analysis.replicates import BLOCK, draw_counts, draw_latents
 from pnmf_pyro.analysis.tables import as_table
 from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.checks import check_count, check_flag
 from pnmf_pyro.data.counts import as_counts
 from pnmf_pyro.data.isolation import isolated
@@ -306,7 +307,7 @@ def _simulated(module: PoissonFactorization, generator: torch.Generator) -> tupl
         latents = draw_latents(program, 1)
         if "F" not in latents.values:
             raise ValueError('model must have a sample statement "F" for its log-factors.')
-        blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
+        blocks = rows.split(at_once(module.D, BLOCK))
         counts = torch.cat([draw_counts(module, latents, block)[0] for block in blocks])
         F = latents.values["F"].reshape(module.L, module.N)
     return F, counts

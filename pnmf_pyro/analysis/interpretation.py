@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike
 
 from pnmf_pyro.analysis.statistics import neighbor_weights, places_of_samples
 from pnmf_pyro.analysis.tables import as_table
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.checks import check_choice, check_count
-from pnmf_pyro.data.counts import BLOCK_ENTRIES, CountsLike
+from pnmf_pyro.data.counts import CountsLike
 from pnmf_pyro.estimator.inputs import keys_of
 from pnmf_pyro.estimator.results import Fit, Results, counts_of_fit, results_of
 
@@ -223,7 +224,7 @@ def _feature_blocks(rates: sp.csr_matrix) -> Iterator[np.ndarray]:
     """Rates of blocks of features, dense; the whole is never dense."""
     by_columns = rates.tocsc()
     N, D = rates.shape
-    size = max(1, BLOCK_ENTRIES // N)
+    size = at_once(N)
     for start in range(0, D, size):
         yield by_columns[:, start : start + size].toarray()
 

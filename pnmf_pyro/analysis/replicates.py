@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pnmf_pyro.analysis.statistics import Table
 from pnmf_pyro.data.batches import Batch
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.checks import check_count
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.data.random_state import RandomState, drawing_from, torch_generator
@@ -34,7 +35,7 @@ HELD_ENTRIES = 1 << 24
 GROUP = 8
 
 # Entries of a block of samples, few enough for the caches.
-BLOCK_ENTRIES = 1 << 19
+BLOCK = 1 << 19
 
 ALL = Batch()
 
@@ -69,7 +70,7 @@ def replicated_counts(
     without_counts = poutine.condition(module.model, {"X": torch.zeros(())})
     program = without_counts if prior else None
     rows = torch.arange(module.N, device=module.W.device)
-    blocks = rows.split(max(1, BLOCK_ENTRIES // module.D))
+    blocks = rows.split(at_once(module.D, BLOCK))
     left, group = check_count("n_draws", n_draws), 1
     generator = torch_generator(random_state)
     while left > 0:

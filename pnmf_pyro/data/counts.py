@@ -21,6 +21,7 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.parallel import ALONE, Ranks
 from pnmf_pyro.data.sparse_structure import (
     check_torch_structure,
@@ -28,9 +29,6 @@ from pnmf_pyro.data.sparse_structure import (
     csr_tensor,
     has_sampled_addmm,
 )
-
-# Entries worked on at once: large enough to keep both cores busy, small enough for their caches.
-BLOCK_ENTRIES = 1 << 20
 
 # Total of a sample from which on all is computed in float64; float32 failed at ten times as much.
 LARGE_TOTAL = 1e5
@@ -106,7 +104,7 @@ class Counts(ABC):
     @property
     @abstractmethod
     def cuts(self) -> list[int]:
-        """Row numbers at which X is cut into blocks of about BLOCK_ENTRIES entries."""
+        """Row numbers at which X is cut into blocks, see :func:`~pnmf_pyro.data.blocks.at_once`."""
 
     @cached_property
     def _blocks(self) -> list[tuple[slice, Counts]]:
@@ -220,7 +218,7 @@ class DenseCounts(Counts):
     @property
     def cuts(self) -> list[int]:  # noqa: D102
         n, d = self.shape
-        return [*range(0, n, max(1, BLOCK_ENTRIES // max(d, 1))), n]
+        return [*range(0, n, at_once(d)), n]
 
 
 @dataclass(eq=False, repr=False)
@@ -323,7 +321,7 @@ class SparseCounts(Counts):
 
     @property
     def cuts(self) -> list[int]:  # noqa: D102
-        marks = self.row_starts.new_tensor(range(BLOCK_ENTRIES, len(self.values), BLOCK_ENTRIES))
+        marks = self.row_starts.new_tensor(range(at_once(1), len(self.values), at_once(1)))
         return sorted({0, *torch.searchsorted(self.row_starts, marks).tolist(), self.shape[0]})
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pnmf_pyro.data.batches import Index, take
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.counts import Counts, SparseCounts
 
 # Entries of a block of effects, few enough for the caches.
@@ -236,7 +237,7 @@ class Exposure(nn.Module):
             return ((W @ (A @ A.mT)) * W).sum(1)
         found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
         n, d = len(factors), len(loadings)
-        size = max(1, BLOCK // max(1, d))
+        size = at_once(d, BLOCK)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             e = self.block(rows)
@@ -249,7 +250,7 @@ class Exposure(nn.Module):
         assert self.design is not None
         assert self.effects is not None
         G, d = len(self.design), len(self.effects)
-        size = max(1, BLOCK // max(1, d))
+        size = at_once(d, BLOCK)
         for start in range(0, G, size):
             rows = slice(start, min(start + size, G))
             yield rows, (self.design[rows] @ self.effects.mT).exp()

@@ -8,6 +8,7 @@ they are shared, isolated functions of several threads run one after another.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,10 +25,22 @@ from pyro.poutine import runtime
 from pyro.poutine import util as poutine_util
 from threadpoolctl import ThreadpoolController
 
+from pnmf_pyro.data.blocks import smaller_by
+from pnmf_pyro.data.checks import warn
+from pnmf_pyro.data.parallel import alone
+
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 _lock = RLock()
+_under_way = False
+
+# By what blocks become smaller, one after the other, where the memory of a card ends.
+DIVISORS = (1, 8, 64)
+NEED_LESS = (
+    "Fewer neighbours (K=16), fewer inducing points (num_inducing) and batch_size need less of it; "
+    "device='cpu' needs none."
+)
 
 # Pyro's flags for checks of models and values.
 _VALIDATIONS = (pyro.infer, pyro.distributions, poutine_util)
@@ -36,7 +49,7 @@ _VALIDATIONS = (pyro.infer, pyro.distributions, poutine_util)
 def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Let a function run as in a fresh process, and leave the process as it was.
 
-    Where a card has no memory left, a MemoryError says what to do. An interrupt (Ctrl-C) may come
+    Where a card has no memory left, it runs again in smaller blocks. An interrupt (Ctrl-C) may come
     at any moment, also while the state is put back; then that is done again before the interrupt is
     passed on.
     """
@@ -47,13 +60,7 @@ def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
             found = _Found()
             try:
                 with _fresh():
-                    return function(*args, **kwargs)
-            except torch.cuda.OutOfMemoryError as error:
-                raise MemoryError(
-                    f"The card has too little memory. {str(error).split('. ')[0]}. Set "
-                    "device='cpu', fewer neighbours (K=16) or inducing points (num_inducing), or "
-                    "batch_size."
-                ) from error
+                    return _by_blocks(lambda: function(*args, **kwargs))
             finally:
                 late: KeyboardInterrupt | None = None
                 while True:
@@ -66,6 +73,34 @@ def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
                     raise late
 
     return run
+
+
+def _by_blocks(call: Callable[[], Answer]) -> Answer:
+    """Return what a call returns; where the memory of a card ends, call again in smaller blocks.
+
+    A call within such a call is left to the outer one. Ranks do not call again, since all of them
+    have to do the same.
+    """
+    global _under_way
+    if _under_way:
+        return call()
+    full, _under_way = "", True
+    try:
+        for divisor in DIVISORS if alone() else DIVISORS[:1]:
+            try:
+                with smaller_by(divisor):
+                    answer = call()
+            except torch.cuda.OutOfMemoryError as error:
+                full = f"The card has too little memory ({str(error).split('. ')[0]})"
+            else:
+                if full:
+                    warn(f"{full}. All was done again in blocks 1/{divisor} as large. {NEED_LESS}")
+                return answer
+            gc.collect()
+            torch.cuda.empty_cache()
+    finally:
+        _under_way = False
+    raise MemoryError(f"{full}. {NEED_LESS}")
 
 
 class _Found:

@@ -218,7 +218,7 @@ def working_together(ranks: Ranks) -> Iterator[None]:
 
 def processes() -> Ranks:
     """Return the ranks of `torch.distributed`, where it is initialised, as a fit begins."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if alone():
         return ALONE
     if "cpu:" not in str(dist.get_backend_config()):
         raise ValueError(
@@ -228,9 +228,14 @@ def processes() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def alone() -> bool:
+    """Say whether this process is the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def leads() -> bool:
     """Say whether this process may write and warn: it is alone, or the first rank."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return alone() or dist.get_rank() == 0
 
 
 @contextmanager

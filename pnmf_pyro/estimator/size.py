@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.blocks import BLOCK_ENTRIES
 from pnmf_pyro.data.memory import available_memory
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.parameters import Settings, learned

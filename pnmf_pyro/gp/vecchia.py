@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.cache import Cache
 from pnmf_pyro.gp.cholesky import jittered_cholesky
@@ -61,7 +62,7 @@ def conditional_weights(
     names = np.arange(n) if names is None else names
     weights = torch.empty(n, C, K, dtype=dtype, device=device)
     variances = torch.empty(C, n, dtype=torch.float64, device=device)
-    step = max(1, BLOCK // (C * (K + 1) ** 2))
+    step = at_once(C * (K + 1) ** 2, BLOCK)
     for start in range(0, n, step):  # into place: weights are the largest array there is
         part = slice(start, start + step)
         near = neighbors[part].to(device, torch.long)
@@ -163,7 +164,7 @@ class VecchiaFactor:
 
         def make() -> Tensor:
             total = torch.zeros_like(self.variances)
-            for columns in V.detach().split(max(1, COLUMNS // (self.L * self.N)), -1):
+            for columns in V.detach().split(at_once(self.L * self.N, COLUMNS), -1):
                 total += self.multiply(columns).square().sum(-1)
             return total
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch, take
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.exposure import BLOCK, Exposure
 from pnmf_pyro.data.resumable import Resumable
@@ -143,7 +144,7 @@ def _blocks(n: int, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     would take as long as the arithmetic.
     """
     d = right.shape[1]
-    size = min(n, max(1, BLOCK // max(1, d)))
+    size = min(n, at_once(d, BLOCK))
     first, second = right.new_empty(size, d), right.new_empty(size, d)
     for start in range(0, n, max(1, size)):
         rows = slice(start, min(start + size, n))

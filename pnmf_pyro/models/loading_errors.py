@@ -30,7 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pnmf_pyro.data.counts import BLOCK_ENTRIES, Counts
+from pnmf_pyro.data.blocks import at_once
+from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import rates
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.priors.joint import inverses, packed_numbers, unpacked
@@ -150,7 +151,7 @@ def _coupling(A: Tensor, shared: Tensor, covariance: Tensor) -> Tensor:
     """What F takes from transformations T of all loadings, (L^2, L^2)."""
     N, L = A.shape
     total = torch.zeros(L * L, L * L, dtype=torch.float64, device=A.device)
-    for block in torch.arange(N, device=A.device).split(max(1, BLOCK_ENTRIES // L**2)):
+    for block in torch.arange(N, device=A.device).split(at_once(L**2)):
         a = A[block].double()
         E = per_factor(unpacked(shared[block]), a)
         M = E.mT @ unpacked(covariance[block]) @ E

@@ -32,7 +32,7 @@ from pyro.distributions import Normal
 from torch import Tensor
 
 from pnmf_pyro.data.batches import take
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.priors.base import Draws, Field, Prior
 
@@ -257,7 +257,7 @@ def inverses(information: Tensor, apart: Tensor) -> Tensor:
     L, N = apart.shape
     rows, columns = packed_numbers(L, information.device)
     found = torch.empty_like(information, dtype=torch.float32)
-    for block in torch.arange(N, device=information.device).split(max(1, BLOCK_ENTRIES // L**2)):
+    for block in torch.arange(N, device=information.device).split(at_once(L**2)):
         precision = unpacked(information[block])
         precision.diagonal(dim1=-2, dim2=-1).add_(apart[:, block].T)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision))

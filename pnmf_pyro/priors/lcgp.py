@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pnmf_pyro.custom_modules import PositiveParameter
 from pnmf_pyro.data.batches import Batch, put, take
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.places import Places
 from pnmf_pyro.gp.kernels import SpatialKernel, as_spatial_kernel
 from pnmf_pyro.gp.neighborhoods import Neighborhoods
@@ -34,7 +35,7 @@ DRAWS_AT_ONCE = 4
 
 def draws_at_once(n_factors: int) -> int:
     """Return how many draws of so many log-factors are worked out at once."""
-    return max(DRAWS_AT_ONCE, BLOCK // max(1, n_factors))
+    return max(DRAWS_AT_ONCE, at_once(n_factors, BLOCK))
 
 
 class _SitePosterior(nn.Module):

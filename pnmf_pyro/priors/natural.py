@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pnmf_pyro.data.batches import Batch
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.resumable import Resumable
 from pnmf_pyro.priors.base import Prior
 
@@ -139,7 +139,7 @@ class SiteSteps(Step):
 
         In pieces where those of the prior are independent, so that little memory is needed.
         """
-        n, size = self.prior.N if index is None else len(index), BLOCK_ENTRIES // self.prior.L
+        n, size = self.prior.N if index is None else len(index), at_once(self.prior.L)
         if not self.prior.independent or n <= size:
             yield slice(None), index
             return

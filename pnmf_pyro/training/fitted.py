@@ -16,7 +16,7 @@ from pyro.distributions import Normal
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from pnmf_pyro.data.counts import BLOCK_ENTRIES
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.priors import Prior
 from pnmf_pyro.priors.base import Field
@@ -110,7 +110,7 @@ def by_samples(
     ndarray or Tensor of shape (\*leading, N, L)
         In memory of its own, of the field's floating-point type.
     """
-    size = max(1, BLOCK_ENTRIES // max(1, math.prod(leading) * field.L))
+    size = at_once(math.prod(leading) * field.L)
     with torch.no_grad():
         first = quantity(None if size >= field.N else torch.arange(min(size, field.N)))
         device = first.device if return_tensor else torch.device("cpu")

@@ -123,7 +123,7 @@ def test_blocks_share_one_draw_of_the_latents(small, monkeypatch, sparse):
 
     y = torch.empty(5, 7, device="meta")
     model = PoissonFactorization(Together(y, 2), y, 2)
-    monkeypatch.setattr(replicates, "BLOCK_ENTRIES", 10)
+    monkeypatch.setattr(replicates, "BLOCK", 10)
     tables = list(replicated_counts(model, 40, sparse=sparse, random_state=0))
     totals = np.array([np.asarray(table.sum(1)) for table in tables])
     assert totals.shape == (40, 7)

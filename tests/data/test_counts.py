@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from scipy import special
 
-import pnmf_pyro.data.counts
+import pnmf_pyro.data.blocks
 from pnmf_pyro.analysis.hold_out import thin_counts
 from pnmf_pyro.data.batches import take
 from pnmf_pyro.data.checks import check_counts
@@ -25,7 +25,7 @@ SPARSE_FORMATS = ("bsr", "coo", "csc", "csr", "dia", "dok", "lil")
 @pytest.fixture(params=["whole", "blocks"])
 def block(request, monkeypatch) -> str:
     if request.param == "blocks":
-        monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 9)
+        monkeypatch.setattr(pnmf_pyro.data.blocks, "BLOCK_ENTRIES", 9)
     return request.param
 
 
@@ -235,7 +235,7 @@ def test_blocks_together_are_the_matrix(block, counts, X):
 
 
 def test_blocks_of_rows_larger_than_a_block(X, monkeypatch):
-    monkeypatch.setattr(pnmf_pyro.data.counts, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(pnmf_pyro.data.blocks, "BLOCK_ENTRIES", 1)
     for counts in (as_counts(X), as_counts(sp.csr_matrix(X))):
         assert np.vstack([part.to_dense() for _, part in counts.blocks()]).shape == X.shape
         np.testing.assert_array_equal(counts.row_totals, X.sum(1))
