@@ -185,16 +185,10 @@ def flags(seeds: range, misfit: bool) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.slow
-def test_planted_misfit_is_found_and_poisson_data_pass():
-    assert flags(range(2), misfit=True)["variance_to_mean", "feature"] == 2
-    assert max(flags(range(2), misfit=False).values()) == 0
-
-
-@pytest.mark.slow
-def test_rates_of_alarms_over_a_hundred_seeds():
-    """In 95 of 100 seeds the variance tells; no statistic cries wolf in more than 3 of 100."""
-    assert flags(range(100), misfit=True)["variance_to_mean", "feature"] >= 95
-    assert max(flags(range(100), misfit=False).values()) <= 3
+def test_rates_of_alarms_over_many_seeds():
+    """In 38 of 40 seeds the variance tells; no statistic cries wolf in more than 2 of 40."""
+    assert flags(range(40), misfit=True)["variance_to_mean", "feature"] >= 38
+    assert max(flags(range(40), misfit=False).values()) <= 2
 
 
 @pytest.fixture(scope="module")
