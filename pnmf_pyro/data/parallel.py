@@ -77,8 +77,9 @@ class Ranks:
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def mapped(self, call: Callable[[Thing], Found], things: Sequence[Thing]) -> list[Found]:
-        """Return what a call makes of each thing; each rank calls it for some of them."""
-        own = [call(one) for one in things[self.part(len(things))]]
+        """Return what a call makes of each thing; each rank calls it for some of them, alone."""
+        with working_together(ALONE):
+            own = [call(one) for one in things[self.part(len(things))]]
         return [one for of_rank in self.gathered(own) for one in of_rank]
 
     def totals(self, *parts: Tensor) -> list[Tensor]:

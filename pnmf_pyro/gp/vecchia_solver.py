@@ -200,13 +200,12 @@ class VecchiaPosterior:
             v = factor.ordered(factor.variances)
             b += factor.triangle.multiply_transposed(noise / v.sqrt().to(b))
         h = H.diagonal(dim1=-2, dim2=-1).clamp_min(0)[..., None]
-        ranks = together() if b.shape[-1] >= together().size else ALONE
         x = conjugate_gradients(
             lambda x: torch.baddbmm(factor.ordered_precision(x), H, x),
             _Preconditioner(factor, h),
-            b[..., ranks.part(b.shape[-1])].contiguous(),
+            b,
         )
-        return factor.restored(ranks.stacked(x, 2))
+        return factor.restored(x)
 
     def conditional_variances(self, curvature: Array) -> Tensor:
         """Return 1 / (Q_ii + h_i), (L, N), given all other places: the best d of a diagonal q."""

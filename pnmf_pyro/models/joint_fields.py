@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import rates
+from pnmf_pyro.data.parallel import together
 from pnmf_pyro.models.factorization import PoissonFactorization
 from pnmf_pyro.models.loading_errors import LoadingErrors, per_factor
 from pnmf_pyro.priors.joint import as_expected, expected_ratio, unpacked
@@ -88,15 +89,14 @@ def field_draws(
     factors, learned = model.L * model.N, model.W.requires_grad
     if model.prior.places is None or factors > MOST_FACTORS:
         return None
-    generator = torch.Generator().manual_seed(SEED)
     H = unpacked(as_expected(shared, expected))
     values, vectors = torch.linalg.eigh(H)
     root = vectors * values.clamp_min(0).sqrt()[:, None, :]
     ratio = expected_ratio(shared, expected).T.double().sqrt()[..., None]
     n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, NUMBERS // factors))
-    kept, variance = [], H.new_zeros(model.L)
-    for part in torch.arange(n_draws).split(max(1, AT_ONCE // factors)):
-        n = len(part)
+
+    def drawn(part: Tensor) -> tuple[Tensor, Tensor] | None:
+        n, generator = len(part), torch.Generator().manual_seed(SEED + int(part[0]))
         noise = torch.randn(model.N, model.L, n, generator=generator, dtype=torch.float64)
         told = torch.einsum("nlk,nkr->lnr", root, noise.to(root))
         if learned:
@@ -106,9 +106,15 @@ def field_draws(
             return None
         held, at_samples = found
         level = at_samples.mean(1, keepdim=True) if learned else torch.zeros_like(held[:, :1])
-        kept.append(torch.cat([held, level], 1).float())
-        variance += (at_samples - level).square().mean(1).sum(-1) / n_draws
-    return torch.cat(kept, -1), variance
+        square = (at_samples - level).square().mean(1).sum(-1) / n_draws
+        return torch.cat([held, level], 1).float(), square
+
+    each = together().mapped(drawn, torch.arange(n_draws).split(max(1, AT_ONCE // factors)))
+    found = [one for one in each if one is not None]
+    if not found:
+        return None
+    kept, squares = zip(*found, strict=True)
+    return torch.cat(kept, -1), torch.stack(squares).sum(0)
 
 
 def _told_by_loadings(

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 import pnmf_pyro
 from benchmarks.stops import killed_ranks
 from pnmf_pyro.data import stored
+from pnmf_pyro.models import joint_fields
 from pnmf_pyro.training import hyperparameters
 from tests.support.ranks import answers, counts, counts_in_space, found, started
 
@@ -116,6 +117,8 @@ def test_a_fit_in_space_is_that_of_one_process(size, prior, tmp_path):
 from pnmf_pyro.training import hyperparameters, slices
 hyperparameters.JUDGED = 100  # so that components have lengthscales of their own
 slices.LEAST_SHARED = 2000  # and bins are not shared out, samples are
+from pnmf_pyro.models import joint_fields
+joint_fields.AT_ONCE = 2000  # and draws are worked out in several parts
 X, places = counts_in_space()
 kept = dict(checkpoint={str(tmp_path / "run.ckpt")!r}, every=0)
 answer(**found(pnmf_pyro.fit(X, places, {settings})))
@@ -138,6 +141,7 @@ answer(
         assert "places is" in refused["places"]
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(hyperparameters, "JUDGED", 100)
+        patch.setattr(joint_fields, "AT_ONCE", 2000)
         warnings.simplefilter("ignore", ConvergenceWarning)
         X, places = counts_in_space()
         alone = pnmf_pyro.fit(X, places, **eval(f"dict({settings})"))
