@@ -19,7 +19,7 @@ from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.resumable import Resumable, State
 from pnmf_pyro.estimator.checkpoints import Unkept
 from pnmf_pyro.estimator.parameters import Settings
-from pnmf_pyro.estimator.runs import Run, Training
+from pnmf_pyro.estimator.runs import Run, Training, nothing
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.training.convergence import Convergence, Judge
 from pnmf_pyro.training.course import Course, Keeper
@@ -61,8 +61,8 @@ class FitCourse(Keeper, Resumable):
 
     Parameters
     ----------
-    runs : sequence of Run
-        What the fit does in turn.
+    runs : list of Run
+        What the fit does in turn. Those that are over are emptied.
     model : PoissonFactorization
         The model of the fit.
     checkpoint : Unkept
@@ -88,7 +88,7 @@ class FitCourse(Keeper, Resumable):
 
     carried = ("number", "taken", "first", "budget", "said")
 
-    def __init__(self, runs: Sequence[Run], model: PoissonFactorization, checkpoint: Unkept):
+    def __init__(self, runs: list[Run], model: PoissonFactorization, checkpoint: Unkept):
         self.runs, self.model, self.checkpoint = runs, model, checkpoint
         self.number = self.taken = self.first = self.budget = 0
         self.history = self.told = History()
@@ -136,14 +136,23 @@ class FitCourse(Keeper, Resumable):
             if number < self.number:
                 continue
             self.number = number
+            self._let_go()
             if self.begun is None:
                 self.told = self.history if run.counts is None else History()
                 self.checkpoint.keep(partial(self._kept, None))
                 run.prepare()
+            run.prepare = nothing
             yield run
             self.begun = None
         self.number, self.told = len(self.runs), self.history
         self.checkpoint.keep(partial(self._kept, None))
+
+    def _let_go(self) -> None:
+        """Forget what runs that are over hold, but for the last one that trained."""
+        over = range(self.number)
+        trained = [number for number in over if self.runs[number].training is not None]
+        for number in set(over) - set(trained[-1:]):
+            self.runs[number] = Run(self.runs[number].name)
 
     def whole(self) -> AbstractContextManager[object]:
         """Return a block that no signal interrupts."""

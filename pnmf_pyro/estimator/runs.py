@@ -51,6 +51,10 @@ class Training:
     warns: bool = True
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass
 class Run:
     """What a stage does: something to the model at once (`prepare`), some training, or both.
@@ -60,7 +64,7 @@ class Run:
 
     name: str
     training: Training | None = None
-    prepare: Callable[[], object] = lambda: None
+    prepare: Callable[[], object] = nothing
     counts: Counts | None = None
     most_steps: int | None = None
 

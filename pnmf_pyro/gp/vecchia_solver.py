@@ -270,16 +270,17 @@ class _Preconditioner:
 
     def __call__(self, r: Tensor) -> Tensor:
         z = r.to(self.fine.dtype, copy=True)
-        shares = [
-            part * inverse for part, inverse in zip(self._grids(z), self.inverses, strict=True)
-        ]
-        total = z * self.fine
-        x = self.triangle.flat(total)
+        (finest, *inverses), grids = self.inverses, self._grids(z)
+        next(grids)  # the finest is r
+        shares = [part * inverse for part, inverse in zip(grids, inverses, strict=True)]
+        x = self.triangle.flat(z.mul_(self.fine))
+        *coarser, last = self.triangle.blocks
         with in_one_thread():
-            for block, share in zip(self.triangle.blocks, reversed(shares), strict=True):
+            for block, share in zip(coarser, reversed(shares), strict=True):
                 block.solve(x)
                 x[: block.stop] += self.triangle.flat(share)
-        return total.to(r.dtype)
+            last.solve(x)
+        return z.addcmul_(r.to(z.dtype), finest).to(r.dtype)
 
     def _grids(self, z: Tensor) -> Iterator[Tensor]:
         """Solve with (I - B)^T in place, and give what is left on each grid on the way."""

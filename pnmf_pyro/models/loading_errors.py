@@ -192,11 +192,12 @@ def covariance_from_loadings(
         squared = rates(block, a, W).square_()
         weight = block.inner(pairs * twice, errors.blocks.to(W)).mul_(block.values.square())
         weight = weight.div_(squared).div_(squared).clamp_max_(largest)
-        moved = unpacked(block.matmul(weight, products) * pairs)
-        a = a.double()
-        E = per_factor(unpacked(shared[index]), a)
+        found[index] = (block.matmul(weight, products) * pairs).to(found)
+    for part in torch.arange(len(A), device=A.device).split(at_once(L**2)):
+        moved, a = unpacked(found[part]), A[part].double()
+        E = per_factor(unpacked(shared[part]), a)
         Q = ((a[:, :, None] * a[:, None, :]).flatten(1) @ coupling).reshape(-1, L, L)
         moved += E @ Q @ E.mT
-        P = unpacked(covariance[index])
-        found[index] = (P @ moved @ P)[:, rows, columns].to(found)
+        P = unpacked(covariance[part])
+        found[part] = (P @ moved @ P)[:, rows, columns].to(found)
     return found

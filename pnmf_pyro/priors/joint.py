@@ -208,6 +208,7 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
 
     precision = 1 / prior.marginal().variance.double()
     sites = given(torch.maximum(precision - expected.double(), LEAST_APART * precision))[1]
+    del precision  # there is an array less while draws are worked out
     for _ in range(ROUNDS):
         apart = prior.apart_from_own(sites)
         if apart is None:
