@@ -145,7 +145,7 @@ class VecchiaFactor:
         """Return the factor of some of the components."""
         weights = self.triangle.weights
         own = weights if weights.shape[1] == 1 else weights[:, components].contiguous()
-        variances = self._ordered_variances[:, components, 0].T
+        variances = self.ordered_variances[:, components, 0].T
         make = partial(VecchiaFactor, self.graph, own, variances)
         return self._cache(str(components), [self.variances], make)
 
@@ -192,7 +192,7 @@ class VecchiaFactor:
 
     def ordered_precision(self, x: Tensor) -> Tensor:
         """Return Q x for x of shape (N, L, R), places in the ordering."""
-        residual = self.triangle.multiply(x).div_(self._ordered_variances.to(x.dtype))
+        residual = self.triangle.multiply(x).div_(self.ordered_variances.to(x.dtype))
         return self.triangle.multiply_transposed(residual)
 
     def neighbors(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,8 @@ class VecchiaFactor:
         return x.movedim(0, 1).index_select(1, self.position)
 
     @cached_property
-    def _ordered_variances(self) -> Tensor:
+    def ordered_variances(self) -> Tensor:
+        """v_i in the ordering, (N, L, 1)."""
         return self.ordered(self.variances)
 
     def _each(self, operation: Callable[[Tensor], Tensor], x: Array) -> Tensor:

@@ -163,14 +163,17 @@ class VecchiaPosterior:
         """
         random, factor = check_random_state(random_state), self.factor
         curvature = self._checked_curvature(curvature)
-        h, v = factor.ordered(curvature, factor.dtype), factor.ordered(factor.variances)
-        b = self._noise(random, n_draws) / v.sqrt().to(factor.dtype)
+        h, spread = factor.ordered(curvature, factor.dtype), factor.ordered_variances.sqrt()
+        b = self._noise(random, n_draws).div_(spread.to(factor.dtype))
         b = factor.triangle.multiply_transposed(b)
         b += self._noise(random, n_draws).mul_(h.sqrt())
-        f, r = torch.zeros_like(b), b.clone()
-        self._descend(h, f, r, tolerance, MOST_STEPS)
+        f = torch.zeros_like(b)
+        self._descend(h, f, b, tolerance, MOST_STEPS)
+        del b  # what is left of it
         if less:
-            f.addcmul_(less * factor.ordered(self.conditional_variances(curvature), f.dtype), r - b)
+            product = factor.ordered_precision(f).addcmul_(h, f)
+            diagonal = factor.ordered(self.conditional_variances(curvature), f.dtype)
+            f.addcmul_(diagonal, product, value=-less)
         return factor.restored(f)
 
     def _noise(self, random: np.random.RandomState, n_draws: int) -> Tensor:
@@ -197,8 +200,8 @@ class VecchiaPosterior:
         b = factor.ordered(told, factor.dtype)
         if generator is not None:
             noise = torch.randn(b.shape, generator=generator, dtype=b.dtype).to(b)
-            v = factor.ordered(factor.variances)
-            b += factor.triangle.multiply_transposed(noise / v.sqrt().to(b))
+            spread = factor.ordered_variances.sqrt().to(b)
+            b += factor.triangle.multiply_transposed(noise.div_(spread))
         h = H.diagonal(dim1=-2, dim2=-1).clamp_min(0)[..., None]
         x = conjugate_gradients(
             lambda x: torch.baddbmm(factor.ordered_precision(x), H, x),
@@ -266,7 +269,7 @@ class _Preconditioner:
             M = len(passed)
             weights[:M] = passed
             self.inverses.append((1 / (diagonal + weights[:M])).to(dtype))
-        self.fine = (1 / (1 / factor._ordered_variances + weights)).to(dtype)
+        self.fine = (1 / (1 / factor.ordered_variances + weights)).to(dtype)
 
     def __call__(self, r: Tensor) -> Tensor:
         z = r.to(self.fine.dtype, copy=True)

@@ -199,11 +199,10 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
         h, the expected counts of components.
     """
     diagonal = diagonal_numbers(prior.L)
-    information = as_expected(shared, expected)
 
     def given(apart: Tensor) -> tuple[Tensor, Tensor]:
         """The packed covariances, and the sites of single components that make variances these."""
-        packed = inverses(information, apart)
+        packed = inverses(as_expected(shared, expected), apart)
         return packed, (1 / packed[:, diagonal].T.double() - apart).clamp_min(0)
 
     precision = 1 / prior.marginal().variance.double()
