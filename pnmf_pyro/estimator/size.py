@@ -29,7 +29,7 @@ BYTES = {
     "inducing": 28,
     "inducing pair": 16,
 }
-JUDGED_BYTES, DRAWN_BYTES = 40_000, 76
+JUDGED_BYTES, DRAWN_BYTES = 40_000, 60
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -211,13 +212,17 @@ class Triangle:
         positions of each grid have when all later ones have passed on theirs, (M, L, R), from the
         finest grid on; x, (N, L, R), changes.
         """
-        given = self.flat(x)
-        total = self.weights.abs().sum(-1).view(-1, 1)
-        share = torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0)
+        given, share = self.flat(x), self._shares
         with in_one_thread():
             for block in reversed(self.blocks):
                 yield given[: block.stop].view(-1, *x.shape[1:])
                 block.pass_on(given, share)
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """1 / sum_j abs(B_ij) of each row, (N C, 1); 0 without weights."""
+        total = torch.linalg.vector_norm(self.weights, 1, -1).view(-1, 1)  # makes no copy of B
+        return torch.where(total > torch.finfo(total.dtype).tiny, 1 / total, 0)
 
     def grid_diagonals(self, D: Tensor) -> Iterator[Tensor]:
         """Return the diagonals of (I - B)_MM^T diag(D) (I - B)_MM for the grids, each (M, L, 1).
