@@ -1,8 +1,10 @@
 """Stages of a fit: what each does, how they combine, how they share `max_iter`."""
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sklearn.base import clone
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
+from pnmf_pyro.estimator import plan
 from pnmf_pyro.estimator import stages as module
 from pnmf_pyro.estimator.recipe import CLOSER, NEIGHBORS, RECIPE, SPATIAL
 from pnmf_pyro.estimator.stages import (
@@ -24,6 +27,7 @@ from pnmf_pyro.estimator.stages import (
     SettleLoadings,
     WarmUp,
 )
+from pnmf_pyro.training.hyperparameters import HyperparameterSearch
 from pnmf_pyro.transforms import factor_uncertainty, get_factors, log_factors
 from tests.support.data import tissue
 from tests.support.settings import LOCAL, NATURAL, STEPS, unconverged
@@ -464,3 +468,26 @@ def test_names_of_hyperparameters_are_checked(data):
         fit(data, STEPS, learn=("period",))
     with pytest.raises(ValueError, match="learn must be a tuple of names"):
         fit(data, STEPS, learn="sigma")
+
+
+def test_a_fit_forgets_the_warm_up_and_the_search_when_it_is_done_with_them(data, monkeypatch):
+    made, left = [], []
+
+    def noted(make):
+        def call(*args, **kwargs):
+            one = make(*args, **kwargs)
+            made.append(weakref.ref(one))
+            return one
+
+        return call
+
+    def end(model, counts):
+        gc.collect()
+        left.extend(one() for one in made)
+
+    monkeypatch.setattr(module, "_independent", noted(module._independent))
+    monkeypatch.setattr(module, "HyperparameterSearch", noted(HyperparameterSearch))
+    monkeypatch.setattr(plan, "find_uncertainty", end)
+    fit(data, LOCAL, [WarmUp(), LearnHyperparameters(), Settle(), Correlate(), Settle()])
+    assert len(made) == 2
+    assert left == [None, None]
