@@ -10,6 +10,7 @@ from pnmf_pyro.data import Batch, as_counts
 from pnmf_pyro.estimator.stages import Correlate, Settle
 from pnmf_pyro.models import FactorizationELBO, PoissonFactorization, PoissonFactors
 from pnmf_pyro.priors import GaussianPrior
+from pnmf_pyro.training import loop
 from pnmf_pyro.transforms import factor_samples, get_factors
 from tests.support.data import simulate, tissue
 
@@ -96,6 +97,28 @@ def test_a_fit_is_that_of_the_cpu(device, data, name):
     assert np.isfinite(model.score(data[0], **where))
     new = model.transform(None if where else data[0][:4], **{k: v[:4] for k, v in where.items()})
     assert new.shape == (4, 2)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_no_array_crosses_between_processors_in_a_step(device, data, name, monkeypatch):
+    """After the first, which makes what all steps share; numbers, such as the bound, are read."""
+    whole, steps = loop._one_step, []
+
+    def refused(*args, **kwargs):
+        raise AssertionError("an array crosses")
+
+    def step(*args, validate):
+        steps.append(validate)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in () if validate else ("numpy", "cpu", "tolist", "__array__"):
+                patch.setattr(torch.Tensor, name, refused)
+            if not validate:
+                patch.setattr(torch, "from_numpy", refused)
+            return whole(*args, validate=validate)
+
+    monkeypatch.setattr(loop, "_one_step", step)
+    fitted(data, name, device)
+    assert len(steps) == 30
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -37,7 +37,7 @@ class Rows:
     Parameters
     ----------
     starts : ndarray of shape (n + 1,)
-        Where the entries of each row begin, on the CPU.
+        Where the entries of each row begin, on the CPU; a copy lies where the values are.
     columns : Tensor of int32, shape (m,)
     values : Tensor of shape (m,)
     width : int
@@ -46,6 +46,7 @@ class Rows:
 
     def __init__(self, starts: np.ndarray, columns: Tensor, values: Tensor, width: int):
         self.starts, self.columns, self.values, self.width = starts, columns, values, width
+        self._starts = torch.from_numpy(starts).to(values.device)
 
     @classmethod
     def of_neighbors(cls, near: np.ndarray, weights: Tensor, n_places: int) -> Rows:
@@ -62,12 +63,11 @@ class Rows:
 
     def part(self, first: int, stop: int, dtype: torch.dtype, entries: Map | None = None) -> Tensor:
         """Return the rows from `first` to before `stop` as CSR, of a function of the entries."""
-        a, b = self.starts[first], self.starts[stop]
-        starts = torch.from_numpy((self.starts[first : stop + 1] - a).astype(np.int32))
+        a, b = int(self.starts[first]), int(self.starts[stop])
+        starts = (self._starts[first : stop + 1] - a).int()
         values = self.values[a:b].to(dtype)
         values = values if entries is None else entries(values)
-        columns, shape = self.columns[a:b], (stop - first, self.width)
-        return csr_tensor(starts.to(values.device), columns, values, shape)
+        return csr_tensor(starts, self.columns[a:b], values, (stop - first, self.width))
 
     def transposed(self, first: int, stop: int) -> Rows:
         """Return the transpose of the rows from `first` to before `stop`."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.data.counts import Counts
 from pnmf_pyro.data.log_rate import rates
 from pnmf_pyro.data.parallel import together
@@ -109,7 +110,8 @@ def field_draws(
         square = (at_samples - level).square().mean(1).sum(-1) / n_draws
         return torch.cat([held, level], 1).float(), square
 
-    each = together().mapped(drawn, torch.arange(n_draws).split(max(1, AT_ONCE // factors)))
+    parts = torch.arange(n_draws).split(at_once(factors, AT_ONCE))
+    each = together().mapped(drawn, parts)
     found = [one for one in each if one is not None]
     if not found:
         return None

@@ -35,7 +35,7 @@ DRAWS_AT_ONCE = 4
 
 def draws_at_once(n_factors: int) -> int:
     """Return how many draws of so many log-factors are worked out at once."""
-    return max(DRAWS_AT_ONCE, at_once(n_factors, BLOCK))
+    return max(at_once(1, DRAWS_AT_ONCE), at_once(n_factors, BLOCK))
 
 
 class _SitePosterior(nn.Module):
