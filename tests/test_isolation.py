@@ -10,7 +10,7 @@ from pyro import poutine
 
 import pnmf_pyro
 from pnmf_pyro import PNMF
-from pnmf_pyro.data import blocks
+from pnmf_pyro.data import blocks, isolation
 from pnmf_pyro.data.counts import DenseCounts
 from pnmf_pyro.data.isolation import isolated
 from pnmf_pyro.transforms import factor_samples, get_factors, transform_F, transform_W
@@ -166,6 +166,41 @@ def test_blocks_become_smaller_where_the_memory_of_a_card_ends(monkeypatch):
     np.testing.assert_allclose(model.components_, whole.components_, rtol=1e-4)
     assert model.history_ == pytest.approx(whole.history_, rel=1e-6)
     assert blocks.at_once(1) == X.size
+
+
+def test_a_fit_goes_on_from_its_checkpoint_where_the_memory_of_a_card_ended(monkeypatch, tmp_path):
+    whole, calls, steps = DenseCounts.inner, [], []
+
+    def inner(self: DenseCounts, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 40:
+            raise torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB.")
+        return whole(self, A, B)
+
+    def noted(model: PNMF, iteration: int, elbo: float) -> None:
+        steps.append(iteration)
+
+    monkeypatch.setattr(DenseCounts, "inner", inner)
+    model = PNMF(2, mode="lower-bound", random_state=0, max_iter=60, tol=0)
+    told = {"callback": noted, "callback_interval": 1}
+    with pytest.warns(UserWarning, match="All was done again"):
+        model.fit(X, **told, checkpoint=tmp_path / "run.ckpt", every=0)
+    assert len(calls) > 40
+    assert len(steps) <= 60 + 1
+
+
+def test_ranks_do_not_try_again(monkeypatch):
+    calls = []
+
+    @isolated
+    def full() -> None:
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(isolation, "alone", lambda: False)
+    with pytest.raises(MemoryError):
+        full()
+    assert len(calls) == 1
 
 
 def test_a_card_without_memory_is_said_with_what_to_do(monkeypatch):

@@ -78,8 +78,8 @@ def isolated(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 def _by_blocks(call: Callable[[], Answer]) -> Answer:
     """Return what a call returns; where the memory of a card ends, call again in smaller blocks.
 
-    A call within such a call is left to the outer one. Ranks do not call again, since all of them
-    have to do the same.
+    What trains a model in place goes on from where that stands. A call within such a call is left
+    to the outer one. Ranks do not call again, since all of them have to do the same.
     """
     global _under_way
     if _under_way:
