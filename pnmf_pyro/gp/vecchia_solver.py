@@ -163,8 +163,8 @@ class VecchiaPosterior:
         """
         random, factor = check_random_state(random_state), self.factor
         curvature = self._checked_curvature(curvature)
-        h, spread = factor.ordered(curvature, factor.dtype), factor.ordered_variances.sqrt()
-        b = self._noise(random, n_draws).div_(spread.to(factor.dtype))
+        h = factor.ordered(curvature, factor.dtype)
+        b = self._noise(random, n_draws).div_(factor.ordered_variances.sqrt().to(factor.dtype))
         b = factor.triangle.multiply_transposed(b)
         b += self._noise(random, n_draws).mul_(h.sqrt())
         f = torch.zeros_like(b)

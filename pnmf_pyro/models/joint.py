@@ -82,15 +82,12 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     has another program or likelihood, and where numbers are too extreme to work it out, which the
     log then says.
     """
-    prior, q = model.prior, model.prior.marginal()
+    prior = model.prior
     prior.joint_covariance = prior.joint_draws = None
     model.loading_blocks = model.loading_coupling = model.exposure.errors = None
     if any(getattr(type(model), n) is not getattr(PoissonFactorization, n) for n in PROGRAMS):
         return
-    with model.apart():
-        likelihood = model.likelihood(q.loc, Batch())
-    counts = counts.to(model.W.dtype)
-    found = information(likelihood, counts, (q.loc + q.variance / 2).exp())
+    found = _information(model, counts.to(model.W.dtype))
     if found is None:
         return
     try:
@@ -103,6 +100,13 @@ def find_uncertainty(model: PoissonFactorization, counts: Counts) -> None:
     if uncertainty is not None:
         prior.joint_covariance, (model.loading_blocks, model.loading_coupling) = uncertainty[:2]
         prior.joint_draws = uncertainty[2]
+
+
+def _information(model: PoissonFactorization, counts: Counts) -> Information | None:
+    q = model.prior.marginal()
+    with model.apart():
+        likelihood = model.likelihood(q.loc, Batch())
+    return information(likelihood, counts, (q.loc + q.variance / 2).exp())
 
 
 def _uncertainty(

@@ -30,7 +30,7 @@ APART_DRAWS = 30
 # Numbers in the arrays that posterior draws are worked out in, and draws at once at least: each
 # takes less time beside others than alone.
 BLOCK = 1 << 23
-DRAWS_AT_ONCE = 4
+DRAWS_AT_ONCE = 3
 
 
 def draws_at_once(n_factors: int) -> int:
@@ -236,8 +236,7 @@ class LCGP(Prior):
         if not bool(h.any()):
             return 1 / prior
         posterior = self.neighborhoods.posterior
-        alone = posterior.conditional_variances(h)
-        variance = alone.clone()
+        variance = posterior.conditional_variances(h)
         at_once = draws_at_once(h.numel())
         for start in range(0, APART_DRAWS, at_once):
             n = min(at_once, APART_DRAWS - start)

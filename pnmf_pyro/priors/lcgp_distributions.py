@@ -168,7 +168,7 @@ class LocalPosterior(Repeated, Normal):
     ):
         self.moments, self.low_rank, self.index = (mean, diagonal), low_rank, index
         m, d, V = take(mean, index), take(diagonal, index), take(low_rank, index, dim=1)
-        variance = d + torch.stack([own.double().square().sum(-1) for own in V])
+        variance = d + torch.einsum("lnr,lnr->ln", V, V)
         self._present = m, d, V
         super().__init__(m.to(dtype), variance.sqrt().to(dtype), validate_args=False)
 
