@@ -21,6 +21,7 @@ from pnmf_pyro.data.places import Places
 from pnmf_pyro.estimator.checkpoints import EVERY, checkpoint_of
 from pnmf_pyro.estimator.inputs import Scales, encode_places
 from pnmf_pyro.estimator.published import fit_and_publish, publish
+from pnmf_pyro.estimator.results import NamesOfSamples
 from pnmf_pyro.estimator.saved_models import read_model, write_model
 from pnmf_pyro.models import PoissonFactorization
 from pnmf_pyro.transforms import get_factors
@@ -28,7 +29,7 @@ from pnmf_pyro.transforms import get_factors
 Callback = Callable[["PNMF", int, float], None]
 
 
-class PNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class PNMF(NamesOfSamples, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""Probabilistic non-negative matrix factorisation of counts, by variational inference.
 
     The model is X_ij ~ Poisson(s_i sum_l W_jl exp F_il) with F_il ~ N(0, scale_pf^2) and W >= 0

@@ -6,9 +6,9 @@ Tables, scores and plots read a fit through :func:`results_of` and never ask whe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
@@ -328,6 +328,30 @@ def sample_names(X: CountsLike, n_samples: int) -> Sequence[Hashable]:
     """Return the names of the samples of X; their numbers where it has none."""
     names = getattr(X, "obs_names", getattr(X, "index", None))
     return range(n_samples) if names is None or callable(names) else list(names)
+
+
+class NamesOfSamples:
+    """What `set_output` makes of factors has the names of an AnnData object's samples as well.
+
+    scikit-learn takes those of data frames alone.
+    """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)  # where scikit-learn wraps what returns factors
+        for name in ("transform", "fit_transform"):
+            if name in cls.__dict__:
+                setattr(cls, name, _with_names_of_samples(getattr(cls, name)))
+
+
+def _with_names_of_samples(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def named_as(self: object, X: CountsLike, *args: Any, **settings: Any) -> Any:
+        found = method(self, X, *args, **settings)
+        if is_anndata(X) and hasattr(found, "set_axis"):
+            return found.set_axis(X.obs_names)
+        return found
+
+    return named_as
 
 
 def chosen_numbers(name: str, chosen: ArrayLike | None, size: int) -> np.ndarray:

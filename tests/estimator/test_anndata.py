@@ -131,6 +131,18 @@ def test_layer_size_factors_and_names():
     assert model.transform(adata.layers["double"], size_factors=s).shape == (60, 2)
 
 
+def test_data_frames_of_factors_have_the_names_of_the_object():
+    """scikit-learn numbers the rows of what is no data frame."""
+    adata = section()
+    model = PNMF(2, max_iter=30).set_output(transform="pandas")
+    whole, part = model.fit_transform(adata), model.transform(X=adata[20:])
+    assert list(whole.index) == list(adata.obs_names)
+    assert list(part.index) == list(adata.obs_names[20:])
+    assert list(part.columns) == ["pnmf0", "pnmf1"]
+    np.testing.assert_array_equal(whole, get_factors(model))
+    assert isinstance(model.set_output(transform="default").transform(adata), np.ndarray)
+
+
 def test_a_later_fit_leaves_no_columns_of_the_one_before():
     adata = section()
     adata.obs["mine"] = 1.0
