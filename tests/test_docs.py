@@ -42,13 +42,16 @@ EXEMPT = {
 # Pages about real data, which are skipped where these are absent.
 ECOLOGY = "ecology.md"
 
-# Pages that take ten seconds or more.
+# Pages that take more than five seconds.
 LONG = {
     "choosing_k.md",
     "checkpoints.md",
     "command_line.md",
+    "ecology.md",
+    "gpu.md",
     "interpretation.md",
     "large_tables.md",
+    "plots.md",
     "pyro.md",
 }
 

@@ -70,11 +70,14 @@ class Rows:
         return csr_tensor(starts, self.columns[a:b], values, (stop - first, self.width))
 
     def transposed(self, first: int, stop: int) -> Rows:
-        """Return the transpose of the rows from `first` to before `stop`."""
+        """Return the transpose of the rows from `first` to before `stop`.
+
+        Columns from `stop` on must have no entries there, and are left out.
+        """
         a, b = self.starts[first], self.starts[stop]
         starts = (self.starts[first : stop + 1] - a).astype(np.int32)
         entries = (part[a:b].cpu().numpy() for part in (self.values, self.columns))
-        turned = sp.csr_matrix((*entries, starts), shape=(stop - first, self.width)).tocsc()
+        turned = sp.csr_matrix((*entries, starts), shape=(stop - first, stop)).tocsc()
         columns, values = (
             torch.from_numpy(part).to(self.values.device) for part in (turned.indices, turned.data)
         )

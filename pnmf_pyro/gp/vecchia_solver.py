@@ -90,14 +90,15 @@ class VecchiaPosterior:
         """
         factor = self.factor
         h = factor.ordered(self._checked_curvature(curvature), dtype)
-        r = factor.ordered(self._checked("b", b), dtype)
+        r, single = factor.ordered(self._checked("b", b), dtype), b.ndim == 2
         x = torch.zeros_like(r)
         if start is not None:
             x = factor.ordered(self._checked("start", start), dtype)
             r -= factor.ordered_precision(x) + h * x
+        del b, start  # so that their memory can be used
         iteration, error = self._descend(h, x, r, tolerance, max_iterations)
         found = factor.restored(x)
-        if b.ndim == 2:
+        if single:
             found, error = found[..., 0], error[..., 0]
         return Solution(found, iteration, error)
 

@@ -210,18 +210,16 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
 
     precision = 1 / prior.marginal().variance.double()
     sites = sites_given(torch.maximum(precision - expected.double(), LEAST_APART * precision))
-    del precision  # arrays of draws take its place, as they do that of other arrays in rounds
+    del precision
     for _ in range(ROUNDS):
+        apart = last = None  # draws take their memory
         apart = prior.apart_from_own(sites)
         if apart is None:
             return None
         last, sites = sites, sites_given(apart)
-        settled = ((sites - last) / (apart + sites)).square_().mean() < SETTLED**2
-        del last
-        if bool(settled):
+        if bool(((sites - last) / (apart + sites)).square_().mean() < SETTLED**2):
             break
     assert apart is not None
-    del sites
     skew = expected.square() / (apart + expected) ** 3 / 2
     return scaled(packed_given(apart), skew.add_(1).sqrt_().T.float())
 

@@ -30,7 +30,7 @@ APART_DRAWS = 30
 # Numbers in the arrays that posterior draws are worked out in, and draws at once at least: each
 # takes less time beside others than alone.
 BLOCK = 1 << 23
-DRAWS_AT_ONCE = 3
+DRAWS_AT_ONCE = 4
 
 
 def draws_at_once(n_factors: int) -> int:

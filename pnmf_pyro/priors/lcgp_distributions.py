@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pnmf_pyro.data.batches import take
+from pnmf_pyro.data.blocks import at_once
 from pnmf_pyro.gp.cholesky import log_det
 from pnmf_pyro.gp.vecchia import VecchiaFactor
 from pnmf_pyro.priors.fields import Repeated
@@ -237,11 +238,13 @@ def kl_terms(q: LocalPosterior, p: VecchiaNormal) -> Tensor:
 
 def _capacitance(low_rank: Tensor, diagonal: Tensor) -> Tensor:
     """Return I + V^T diag(1 / d) V, (L, R, R); no eigenvalue is below 1, so without jitter."""
-    products = []
-    for V, d in zip(low_rank, diagonal, strict=True):  # one by one: no copy of V in float64
-        scaled = V.double() / d.double().sqrt()[:, None]
-        products.append(scaled.mT @ scaled)
-    return torch.stack(products) + torch.eye(low_rank.shape[-1], device=low_rank.device)
+    R = low_rank.shape[-1]
+    total = torch.eye(R, dtype=torch.float64, device=low_rank.device)
+    size = at_once(R * len(low_rank))
+    for V, d in zip(low_rank.split(size, 1), diagonal.split(size, 1), strict=True):
+        scaled = V.double() / d.double().sqrt()[..., None]  # so much of V is copied at once
+        total = total + scaled.mT @ scaled
+    return total
 
 
 def residuals(factor: VecchiaFactor, x: Tensor, index: Tensor | None = None) -> Tensor:

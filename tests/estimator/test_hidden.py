@@ -24,7 +24,7 @@ def data():
 
 
 def fitted(X, mask=None, **given):
-    return pnmf_pyro.fit(X, n_components=2, mask=mask, max_iter=60, **given)
+    return pnmf_pyro.fit(X, n_components=2, mask=mask, max_iter=40, **given)
 
 
 @pytest.mark.parametrize(

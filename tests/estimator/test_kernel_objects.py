@@ -24,7 +24,7 @@ from tests.support.settings import LOCAL, STEPS, fitted_in_space, unconverged
 pytestmark = unconverged
 
 HALF = torch.tensor(0.5, dtype=torch.float64)
-LEARNING = {"train_lengthscale": True, "learn": ("sigma", "nugget"), "max_iter": 80}
+LEARNING = {"train_lengthscale": True, "learn": ("sigma", "nugget"), "max_iter": 40}
 PRIORS = {"SVGP": STEPS, "LCGP": LOCAL}
 
 

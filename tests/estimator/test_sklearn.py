@@ -23,7 +23,7 @@ DIFFERENT_BY_DESIGN = (
 
 
 @parametrize_with_checks(
-    [PNMF(max_iter=10)],
+    [PNMF(max_iter=5)],
     expected_failed_checks=lambda estimator: {
         "check_transformer_general": DIFFERENT_BY_DESIGN,
         "check_transformer_data_not_an_array": DIFFERENT_BY_DESIGN,
