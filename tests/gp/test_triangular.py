@@ -162,3 +162,11 @@ def test_solves_leave_the_number_of_threads_alone():
     before = torch.get_num_threads()
     triangle.solve(vectors(1))
     assert torch.get_num_threads() == before
+
+
+def test_columns_of_a_block_end_with_it():
+    """Or each halving of the places takes as many row starts as there are places."""
+    triangle, _ = triangle_of()
+    ends = [grid * L for grid in grid_sizes(N)]
+    assert [len(block.transposed.starts) - 1 for block in triangle.blocks] == ends
+    assert sum(ends) < 3 * N * L
