@@ -25,11 +25,11 @@ BYTES = {
     "block of counts": 60,
     "factor": 110,
     "draw": 18,
-    "neighbour": 36,
+    "neighbour": 28,
     "inducing": 28,
     "inducing pair": 16,
 }
-JUDGED_BYTES, DRAWN_BYTES = 40_000, 60
+JUDGED_BYTES, DRAWN_BYTES, COLUMN_BYTES = 26_000, 24, 4
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30
@@ -120,7 +120,8 @@ class Size:
         }
         # A search of hyperparameters, and after it draws of the posterior.
         searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
-        drawn = DRAWN_BYTES * min(RANK, draws_at_once(N * L)) * N * L * (self.prior == "LCGP")
+        of_draws = DRAWN_BYTES * min(RANK, draws_at_once(N * L)) + COLUMN_BYTES * RANK
+        drawn = of_draws * N * L * (self.prior == "LCGP")
         arrays = sum(BYTES[kind] * number for kind, number in entries.items())
         return LOADED + arrays + max(searched, drawn)
 
