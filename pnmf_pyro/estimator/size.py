@@ -25,11 +25,11 @@ BYTES = {
     "block of counts": 60,
     "factor": 110,
     "draw": 18,
-    "neighbour": 28,
+    "neighbour": 30,
     "inducing": 28,
-    "inducing pair": 16,
+    "inducing pair": 28,
 }
-JUDGED_BYTES, DRAWN_BYTES, COLUMN_BYTES = 26_000, 24, 4
+JUDGED_BYTES, DRAWN_BYTES, COLUMN_BYTES = 32_000, 24, 4
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30
@@ -114,16 +114,16 @@ class Size:
             "block of counts": min(self.stored, BLOCK_ENTRIES),
             "factor": (N + self.features) * L,
             "draw": self.draws * N * L,
-            "neighbour": self.sets * N * self.neighbours,
             "inducing": L * N * M,
             "inducing pair": L * M * M,
         }
-        # A search of hyperparameters, and after it draws of the posterior.
+        arrays = sum(BYTES[kind] * number for kind, number in entries.items())
+        # A search of hyperparameters; after it weights of neighbours, and draws with them.
         searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
         of_draws = DRAWN_BYTES * min(RANK, draws_at_once(N * L)) + COLUMN_BYTES * RANK
         drawn = of_draws * N * L * (self.prior == "LCGP")
-        arrays = sum(BYTES[kind] * number for kind, number in entries.items())
-        return LOADED + arrays + max(searched, drawn)
+        weighted = BYTES["neighbour"] * self.sets * N * self.neighbours
+        return LOADED + arrays + max(searched, weighted + drawn)
 
     def smaller(self) -> list[tuple[str, Size]]:
         """Return ways to make a fit smaller, in words, and the sizes that they lead to."""
