@@ -25,11 +25,10 @@ BYTES = {
     "block of counts": 60,
     "factor": 110,
     "draw": 18,
-    "neighbour": 30,
     "inducing": 28,
     "inducing pair": 28,
 }
-JUDGED_BYTES, DRAWN_BYTES, COLUMN_BYTES = 32_000, 24, 4
+NEIGHBOUR_BYTES, JUDGED_BYTES, DRAWN_BYTES, COLUMN_BYTES = 30, 32_000, 24, 4
 
 # Columns of the correlated part of q(F) over places that have neighbours.
 RANK = 30
@@ -122,7 +121,7 @@ class Size:
         searched = JUDGED_BYTES * self.judged * (self.prior in ("LCGP", "SVGP"))
         of_draws = DRAWN_BYTES * min(RANK, draws_at_once(N * L)) + COLUMN_BYTES * RANK
         drawn = of_draws * N * L * (self.prior == "LCGP")
-        weighted = BYTES["neighbour"] * self.sets * N * self.neighbours
+        weighted = NEIGHBOUR_BYTES * self.sets * N * self.neighbours
         return LOADED + arrays + max(searched, weighted + drawn)
 
     def smaller(self) -> list[tuple[str, Size]]:

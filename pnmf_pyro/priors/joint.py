@@ -200,28 +200,26 @@ def joint_covariance(prior: Prior, shared: Tensor, expected: Tensor) -> Tensor |
     """
     diagonal = diagonal_numbers(prior.L)
 
-    def packed_given(apart: Tensor) -> Tensor:
-        return inverses(as_expected(shared, expected), apart)
-
-    def sites_given(apart: Tensor) -> Tensor:
-        """The sites of single components that make variances those of the joint posterior."""
-        variance = packed_given(apart)[:, diagonal].T.double()
-        return (1 / variance - apart).clamp_min(0)
+    def given(apart: Tensor) -> tuple[Tensor, Tensor]:
+        """The packed covariances, and the sites of single components that make variances these."""
+        packed = inverses(as_expected(shared, expected), apart)
+        return packed, (1 / packed[:, diagonal].T.double() - apart).clamp_min(0)
 
     precision = 1 / prior.marginal().variance.double()
-    sites = sites_given(torch.maximum(precision - expected.double(), LEAST_APART * precision))
+    sites = given(torch.maximum(precision - expected.double(), LEAST_APART * precision))[1]
     del precision
     for _ in range(ROUNDS):
-        apart = last = None  # draws take their memory
+        apart = packed = last = None  # draws take their memory
         apart = prior.apart_from_own(sites)
         if apart is None:
             return None
-        last, sites = sites, sites_given(apart)
+        (packed, sites), last = given(apart), sites
         if bool(((sites - last) / (apart + sites)).square_().mean() < SETTLED**2):
             break
     assert apart is not None
+    assert packed is not None
     skew = expected.square() / (apart + expected) ** 3 / 2
-    return scaled(packed_given(apart), skew.add_(1).sqrt_().T.float())
+    return scaled(packed, skew.add_(1).sqrt_().T.float())
 
 
 def expected_ratio(shared: Tensor, expected: Tensor) -> Tensor:
