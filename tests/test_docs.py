@@ -42,8 +42,11 @@ EXEMPT = {
 # Pages about real data, which are skipped where these are absent.
 ECOLOGY = "ecology.md"
 
-# Pages that take more than five seconds.
+# Pages that take more than three seconds.
 LONG = {
+    "batches.md",
+    "calibration.md",
+    "checks.md",
     "choosing_k.md",
     "checkpoints.md",
     "command_line.md",
@@ -51,6 +54,7 @@ LONG = {
     "gpu.md",
     "interpretation.md",
     "large_tables.md",
+    "model.md",
     "plots.md",
     "pyro.md",
 }

@@ -118,6 +118,7 @@ def test_transform_W_takes_size_factors_and_shows_progress(capsys):
     assert "log-likelihood" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_transform_F_recovers_the_factors_with_uncertainty():
     X, F, W = simulate(4, 100, 60, 2, mean=10)
     prior = T.transform_F(X, W, return_prior=True)
@@ -261,6 +262,7 @@ def test_transform_F_of_sparse_single_and_empty_samples(conditional):
         assert sigma[-1, l] == pytest.approx(np.exp(log_variance / 2), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mode_and_E_of_transform_F(conditional):
     """Without draws the seed does not matter; with nine times as many a third as much.
 

@@ -67,6 +67,7 @@ def test_of_many_places_levels_are_means_over_some(fitted, monkeypatch):
     assert 0 < np.abs(found / whole - 1).max() < 0.3
 
 
+@pytest.mark.slow
 def test_components_are_sorted_by_the_types_that_have_them(fitted):
     _, _, _, W = typed()
     C = np.corrcoef(W.T, fitted.components_)[:3, 3:]

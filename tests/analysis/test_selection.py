@@ -250,7 +250,7 @@ def test_six_components_are_found():
     """The choice is from 5 to 7: in 19 of the seeds 0 to 19 when this was written; here two."""
     for seed in range(2):
         X = simulate(seed, 120, 40, 6)[0]
-        found = select_n_components(X[:, X.sum(0) > 0], range(2, 13), random_state=seed)
+        found = select_n_components(X[:, X.sum(0) > 0], range(3, 11), random_state=seed)
         assert 5 <= found.chosen <= 7
 
 

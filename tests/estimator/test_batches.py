@@ -55,6 +55,7 @@ def recovery(data, model):
     return r.max(1).min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

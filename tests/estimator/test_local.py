@@ -150,6 +150,7 @@ def test_groups(data):
     assert draws.shape == (3, 60, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["expanded", "lower-bound"])
 def test_standard_training_comes_near_natural_steps(data, model, mode):
     settings = {
@@ -201,6 +202,7 @@ def test_probabilistic_neighbours_are_others_and_seeded(data):
     assert (graphs[0].predecessors != graphs[1].predecessors).any()
 
 
+@pytest.mark.slow
 def test_more_neighbours_come_nearer_to_the_exact_process(data):
     X, x, *_ = data
     new = np.random.default_rng(1).uniform(size=(40, 2))

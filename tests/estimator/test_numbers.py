@@ -122,6 +122,7 @@ def test_other_points_give_nearly_the_same_fit(monkeypatch):
     assert 0 < np.sqrt(np.mean(away**2)) < 0.05
 
 
+@pytest.mark.slow
 def test_the_error_of_the_elbo_is_that_of_its_repetitions():
     X = structured((100, 30))
     model = pnmf_pyro.fit(X, n_components=3)

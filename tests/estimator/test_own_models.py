@@ -85,6 +85,7 @@ def test_a_start_takes_size_factors_out(counts, matrix):
     np.testing.assert_allclose(exp_F, expected[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_plain_model_gets_as_far_as_natural_steps(counts):
     model = made(counts)
     result = fit_model(model, counts, max_iter=600)
@@ -171,6 +172,7 @@ class Covariate(PoissonFactorization):
             return pyro.sample("X", self.likelihood(F, batch), obs=batch.dense_counts)
 
 
+@pytest.mark.slow
 def test_a_covariate_is_learned():
     random = np.random.default_rng(2)
     z = np.tile([[-0.5], [0.5]], (80, 1)).astype(np.float32)

@@ -55,6 +55,7 @@ def steps_of(X: np.ndarray, **parameters) -> np.ndarray:
 # --- the objective
 
 
+@pytest.mark.slow
 @unconverged
 def test_mode_decides_the_noise_of_the_elbo(X):
     """From one place: none without draws; with them one expectation, above the lower bound.
@@ -74,6 +75,7 @@ def test_mode_decides_the_noise_of_the_elbo(X):
     assert history["expanded"].mean() - 4 * error > history["lower-bound"].mean()
 
 
+@pytest.mark.slow
 @unconverged
 def test_E_makes_a_fit_less_noisy(X):
     """The standard deviation of a mean of E draws falls as 1 / sqrt(E).

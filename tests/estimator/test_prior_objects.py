@@ -97,6 +97,7 @@ def test_a_prior_object_is_what_its_name_is(data):
         np.testing.assert_allclose(log_factors(by_object), log_factors(by_name), 1e-2, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_prior_of_ones_own(counts):
     """Of a class of one's own, through the class and the recipe."""
     prior = HeavyTailed(torch.empty(counts.shape[::-1], device="meta"), 3)

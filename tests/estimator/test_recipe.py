@@ -90,6 +90,7 @@ def test_fit_takes_size_factors(counts):
         pnmf_pyro.fit(counts, size_factors="depth")
 
 
+@pytest.mark.slow
 def test_fit_reaches_a_higher_bound_than_adam(counts):
     slow = PNMF(3, max_iter=1000, tol=0, learning_rate=0.05, random_state=0).fit(counts)
     assert expanded_elbo(pnmf_pyro.fit(counts, n_components=3), counts) > expanded_elbo(

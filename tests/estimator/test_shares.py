@@ -38,6 +38,7 @@ def same(one: dict, other: dict, exact: bool = False) -> None:
             np.testing.assert_allclose(one[name], other[name], rtol=close, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_and_refuse_what_they_cannot_share(tmp_path):
     path, kept = tmp_path / "cells.h5ad", tmp_path / "run.ckpt"
     anndata.AnnData(sp.csr_matrix(counts())).write_h5ad(path)

@@ -47,6 +47,7 @@ def correlations(model, F):
     return np.abs(np.corrcoef(F.T, log_factors(model).T)[: F.shape[1], F.shape[1] :])
 
 
+@pytest.mark.slow
 def test_each_component_is_found_in_its_block(fitted, data):
     C = correlations(fitted, data[2])
     assert (C.argmax(1)[:3] < 3).all()

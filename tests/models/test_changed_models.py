@@ -174,6 +174,7 @@ def learned_dispersion(model):
         return float(pyro.param("r").detach())
 
 
+@pytest.mark.slow
 def test_fit_model_learns_a_parameter_of_a_statement(spread):
     """And leaves the user's store as it is, where the same name may mean something else."""
     X = spread[0]
@@ -190,6 +191,7 @@ def test_fit_model_learns_a_parameter_of_a_statement(spread):
     assert again == pytest.approx(result.elbo, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_learned_parameter_is_used_afterwards(spread):
     """By checks, which leave the store alone, and by programs that the user runs."""
     model = make(spread, kind=Dispersed)
@@ -231,6 +233,7 @@ def test_a_statement_is_trained_by_svi(spread):
     assert float(pyro.param("r").detach()) == pytest.approx(2, rel=0.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["fit_model", "svi"])
 def test_a_parameter_of_a_module_of_pyro_is_learned(spread, by):
     model = make(spread, kind=OfModule)
@@ -246,6 +249,7 @@ def test_a_parameter_of_pyro_needs_a_module_of_pyro(data):
         make(data).r = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
 
+@pytest.mark.slow
 def test_minibatches_train_a_statement(spread):
     model = make(spread, kind=Dispersed)
     fit_model(model, spread[0], max_iter=400, batch_size=20)

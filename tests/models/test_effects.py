@@ -119,6 +119,7 @@ def test_batches_of_a_poisson_move_to_the_maximum():
             np.testing.assert_allclose(found.exposure.effects[j, g], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_no_move_lowers_the_bound_and_many_settle_at_its_maximum(dispersed, seed):
     given = Dense(seed)

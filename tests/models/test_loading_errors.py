@@ -154,11 +154,11 @@ def test_errors_of_logs_and_of_features_without_counts(fitted):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:1 of 300 samples have no counts:UserWarning")
 def test_they_are_the_spread_over_tables():
-    """Of settled fits, and loadings with a quarter of their feature or more, over 30 tables; the
+    """Of settled fits, and loadings with a quarter of their feature or more, over 20 tables; the
     standard deviation of a root mean square over 40 features is a few percent.
     """
     found, errors = [], []
-    for seed in range(30):
+    for seed in range(20):
         W, X = table(seed, 0.3, N=300)
         model = pnmf_pyro.fit(X, n_components=3, tol=1e-5, max_iter=2000)
         order = np.corrcoef(W.T, model.components_)[:3, 3:].argmax(1)

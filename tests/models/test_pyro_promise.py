@@ -93,6 +93,7 @@ def test_all_counts_may_be_given_as_they_are(data, form):
         assert Trace_ELBO().loss(model.model, model.guide, given) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prior", "lr", "steps"), [("independent", 0.1, 300), ("inducing points", 0.05, 500)]
 )

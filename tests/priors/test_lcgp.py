@@ -162,6 +162,7 @@ def test_draws_at_new_places_have_the_exact_covariance():
 # --- the prior in Pyro
 
 
+@pytest.mark.slow
 def test_draws_of_the_prior_have_its_covariance():
     x = np.random.default_rng(0).uniform(size=(12, 2))
     prior = prior_of(x, 11)

@@ -121,6 +121,7 @@ def _divergence(part: Prior, n: int) -> torch.Tensor:
         return FactorizationELBO("lower-bound").terms(model.model, model.guide, batch)["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("natural", [True, False])
 def test_pyros_own_bounds_agree(counts, places, natural):
     """By draws, within five standard errors; without warnings of programs that do not match."""
@@ -210,6 +211,7 @@ def test_places_are_refused_where_no_part_knows_any(places):
         prior.at(places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inducing points", "neighbours"])
 def test_batches_settle_where_all_samples_do(counts, places, kind):
     """Part by part: a divergence by samples is scaled by the batch, that at inducing points not."""

@@ -163,6 +163,7 @@ def test_elbo_never_falls_in_monotone_training(M):
     assert rises[-5:].max() < 0.01 * (result.history[-1] - result.history[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"diagonal_only": True}, {"cholesky_mode": "softplus"}])
 def test_standard_training_comes_near_natural_training(settings):
     objective = FactorizationELBO("lower-bound")
@@ -256,6 +257,7 @@ def test_the_guide_draws_f_given_u():
     torch.testing.assert_close(marginal.scale, prior.marginal(index).scale)
 
 
+@pytest.mark.slow
 def test_prior_draws_have_the_kernels_covariance():
     prior = make_prior(N=5, L=1)
     model, _ = factorization(prior, D=2)

@@ -192,6 +192,7 @@ def test_learning_finds_better_hyperparameters(data, criterion):
     assert profile.argmin() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["leave-one-out", "elbo"])
 @pytest.mark.parametrize(
     ("kernel", "names"), [("Matern12", ("RBF", "Matern12")), ("RBF", ("Matern12", "RBF"))]
