@@ -186,9 +186,9 @@ def flags(seeds: range, misfit: bool) -> dict[tuple[str, str], int]:
 
 @pytest.mark.slow
 def test_rates_of_alarms_over_many_seeds():
-    """In 38 of 40 seeds the variance tells; no statistic cries wolf in more than 2 of 40."""
-    assert flags(range(40), misfit=True)["variance_to_mean", "feature"] >= 38
-    assert max(flags(range(40), misfit=False).values()) <= 2
+    """In 24 of 25 seeds the variance tells; no statistic cries wolf in more than 1 of 25."""
+    assert flags(range(25), misfit=True)["variance_to_mean", "feature"] >= 24
+    assert max(flags(range(25), misfit=False).values()) <= 1
 
 
 @pytest.fixture(scope="module")
