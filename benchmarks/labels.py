@@ -19,6 +19,7 @@ from sklearn.mixture import GaussianMixture
 import pnmf_pyro
 from benchmarks import ours, peers, tables
 from benchmarks.measure import report, table
+from pnmf_pyro.analysis import clustering
 from pnmf_pyro.analysis.statistics import moran, neighbor_weights, places_of_samples
 
 # Places over which factors are averaged, besides none.
@@ -95,6 +96,13 @@ def clusters(profile: np.ndarray, n: int, seed: int) -> np.ndarray:
     return mixture.fit_predict(profile)
 
 
+def pieces(task: Labelled, profile: np.ndarray) -> np.ndarray:
+    """The contiguous clusters of `pnmf_pyro.domains`, without draws."""
+    links = clustering._links(task.coordinates, None, len(profile))
+    mixture, possible = clustering._merged(profile, task.n, links)
+    return (mixture.predict_proba(profile) * possible).argmax(1)
+
+
 def averaged(task: Labelled, values: np.ndarray, k: int) -> np.ndarray:
     """Means over each sample and its k nearest places."""
     near = cKDTree(task.coordinates).query(task.coordinates, k + 1)[1]
@@ -115,6 +123,8 @@ def of_ours(task: Labelled, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     for k in (0, *NEIGHBOURS):
         found = pnmf_pyro.domains(model, task.n, n_neighbors=k, random_state=seed)
         yield f"pnmf_pyro.domains, {k} neighbours", found.labels
+    found = pnmf_pyro.domains(model, task.n, contiguous=True, random_state=seed)
+    yield f"pnmf_pyro.domains, {clustering.OF_CONTIGUOUS} neighbours, contiguous", found.labels
 
 
 def of_factors(
@@ -124,10 +134,13 @@ def of_factors(
 
     def run(task: Labelled, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         values = factors(task, seed)
-        for k in (0, *NEIGHBOURS):
+        for k in (0, clustering.OF_CONTIGUOUS, *NEIGHBOURS):
             profile = averaged(task, values, k)
             profile = np.sqrt(np.maximum(profile, 0)) if root else profile
-            yield f"{name}, {k} neighbours", clusters(profile, task.n, seed)
+            if k == clustering.OF_CONTIGUOUS:
+                yield f"{name}, {k} neighbours, contiguous", pieces(task, profile)
+            else:
+                yield f"{name}, {k} neighbours", clusters(profile, task.n, seed)
 
     return run
 

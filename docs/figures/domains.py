@@ -19,7 +19,7 @@ if __name__ == "__main__":
     section = anndata.read_h5ad(sys.argv[1])
     section = section[section.obs["valid"]].copy()
     model = pnmf_pyro.fit(section, n_components=10, size_factors="total")
-    found = pnmf_pyro.domains(model, 12)
+    found = pnmf_pyro.domains(model, 12, contiguous=True)
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
     plotting.plot_domains(found, axes=axes[:2], scale_bar=False)
     plotting.plot_spatial(

@@ -11,6 +11,11 @@ have. Profiles are divided by a mixture of n normals with one covariance. It is 
 of the posterior. The probability of a domain is the mean of its responsibility over draws of the
 posterior, and so counts what the factors are not sure of. The mixture stays the same for all draws,
 and so do the numbers of its parts.
+
+Contiguous domains are found by merging. Each sample begins alone. Of all two domains that have
+neighbours in each other those become one that raise the sum of squares within domains least (Ward
+1963), until n are left. The normals are then those of the domains, and a sample can be of its own
+domain or that of a neighbour.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
+from scipy.spatial import cKDTree
+from sklearn.cluster import AgglomerativeClustering
 from sklearn.mixture import GaussianMixture
 
 from pnmf_pyro.analysis.statistics import neighbor_weights, places_of_samples
@@ -34,8 +41,13 @@ from pnmf_pyro.transforms import factor_samples
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# Nearest places over which profiles are averaged unless said otherwise.
-NEIGHBORS = 16
+# Nearest places over which profiles are averaged unless said otherwise, and where domains are
+# contiguous. Nearest places to which a contiguous domain may go on.
+NEIGHBORS, OF_CONTIGUOUS = 16, 4
+ADJACENT = 8
+
+# Added to variances of profiles.
+LEAST = 1e-6
 
 # Samples to which a mixture is fitted at most; the others are only assigned.
 FITTED = 50_000
@@ -108,7 +120,8 @@ def domains(
     fit: Fit,
     n: int,
     *,
-    n_neighbors: int = NEIGHBORS,
+    contiguous: bool = False,
+    n_neighbors: int | None = None,
     coordinates: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     n_draws: int = 50,
@@ -125,10 +138,14 @@ def domains(
         neighbours for surer than they are. Pass the model where the certainty matters.
     n : int
         Number of domains.
-    n_neighbors : int
+    contiguous : bool
+        Whether each domain is one piece of the tissue, as a layer is. Else a domain may come again
+        elsewhere, as a follicle does. Parts of a tissue that do not touch, and sections, are linked
+        where they are nearest. It needs places.
+    n_neighbors : int, optional
         Number K of nearest places over which counts are averaged: regions, in which types of cells
         are mixed, need some; 0 sorts samples by their own factors, into types. It acts where places
-        are known.
+        are known. It is 16 unless given, and 4 for contiguous domains.
     coordinates : array-like of shape (n_samples, p), optional
         Places of the samples; those of the fit unless given.
     groups : array-like of shape (n_samples,), optional
@@ -161,19 +178,22 @@ def domains(
         raise ValueError(f"n must be at most the number of samples, {N}; got {n}.")
     where = found.coordinates if coordinates is None else coordinates
     sections = found.groups if groups is None else groups
+    if n_neighbors is None:
+        n_neighbors = OF_CONTIGUOUS if contiguous else NEIGHBORS
     mean = _mean_over_neighbors(where, sections, N, n_neighbors)
     weight = found.loadings.astype(np.float64).sum(0)
     random = check_random_state(random_state)
     expected = mean @ (found.factors * weight)
-    mixture = GaussianMixture(
-        n, covariance_type="tied", n_init=STARTS, reg_covar=1e-6, random_state=random
-    )
-    chosen = slice(None) if N <= FITTED else random.choice(N, FITTED, replace=False)
-    mixture.fit(np.sqrt(expected)[chosen])
+    if contiguous:
+        mixture, possible = _merged(np.sqrt(expected), n, _links(where, sections, N))
+    else:
+        mixture, possible = _mixture(np.sqrt(expected), n, random), np.ones((N, n))
     probabilities = np.zeros((N, n))
     for start in range(0, n_draws, AT_ONCE):
         for draw in _draws(fit, found, min(AT_ONCE, n_draws - start), random):
-            probabilities += mixture.predict_proba(np.sqrt(mean @ (draw * weight))) / n_draws
+            likely = mixture.predict_proba(np.sqrt(mean @ (draw * weight)))
+            likely = np.maximum(likely, np.finfo(float).tiny) * possible
+            probabilities += likely / likely.sum(1, keepdims=True) / n_draws
     order = np.argsort(-np.bincount(probabilities.argmax(1), minlength=n), kind="stable")
     return Domains(
         probabilities[:, order],
@@ -181,6 +201,59 @@ def domains(
         None if where is None else np.asarray(where),
         None if sections is None else np.asarray(sections),
     )
+
+
+def _mixture(profile: np.ndarray, n: int, random: np.random.RandomState) -> GaussianMixture:
+    """A mixture of n normals with one covariance, fitted to profiles (N, L)."""
+    mixture = GaussianMixture(
+        n, covariance_type="tied", n_init=STARTS, reg_covar=LEAST, random_state=random
+    )
+    N = len(profile)
+    return mixture.fit(profile if N <= FITTED else profile[random.choice(N, FITTED, replace=False)])
+
+
+def _merged(profile: np.ndarray, n: int, links: sp.csr_array) -> tuple[GaussianMixture, np.ndarray]:
+    """Merge samples along their links into n domains.
+
+    Returns
+    -------
+    mixture : GaussianMixture
+        Shares and means of the domains in the profiles (N, L), and their one covariance.
+    possible : ndarray of bool, shape (N, n)
+        Whether a sample, or one that it is linked with, is of a domain.
+    """
+    merging = AgglomerativeClustering(n, connectivity=sp.csr_matrix(links))
+    is_of = np.eye(n)[merging.fit_predict(profile)]
+    size = is_of.sum(0)
+    mixture = GaussianMixture(n, covariance_type="tied")
+    mixture.weights_, mixture.means_ = size / size.sum(), is_of.T @ profile / size[:, None]
+    rest = profile - is_of @ mixture.means_
+    mixture.covariances_ = rest.T @ rest / len(rest) + LEAST * np.eye(rest.shape[1])
+    mixture.precisions_cholesky_ = np.linalg.inv(np.linalg.cholesky(mixture.covariances_)).T
+    return mixture, (links @ is_of + is_of) > 0
+
+
+def _links(coordinates: ArrayLike | None, groups: ArrayLike | None, N: int) -> sp.csr_array:
+    """Links (N, N) between near samples, which leave no part of the samples alone."""
+    if coordinates is None:
+        raise ValueError(
+            "contiguous=True needs the places of the samples, and the fit has none. Pass "
+            "coordinates=, or leave contiguous out."
+        )
+    near = neighbor_weights(places_of_samples(coordinates, groups, N), ADJACENT)
+    links, points = near + near.T, np.asarray(coordinates, dtype=float)
+    while True:
+        n_parts, part = sp.csgraph.connected_components(links, directed=False)
+        if n_parts == 1:
+            return links
+        ends = []
+        for one in np.delete(np.arange(n_parts), np.bincount(part).argmax()):
+            inside, outside = np.flatnonzero(part == one), np.flatnonzero(part != one)
+            distance, nearest = cKDTree(points[outside]).query(points[inside])
+            ends.append((inside[distance.argmin()], outside[nearest[distance.argmin()]]))
+        rows, columns = np.transpose(ends)
+        added = sp.csr_array((np.ones(len(ends)), (rows, columns)), shape=links.shape)
+        links = links + added + added.T
 
 
 def _mean_over_neighbors(

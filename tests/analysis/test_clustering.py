@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
@@ -9,6 +11,7 @@ from sklearn.mixture import GaussianMixture
 
 import pnmf_pyro
 from pnmf_pyro import plotting
+from pnmf_pyro.analysis import clustering
 from pnmf_pyro.transforms import factor_samples, get_factors
 
 
@@ -57,6 +60,78 @@ def test_probabilities_are_responsibilities_over_draws(halves):
     expected = expected[:, np.argsort(-np.bincount(expected.argmax(1)), kind="stable")]
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-4)
     np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-9)
+
+
+def test_contiguous_domains_are_pieces(halves):
+    """Halves by few neighbours; each domain hangs together, but for samples at its border."""
+    model, places, half, _ = halves
+    found = pnmf_pyro.domains(model, 2, contiguous=True, coordinates=places)
+    assert adjusted_rand_score(half, found.labels) > 0.9
+    border = np.abs(places[:, 0] - 1) < 0.2
+    assert found.certainty[~border].min() == pytest.approx(1)
+    several = pnmf_pyro.domains(model, 6, contiguous=True, coordinates=places)
+    near = np.linalg.norm(places[:, None] - places, axis=-1).argsort(1)[:, :9]
+    linked = np.zeros((240, 240))
+    linked[np.arange(240)[:, None], near] = 1
+    whole = 0
+    for mine in np.eye(6, dtype=bool)[several.labels].T:
+        _, part = connected_components(linked[mine][:, mine], directed=False)
+        whole += np.bincount(part).max()
+    assert whole > 0.9 * 240
+
+
+def test_merging_is_that_of_ward():
+    """A dense twin: of all linked pairs that one is merged that raises the squares least."""
+    random = np.random.default_rng(0)
+    profile, links = random.normal(size=(12, 2)), np.abs(np.subtract.outer(range(12), range(12)))
+    sets = [{i} for i in range(12)]
+
+    def squares(some):
+        rows = profile[sorted(some)]
+        return np.square(rows - rows.mean(0)).sum()
+
+    while len(sets) > 4:
+        pairs = [(a, b) for a in sets for b in sets if min(a) == max(b) + 1]
+        a, b = min(pairs, key=lambda ab: squares(ab[0] | ab[1]) - squares(ab[0]) - squares(ab[1]))
+        sets = [one for one in sets if one not in (a, b)] + [a | b]
+    mixture, possible = clustering._merged(profile, 4, sp.csr_array(links == 1, dtype=float))
+    order = np.argsort([min(one) for one in sets])
+    means = np.array([profile[sorted(sets[i])].mean(0) for i in order])
+    rank = [int(np.square(mixture.means_ - mean).sum(1).argmin()) for mean in means]
+    np.testing.assert_allclose(mixture.means_[rank], means)
+    np.testing.assert_allclose(mixture.weights_[rank], [len(sets[i]) / 12 for i in order])
+    within = sum(squares(one) for one in sets)
+    assert np.trace(mixture.covariances_) == pytest.approx(within / 12 + 2e-6)
+    rows = np.zeros((12, 4), dtype=bool)
+    for number, i in zip(rank, order, strict=True):
+        for sample in sets[i]:
+            rows[max(sample - 1, 0) : sample + 2, number] = True
+    np.testing.assert_array_equal(possible, rows)
+
+
+@pytest.mark.parametrize("sections", [None, np.repeat([0, 1], 40)])
+def test_parts_that_do_not_touch_are_linked_where_they_are_nearest(sections):
+    random = np.random.default_rng(0)
+    points = random.uniform(size=(80, 2)) + np.repeat([[0.0, 0.0], [5.0, 0.0]], 40, axis=0)
+    links = clustering._links(points, sections, 80).toarray() > 0
+    across = np.argwhere(links[:40, 40:])
+    distance = np.linalg.norm(points[:40, None] - points[40:], axis=-1)
+    np.testing.assert_array_equal(across, np.argwhere(distance == distance.min()))
+
+
+def test_contiguous_domains_need_places(halves):
+    with pytest.raises(ValueError, match="contiguous=True needs the places"):
+        pnmf_pyro.domains(halves[0], 2, contiguous=True)
+
+
+def test_one_domain_and_one_for_each_sample(halves):
+    model, places, *_ = halves
+    for n in (1, 240):
+        found = pnmf_pyro.domains(
+            model, n, contiguous=True, n_neighbors=0, coordinates=places, n_draws=2
+        )
+        assert found.probabilities.shape == (240, n)
+        np.testing.assert_allclose(found.probabilities.sum(1), 1)
 
 
 def test_anndata_gives_the_domains_of_its_model(halves):
