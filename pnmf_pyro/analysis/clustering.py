@@ -240,8 +240,9 @@ def _links(coordinates: ArrayLike | None, groups: ArrayLike | None, N: int) -> s
             "contiguous=True needs the places of the samples, and the fit has none. Pass "
             "coordinates=, or leave contiguous out."
         )
-    near = neighbor_weights(places_of_samples(coordinates, groups, N), ADJACENT)
-    links, points = near + near.T, np.asarray(coordinates, dtype=float)
+    places = places_of_samples(coordinates, groups, N)
+    near, points = neighbor_weights(places, ADJACENT), places.coordinates.cpu().numpy()
+    links = near + near.T
     while True:
         n_parts, part = sp.csgraph.connected_components(links, directed=False)
         if n_parts == 1:

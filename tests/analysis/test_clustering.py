@@ -119,6 +119,12 @@ def test_parts_that_do_not_touch_are_linked_where_they_are_nearest(sections):
     np.testing.assert_array_equal(across, np.argwhere(distance == distance.min()))
 
 
+def test_places_on_a_line_are_linked():
+    line = np.r_[np.arange(20.0), 100 + np.arange(20.0)]
+    links = clustering._links(line[:, None], None, 40).toarray() > 0
+    assert np.argwhere(links[:20, 20:]).tolist() == [[19, 0]]
+
+
 def test_contiguous_domains_need_places(halves):
     with pytest.raises(ValueError, match="contiguous=True needs the places"):
         pnmf_pyro.domains(halves[0], 2, contiguous=True)
