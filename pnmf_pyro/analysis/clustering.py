@@ -12,10 +12,10 @@ of the posterior. The probability of a domain is the mean of its responsibility 
 posterior, and so counts what the factors are not sure of. The mixture stays the same for all draws,
 and so do the numbers of its parts.
 
-Contiguous domains are found by merging. Each sample begins alone. Of all two domains that have
-neighbours in each other those become one that raise the sum of squares within domains least (Ward
-1963), until n are left. The normals are then those of the domains, and a sample can be of its own
-domain or that of a neighbour.
+Contiguous domains are found by merging. Each sample begins alone. Of all pairs of domains that touch
+the one is merged that raises the sum of squares within domains least (Ward 1963), until n domains
+are left. The normals are then those of the domains, and a sample can be of its own domain or that
+of a neighbour.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def domains(
     n : int
         Number of domains.
     contiguous : bool
-        Whether each domain is one piece of the tissue, as a layer is. Else a domain may come again
-        elsewhere, as a follicle does. Parts of a tissue that do not touch, and sections, are linked
+        Whether each domain is one piece of the tissue, as a layer is, but for samples at its
+        border. Else a domain may come again elsewhere, as a follicle does. Parts of a tissue that do not touch, and sections, are linked
         where they are nearest. It needs places.
     n_neighbors : int, optional
         Number K of nearest places over which counts are averaged: regions, in which types of cells
@@ -187,7 +187,7 @@ def domains(
     if contiguous:
         mixture, possible = _merged(np.sqrt(expected), n, _links(where, sections, N))
     else:
-        mixture, possible = _mixture(np.sqrt(expected), n, random), np.ones((N, n))
+        mixture, possible = _mixture(np.sqrt(expected), n, random), np.ones(n)
     probabilities = np.zeros((N, n))
     for start in range(0, n_draws, AT_ONCE):
         for draw in _draws(fit, found, min(AT_ONCE, n_draws - start), random):
