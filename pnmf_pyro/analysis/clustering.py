@@ -12,10 +12,10 @@ of the posterior. The probability of a domain is the mean of its responsibility 
 posterior, and so counts what the factors are not sure of. The mixture stays the same for all draws,
 and so do the numbers of its parts.
 
-Contiguous domains are found by merging. Each sample begins alone. Of all pairs of domains that touch
-the one is merged that raises the sum of squares within domains least (Ward 1963), until n domains
-are left. The normals are then those of the domains, and a sample can be of its own domain or that
-of a neighbour.
+Contiguous domains are found by merging. Each sample begins alone. Of all pairs of domains that
+touch the one is merged that raises the sum of squares within domains least (Ward 1963), until n
+domains are left. The normals are then those of the domains, and a sample can be of its own domain
+or that of a neighbour.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def domains(
         Number of domains.
     contiguous : bool
         Whether each domain is one piece of the tissue, as a layer is, but for samples at its
-        border. Else a domain may come again elsewhere, as a follicle does. Parts of a tissue that do not touch, and sections, are linked
-        where they are nearest. It needs places.
+        border. Else a domain may come again elsewhere, as a follicle does. Parts of a tissue that
+        do not touch, and sections, are linked where they are nearest. It needs places.
     n_neighbors : int, optional
         Number K of nearest places over which counts are averaged: regions, in which types of cells
         are mixed, need some; 0 sorts samples by their own factors, into types. It acts where places
